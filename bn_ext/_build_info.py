@@ -1,0 +1,83 @@
+"""What was built and what runs: versions, CUDA, instruction set, threads."""
+
+import dataclasses
+import importlib
+import importlib.metadata
+from typing import Any
+
+import torch
+
+from bn_ext import _extension
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildInfo:
+    """One answer for bug reports and benchmarks; `print` it."""
+
+    version: str
+    """Of bn_ext."""
+    torch: str
+    """Version of the torch that is imported."""
+    torch_at_build: str
+    """Version of the torch that bn_ext was built against; empty if it has not been built."""
+    loaded: bool
+    """Whether the extension module could be loaded."""
+    reason: str
+    """Why not, and what mends it; empty if it was."""
+    cuda: bool
+    """Whether the CUDA kernels are built."""
+    cuda_reason: str
+    """Why, or why not."""
+    cuda_architectures: str
+    """Compute capabilities of the CUDA kernels, as TORCH_CUDA_ARCH_LIST."""
+    instruction_set: str
+    """Of the CPU kernels in use: avx512, avx2 or baseline; empty if not loaded."""
+    threads: int
+    """Threads that the CPU kernels use (torch.get_num_threads())."""
+
+    def __str__(self) -> str:
+        cuda = f"{'yes' if self.cuda else 'no'} ({self.cuda_reason})"
+        if self.cuda_architectures:
+            cuda += f", architectures {self.cuda_architectures}"
+        lines = [
+            ("bn_ext", self.version),
+            ("torch", f"{self.torch}, at build {self.torch_at_build or 'unknown'}"),
+            ("extension", "loaded" if self.loaded else f"not loaded: {self.reason}"),
+            ("CUDA kernels", cuda),
+            ("CPU kernels", f"{self.instruction_set or 'none'}, {self.threads} threads"),
+        ]
+        return "\n".join(f"{name:<13} {value}" for name, value in lines)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("bn_ext")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def build_info() -> BuildInfo:
+    """Tell what was built and what runs on this machine.
+
+    Never fails: where the extension cannot be loaded, `loaded` is False and `reason` says why.
+
+    Returns:
+        A :class:`BuildInfo`; `print(bn_ext.build_info())` shows it as a short table.
+    """
+    try:
+        config: Any = importlib.import_module("bn_ext._build_config")
+    except ImportError:
+        config = None
+    module = _extension.module
+    return BuildInfo(
+        version=_version(),
+        torch=torch.__version__,
+        torch_at_build=config.TORCH if config else "",
+        loaded=module is not None,
+        reason=_extension.reason,
+        cuda=bool(config and config.CUDA and module is not None),
+        cuda_reason=config.CUDA_REASON if config else "bn_ext has not been built",
+        cuda_architectures=config.CUDA_ARCHITECTURES if config else "",
+        instruction_set=module.instruction_set() if module is not None else "",
+        threads=torch.get_num_threads(),
+    )

@@ -1,0 +1,45 @@
+"""Loads the extension module, or says in a sentence why it cannot be loaded."""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """Major and minor number: C++ interfaces of torch hold within a minor release."""
+    return tuple(version.split("+")[0].split(".")[:2])
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension and an empty string, or None and the reason."""
+    try:
+        config: Any = importlib.import_module("bn_ext._build_config")
+    except ImportError:
+        return None, (
+            "bn_ext has not been built: run `pip install --no-build-isolation .` in its source folder "
+            "(docs/install.md)"
+        )
+    if _release(config.TORCH) != _release(torch.__version__):
+        return None, (
+            f"bn_ext was built against torch {config.TORCH}, but this is torch {torch.__version__}: build it again "
+            "with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
+        )
+    try:
+        return importlib.import_module("bn_ext._C"), ""
+    except ImportError as error:
+        return None, (
+            f"bn_ext's extension module cannot be loaded ({error}): build it again with "
+            "`pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
+        )
+
+
+module, reason = _load()
+
+
+def require() -> Any:
+    """The extension module; RuntimeError with the reason and its mend if there is none."""
+    if module is None:
+        raise RuntimeError(reason)
+    return module

@@ -1,0 +1,69 @@
+"""Whole models: torch.nn's batch norms become this package's, and back."""
+
+import warnings
+from typing import TypeVar
+
+import torch
+
+from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+_FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.BatchNorm1d: BatchNorm1d,
+    torch.nn.BatchNorm2d: BatchNorm2d,
+    torch.nn.BatchNorm3d: BatchNorm3d,
+}
+_STOCK = {fused: stock for stock, fused in _FUSED.items()}
+
+
+def convert(model: Model) -> Model:
+    """Make every torch.nn.BatchNorm1d, 2d and 3d in a model this package's, in place.
+
+    The modules stay the same objects, of another class: parameters, buffers, hooks, training flag, device,
+    requires_grad and references from elsewhere stay as they are. Converting twice does nothing more.
+
+    A subclass of torch's batch norms may do more than they do: it is left alone, with one warning that names all of
+    them. Modules that are no subclass of them are not looked at.
+
+    Args:
+        model: Any module, or a batch norm itself.
+
+    Returns:
+        `model`.
+    """
+    _require_module(model)
+    left_alone = []
+    for name, module in model.named_modules():
+        if type(module) in _FUSED:
+            module.__class__ = _FUSED[type(module)]
+        elif isinstance(module, tuple(_FUSED)) and type(module) not in _STOCK:
+            left_alone.append(f"{name or 'the model'} ({type(module).__module__}.{type(module).__qualname__})")
+    if left_alone:
+        warnings.warn(
+            "bn_ext.convert left these alone, subclasses of torch.nn's batch norms that may behave differently: "
+            + ", ".join(left_alone),
+            stacklevel=2,
+        )
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo :func:`convert`: make every batch norm of this package torch.nn's again, in place.
+
+    Args:
+        model: Any module, or a batch norm itself.
+
+    Returns:
+        `model`.
+    """
+    _require_module(model)
+    for module in model.modules():
+        if type(module) in _STOCK:
+            module.__class__ = _STOCK[type(module)]
+    return model
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,100 @@
+"""The operator as a function: `batch_norm`."""
+
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.overrides import has_torch_function_variadic
+
+import torch
+from bn_ext import _extension, _fake
+
+if _extension.module is not None:
+    _fake.register()
+    _direct = _extension.module.batch_norm
+else:
+
+    def _direct(*_: object) -> Tensor:
+        """Stand in for the extension that could not be loaded."""
+        raise RuntimeError(_extension.reason)
+
+
+_TENSORS = ("input", "running_mean", "running_var", "weight", "bias", "num_batches_tracked")
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Normalise each channel of a batch; a drop-in for :func:`torch.nn.functional.batch_norm`.
+
+    Equivalent to::
+
+        mean, var = input.mean(dims), input.var(dims, correction=0)  # training; else the running statistics
+        output = (input - mean) / sqrt(var + eps) * weight + bias
+
+    where `dims` are all dimensions but the second, and in training, in place::
+
+        num_batches_tracked += 1
+        running_mean = (1 - momentum) * running_mean + momentum * mean
+        running_var = (1 - momentum) * running_var + momentum * var * M / (M - 1)
+
+    Args:
+        input: (N, C, ...), at least two dimensions; float32, float64, float16 or bfloat16; any strides.
+        running_mean: (C,), or None. Updated in training, read in evaluation.
+        running_var: (C,), or None where running_mean is None. The unbiased variance.
+        weight: (C,), or None for 1.
+        bias: (C,), or None for 0.
+        training: Normalise with the statistics of the batch and update the running ones; otherwise with the
+            running ones.
+        momentum: Weight of this batch in the running statistics. None: their mean over all batches
+            (1 / num_batches_tracked), which needs `num_batches_tracked`.
+        eps: Added to the variance; positive in training.
+        num_batches_tracked: (), int64, or None. Raised by one in training.
+
+    The (C,) vectors share one dtype: that of input, or float32 beside a float16 or bfloat16 input.
+
+    Returns:
+        A new tensor like input, in its memory format (contiguous, channels_last or channels_last_3d); contiguous
+        where input is not dense.
+
+    Raises:
+        ValueError: One value per channel in training; eps out of range; only one running statistic given.
+        RuntimeError: Wrong number of elements, dtypes that do not go together, devices mixed.
+        NotImplementedError: Integer or complex input.
+        TypeError: An argument that is no tensor or number.
+        A failed call leaves running statistics and num_batches_tracked as they were.
+
+    Numerics: sums are taken in float32 around a shift (in float64 for float64 input), merged in float64 and in a
+    fixed order: results are bit-equal from run to run and for any number of threads. Differentiable to any order in
+    input, weight and bias.
+
+    Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), with torch's conventions.
+    """
+    arguments = (input, running_mean, running_var, weight, bias)
+    if is_compiling() or has_torch_function_variadic(*arguments):
+        return torch.ops.bn_ext.batch_norm(  # type: ignore[no-any-return]
+            *arguments, training, momentum, eps, num_batches_tracked=num_batches_tracked
+        )
+    try:
+        return _direct(*arguments, training, momentum, eps, num_batches_tracked)
+    except TypeError:
+        tensors = dict(zip(_TENSORS, (*arguments, num_batches_tracked), strict=True))
+        raise _type_error(tensors, momentum, eps) from None
+
+
+def _type_error(tensors: dict[str, object], momentum: object, eps: object) -> TypeError:
+    """The sentence for an argument of a wrong type, in torch's words."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "input"):
+            return TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    for name, value in {"momentum": momentum, "eps": eps}.items():
+        if not isinstance(value, int | float) and (value is not None or name == "eps"):
+            return TypeError(f"batch_norm(): argument '{name}' must be float, not {type(value).__name__}")
+    return TypeError("batch_norm(): argument 'training' must be bool")

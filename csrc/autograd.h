@@ -1,0 +1,35 @@
+// The public operator: checks, then autograd around the inner operators.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "batch_norm.h"
+
+namespace bn_ext {
+
+// torch.nn.functional.batch_norm, which in training also raises num_batches_tracked, and takes momentum=None for the
+// mean over all batches.
+at::Tensor batch_norm(const at::Tensor& input,
+                      const OptionalTensor& running_mean,
+                      const OptionalTensor& running_var,
+                      const OptionalTensor& weight,
+                      const OptionalTensor& bias,
+                      bool training,
+                      std::optional<double> momentum,
+                      double eps,
+                      const OptionalTensor& num_batches_tracked);
+
+// The same for calls from Python that do not come through the dispatcher.
+at::Tensor batch_norm_from_python(const at::Tensor& input,
+                                  const OptionalTensor& running_mean,
+                                  const OptionalTensor& running_var,
+                                  const OptionalTensor& weight,
+                                  const OptionalTensor& bias,
+                                  bool training,
+                                  std::optional<double> momentum,
+                                  double eps,
+                                  const OptionalTensor& num_batches_tracked);
+
+}  // namespace bn_ext

@@ -1,0 +1,145 @@
+// Every error a user can cause; see checks.h.
+#include "checks.h"
+
+#include <c10/core/SymBool.h>
+#include <c10/util/Exception.h>
+
+namespace bn_ext {
+namespace {
+
+bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+void check_dimensions(const at::Tensor& input) {
+  TORCH_CHECK(input.dim() >= 2, "input must have at least 2 dimensions (N, C, ...), got ", input.dim(), "D input");
+}
+
+void check_values_per_channel(const at::Tensor& input) {
+  c10::SymInt values = input.sym_size(0);
+  for (int64_t i = 2; i < input.dim(); ++i) values = values * input.sym_size(i);
+  TORCH_CHECK_VALUE(!TORCH_GUARD_OR_FALSE(values.sym_eq(1)),
+                    "Expected more than 1 value per channel when training, got input size torch.Size(",
+                    input.sym_sizes(),
+                    ")");
+}
+
+void check_eps(double eps, bool training) {
+  TORCH_CHECK_VALUE(!(training && eps <= 0), "batch_norm eps must be positive during training, but got ", eps);
+  TORCH_CHECK_VALUE(!(eps < 0), "batch_norm eps must be non-negative, but got ", eps);
+}
+
+void check_running_statistics(const BatchNormArguments& args) {
+  const bool mean = is_defined(args.running_mean);
+  const bool var = is_defined(args.running_var);
+  TORCH_CHECK(args.training || mean, "running_mean must be defined in evaluation mode");
+  TORCH_CHECK(args.training || var, "running_var must be defined in evaluation mode");
+  TORCH_CHECK_VALUE(mean == var, "running_mean and running_var must either both be None or neither be None");
+  TORCH_CHECK_VALUE(!args.training || !mean || args.momentum.has_value() || is_defined(args.num_batches_tracked),
+                    "momentum=None (the mean over all batches) needs num_batches_tracked, got None");
+}
+
+const char* parameter_type_of(const at::Tensor& input) {
+  return c10::toString(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+void check_input_dtype(const at::Tensor& input) {
+  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(input.scalar_type()) && !at::isFloat8Type(input.scalar_type()),
+                              "\"batch_norm\" not implemented for '",
+                              input.scalar_type(),
+                              "': input must be float32, float64, float16 or bfloat16");
+}
+
+// One per-channel vector. All of them share one dtype: the input's, or float32 beside a 16-bit input.
+void check_channel_vector(const at::Tensor& input,
+                          const OptionalTensor& tensor,
+                          const char* name,
+                          std::optional<at::ScalarType>& shared) {
+  if (!is_defined(tensor)) return;
+  TORCH_SYM_CHECK(tensor->sym_numel().sym_eq(input.sym_size(1)),
+                  name,
+                  " should contain ",
+                  input.sym_size(1),
+                  " elements not ",
+                  tensor->sym_numel());
+  TORCH_CHECK(tensor->device() == input.device(),
+              "Expected all tensors to be on the same device, but input is on ",
+              input.device(),
+              " and ",
+              name,
+              " is on ",
+              tensor->device());
+  const at::ScalarType dtype = tensor->scalar_type();
+  const bool is_half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(dtype == input.scalar_type() || (is_half && dtype == at::kFloat),
+              "mixed dtype: expect parameter to have scalar type of ",
+              parameter_type_of(input),
+              " for input of ",
+              input.scalar_type(),
+              ", got ",
+              name,
+              " of ",
+              dtype);
+  TORCH_CHECK(!shared.has_value() || *shared == dtype,
+              "expected scalar type ",
+              shared.value_or(dtype),
+              " but found ",
+              dtype,
+              ": weight, bias, running_mean and running_var must have one dtype, got ",
+              name,
+              " of ",
+              dtype);
+  shared = dtype;
+}
+
+void check_num_batches_tracked(const at::Tensor& input, const OptionalTensor& tensor) {
+  if (!is_defined(tensor)) return;
+  TORCH_CHECK(tensor->scalar_type() == at::kLong && tensor->dim() == 0,
+              "num_batches_tracked must be an int64 scalar, got ",
+              tensor->scalar_type(),
+              " of ",
+              tensor->dim(),
+              " dimensions");
+  TORCH_CHECK(tensor->device() == input.device(),
+              "Expected all tensors to be on the same device, but input is on ",
+              input.device(),
+              " and num_batches_tracked is on ",
+              tensor->device());
+}
+
+}  // namespace
+
+void check_arguments(const BatchNormArguments& args) {
+  check_dimensions(args.input);
+  if (args.training) check_values_per_channel(args.input);
+  check_eps(args.eps, args.training);
+  check_running_statistics(args);
+  check_input_dtype(args.input);
+  std::optional<at::ScalarType> shared;
+  check_channel_vector(args.input, args.running_mean, "running_mean", shared);
+  check_channel_vector(args.input, args.running_var, "running_var", shared);
+  check_channel_vector(args.input, args.weight, "weight", shared);
+  check_channel_vector(args.input, args.bias, "bias", shared);
+  check_num_batches_tracked(args.input, args.num_batches_tracked);
+}
+
+void check_not_differentiable(const OptionalTensor& tensor, const char* name) {
+  TORCH_CHECK(!is_defined(tensor) || !tensor->requires_grad(),
+              "The function 'batch_norm' is not differentiable with respect to argument '",
+              name,
+              "'. This input cannot have requires_grad True.");
+}
+
+void check_gradient(const at::Tensor& dy, const at::Tensor& input) {
+  TORCH_CHECK(
+      dy.sizes() == input.sizes(), "grad_output must have the shape of input ", input.sizes(), ", got ", dy.sizes());
+  TORCH_CHECK(dy.scalar_type() == input.scalar_type() && dy.device() == input.device(),
+              "grad_output must have the dtype and device of input (",
+              input.scalar_type(),
+              ", ",
+              input.device(),
+              "), got ",
+              dy.scalar_type(),
+              ", ",
+              dy.device());
+}
+
+}  // namespace bn_ext

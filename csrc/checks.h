@@ -1,0 +1,32 @@
+// Every error a user can cause, in one place: torch's exception type and torch's words where torch raises.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace bn_ext {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct BatchNormArguments {
+  const at::Tensor& input;             // (N, C, ...)
+  const OptionalTensor& running_mean;  // (C,)
+  const OptionalTensor& running_var;   // (C,)
+  const OptionalTensor& weight;        // (C,)
+  const OptionalTensor& bias;          // (C,)
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+  const OptionalTensor& num_batches_tracked;  // (), int64
+};
+
+// Throws before anything is written. Works on symbolic sizes too.
+void check_arguments(const BatchNormArguments& args);
+
+// Throws for a running statistic that requires a gradient: there is none.
+void check_not_differentiable(const OptionalTensor& tensor, const char* name);
+
+void check_gradient(const at::Tensor& dy, const at::Tensor& input);
+
+}  // namespace bn_ext

@@ -1,0 +1,29 @@
+// Batch normalisation composed from ATen's operators: slower, but differentiable in every way torch knows.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+
+#include "batch_norm.h"
+#include "checks.h"
+
+namespace bn_ext {
+
+// For what the fused operators cannot see through: torch.func transforms, forward-mode AD, devices other than CPU and
+// CUDA.
+bool needs_composed(const BatchNormArguments& args);
+at::Tensor composed_batch_norm(const BatchNormArguments& args);
+
+// The backward pass in differentiable operators, for create_graph=True: derivatives of any order follow from it.
+// Statistics are computed from input again, so that they are differentiated too. `mean` and `rstd`: eval's.
+ThreeTensors composed_backward(const at::Tensor& dy,
+                               const at::Tensor& input,
+                               const OptionalTensor& weight,
+                               const at::Tensor& mean,
+                               const at::Tensor& rstd,
+                               bool training,
+                               double eps,
+                               std::array<bool, 3> output_mask);
+
+}  // namespace bn_ext

@@ -1,0 +1,213 @@
+// The CPU back-end: sums, per-channel arithmetic, results; at::parallel_for around the kernels' plain loops.
+#include "batch_norm_cpu.h"
+
+#include <ATen/Parallel.h>
+
+#include <memory>
+
+#include "channel.h"
+#include "instruction_set.h"
+#include "partition.h"
+#include "reduce.h"
+
+namespace bn_ext::cpu {
+namespace {
+
+constexpr int64_t kSerialValues = 32768;  // a tensor this small is done before a second thread has started
+constexpr int64_t kSerialChannels = 256;  // likewise for per-channel arithmetic
+
+double to_double(float value) { return value; }
+double to_double(double value) { return value; }
+double to_double(Half value) { return c10::Half(value.bits, c10::Half::from_bits()); }
+double to_double(BFloat16 value) { return c10::BFloat16(value.bits, c10::BFloat16::from_bits()); }
+
+template <typename T>
+const KernelsOf<T, PlaneRange>& kernels_for(const PlanePartition&) {
+  return kernels<T>().planes;
+}
+template <typename T>
+const KernelsOf<T, RowRange>& kernels_for(const RowPartition&) {
+  return kernels<T>().rows;
+}
+
+// `count` vectors of one value per column, uninitialised.
+template <typename A>
+class ColumnVectors {
+ public:
+  ColumnVectors(const Partition& partition, int64_t count)
+      : columns_(partition.columns), values_(new A[static_cast<size_t>(columns_ * count)]) {}
+  A* operator[](int64_t i) { return values_.get() + i * columns_; }
+
+ private:
+  int64_t columns_;
+  std::unique_ptr<A[]> values_;
+};
+
+// sum(group, segment) for all segments, then finalise(first channel, last channel + 1), then write(group, segment).
+// Group by group, each while it is in cache, where there are groups enough for the threads; otherwise stage by stage.
+// The last stage goes backwards: what was read last is still in cache.
+template <typename P, typename Sum, typename Finalise, typename Write>
+void run_stages(const P& p, int64_t numel, const Sum& sum, const Finalise& finalise, const Write& write) {
+  const int64_t threads = numel <= kSerialValues ? 1 : at::get_num_threads();
+  if (threads == 1 ? p.cached || p.groups == 1 : p.cached && p.groups >= 4 * threads) {
+    at::parallel_for(0, p.groups, threads == 1 ? p.groups : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        for (int64_t segment = 0; segment < p.segments; ++segment) sum(group, segment);
+        finalise(p.column_begin(group) / p.run, std::min(p.channels, p.column_end(group) / p.run));
+        for (int64_t segment = p.segments - 1; segment >= 0; --segment) write(group, segment);
+      }
+    });
+    return;
+  }
+  const int64_t units = p.groups * p.segments;
+  const int64_t grain = threads == 1 ? units : 1;
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) sum(unit % p.groups, unit / p.groups);
+  });
+  at::parallel_for(0, p.channels, p.joined || threads == 1 ? p.channels : kSerialChannels, finalise);
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = end - 1; unit >= begin; --unit) write(unit % p.groups, unit / p.groups);
+  });
+}
+
+template <typename T, typename P>
+void forward(const ForwardParams& p, const P& partition) {
+  using A = acc_t<T>;
+  const auto& kernels = kernels_for<T>(partition);
+  const T* x = static_cast<const T*>(p.x);
+  T* y = static_cast<T*>(p.y);
+  if (p.training && p.num_batches_tracked != nullptr) ++*p.num_batches_tracked;
+  const double momentum = p.cumulative && p.num_batches_tracked ? 1.0 / double(*p.num_batches_tracked) : p.momentum;
+  Partials<Moments> partials(partition, p.training);
+  ColumnVectors<A> vectors(partition, 3);
+  const ApplyCoefficients<A> k{vectors[0], vectors[1], vectors[2]};
+
+  const auto sum = [&](int64_t group, int64_t segment) {
+    if (!p.training) return;
+    kernels.moments(partition.range(group, segment), x, partials.at(segment) + partition.column_begin(group));
+  };
+  const auto batch_moments = [&](int64_t c, double column_count) {
+    Moments total{0, 0};
+    double count = 0;
+    for_each_column(partition, c, [&](int64_t column) {
+      total = merged(total, count, partials.at(0)[column], column_count);
+      count += column_count;
+    });
+    if (std::isfinite(total.m2)) return total;
+    return moments_in_double(p.shape, x, c, [](T value) { return to_double(value); });
+  };
+  const auto finalise = [&](int64_t c_begin, int64_t c_end) {
+    const double count =
+        p.training
+            ? merge_segments(partition, columns_begin(partition, c_begin), columns_end(partition, c_end), partials)
+            : 0;
+    for (int64_t c = c_begin; c < c_end; ++c) {
+      const Affine affine =
+          p.training ? affine_of_batch<A>(p, c, batch_moments(c, count), momentum) : affine_of_running(p, c);
+      static_cast<A*>(p.mean)[c] = static_cast<A>(affine.mean);
+      static_cast<A*>(p.rstd)[c] = static_cast<A>(affine.rstd);
+      for_each_column(partition, c, [&](int64_t column) {
+        vectors[0][column] = static_cast<A>(affine.mean);
+        vectors[1][column] = static_cast<A>(affine.scale);
+        vectors[2][column] = static_cast<A>(affine.offset);
+      });
+    }
+  };
+  const auto write = [&](int64_t group, int64_t segment) {
+    kernels.apply(partition.range(group, segment), x, false, k, y);
+  };
+  run_stages(partition, p.shape.numel(), sum, finalise, write);
+}
+
+template <typename T, typename P>
+void backward(const BackwardParams& p, const P& partition) {
+  using A = acc_t<T>;
+  const auto& kernels = kernels_for<T>(partition);
+  const T* x = static_cast<const T*>(p.x);
+  T* dx = static_cast<T*>(p.dx);
+  const std::vector<T> repeated(p.dy_is_scalar ? kMaxRun : 0, *static_cast<const T*>(p.dy));
+  const T* dy = p.dy_is_scalar ? repeated.data() : static_cast<const T*>(p.dy);
+  const bool needs_sums = p.dweight || p.dbias || (p.dx && p.training);
+  Partials<GradSums> partials(partition, needs_sums);
+  ColumnVectors<A> vectors(partition, 4);
+  const GradCoefficients<A> k{vectors[0], vectors[1], vectors[2], vectors[3]};
+  for (int64_t c = 0; c < partition.channels; ++c) {
+    for_each_column(partition, c, [&](int64_t j) { vectors[0][j] = static_cast<const A*>(p.mean)[c]; });
+  }
+
+  const auto sum = [&](int64_t group, int64_t segment) {
+    if (!needs_sums) return;
+    GradSums* out = partials.at(segment) + partition.column_begin(group);
+    kernels.grad_sums(partition.range(group, segment), dy, p.dy_is_scalar, x, k.mean, out);
+  };
+  const auto finalise = [&](int64_t c_begin, int64_t c_end) {
+    if (needs_sums) {
+      merge_segments(partition, columns_begin(partition, c_begin), columns_end(partition, c_end), partials);
+    }
+    for (int64_t c = c_begin; c < c_end; ++c) {
+      const double rstd = static_cast<const A*>(p.rstd)[c];
+      double sum_dy = 0;
+      double sum_dy_xhat = 0;
+      if (needs_sums) {
+        for_each_column(partition, c, [&](int64_t column) {
+          sum_dy += partials.at(0)[column].dy;
+          sum_dy_xhat += partials.at(0)[column].dy_centred * rstd;
+        });
+      }
+      write_param(p.dweight, p.params_dtype, c, sum_dy_xhat);
+      write_param(p.dbias, p.params_dtype, c, sum_dy);
+      const double scale = rstd * read_param(p.weight, p.params_dtype, c, 1);
+      const double count = double(p.shape.values_per_channel());
+      for_each_column(partition, c, [&](int64_t column) {
+        if (!p.training) vectors[0][column] = 0;  // done with the mean: dx = dy * scale
+        vectors[1][column] = static_cast<A>(scale);
+        vectors[2][column] = static_cast<A>(-scale * rstd * sum_dy_xhat / count);
+        vectors[3][column] = p.training ? static_cast<A>(-scale * sum_dy / count) : 0;
+      });
+    }
+  };
+  const auto write = [&](int64_t group, int64_t segment) {
+    if (dx == nullptr) return;
+    const auto range = partition.range(group, segment);
+    if (p.training) {
+      kernels.grad_input(range, dy, p.dy_is_scalar, x, k, dx);
+    } else {  // x is not looked at: an inf in it must not reach dx
+      kernels.apply(range, dy, p.dy_is_scalar, {k.mean, k.scale, k.offset}, dx);
+    }
+  };
+  run_stages(partition, p.shape.numel(), sum, finalise, write);
+}
+
+// Calls body(T{}, partition) for the tensor's type and layout.
+template <typename Body>
+void dispatch(DType dtype, const Shape& shape, const Body& body) {
+  const auto with_type = [&](auto value) {
+    if (walks_rows(shape)) {
+      body(value, RowPartition(shape, sizeof(value)));
+    } else {
+      body(value, PlanePartition(shape, sizeof(value)));
+    }
+  };
+  switch (dtype) {
+    case DType::kFloat32:
+      return with_type(float{});
+    case DType::kFloat64:
+      return with_type(double{});
+    case DType::kFloat16:
+      return with_type(Half{});
+    case DType::kBFloat16:
+      return with_type(BFloat16{});
+  }
+}
+
+}  // namespace
+
+void forward(const ForwardParams& p) {
+  dispatch(p.dtype, p.shape, [&](auto value, const auto& partition) { forward<decltype(value)>(p, partition); });
+}
+
+void backward(const BackwardParams& p) {
+  dispatch(p.dtype, p.shape, [&](auto value, const auto& partition) { backward<decltype(value)>(p, partition); });
+}
+
+}  // namespace bn_ext::cpu

@@ -1,0 +1,100 @@
+// The arithmetic of one channel: from its sums to running statistics and coefficients, in double.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "../params.h"
+#include "kernels.h"
+
+namespace bn_ext::cpu {
+
+// p[i] of a (C,) vector; `otherwise` if there is none.
+inline double read_param(const void* p, DType dtype, int64_t i, double otherwise) {
+  if (p == nullptr) return otherwise;
+  switch (dtype) {
+    case DType::kFloat32:
+      return static_cast<const float*>(p)[i];
+    case DType::kFloat64:
+      return static_cast<const double*>(p)[i];
+    case DType::kFloat16:
+      return static_cast<float>(static_cast<const c10::Half*>(p)[i]);
+    case DType::kBFloat16:
+      return static_cast<float>(static_cast<const c10::BFloat16*>(p)[i]);
+  }
+  return otherwise;
+}
+
+inline void write_param(void* p, DType dtype, int64_t i, double value) {
+  if (p == nullptr) return;
+  switch (dtype) {
+    case DType::kFloat32:
+      static_cast<float*>(p)[i] = static_cast<float>(value);
+      break;
+    case DType::kFloat64:
+      static_cast<double*>(p)[i] = value;
+      break;
+    case DType::kFloat16:
+      static_cast<c10::Half*>(p)[i] = static_cast<c10::Half>(static_cast<float>(value));
+      break;
+    case DType::kBFloat16:
+      static_cast<c10::BFloat16*>(p)[i] = static_cast<c10::BFloat16>(static_cast<float>(value));
+      break;
+  }
+}
+
+// One channel's moments in double throughout, two passes: for data whose squares overflow the accumulate type.
+template <typename T, typename ToDouble>
+Moments moments_in_double(const Shape& shape, const T* x, int64_t c, const ToDouble& to_double) {
+  const auto sum_of = [&](const auto& term) {
+    double sum = 0;
+    for (int64_t n = 0; n < shape.n; ++n) {
+      for (int64_t s = 0; s < shape.s; ++s) {
+        const int64_t i = shape.channels_last ? (n * shape.s + s) * shape.c + c : (n * shape.c + c) * shape.s + s;
+        sum += term(to_double(x[i]));
+      }
+    }
+    return sum;
+  };
+  const double mean = sum_of([](double value) { return value; }) / double(shape.values_per_channel());
+  return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
+}
+
+// What y is made with: mean as the saved one, and offset making up for its rounding.
+struct Affine {
+  double mean;
+  double rstd;
+  double scale;
+  double offset;
+};
+
+// Training: updates the running statistics of channel c. `momentum` is this batch's weight in them.
+template <typename A>
+Affine affine_of_batch(const ForwardParams& p, int64_t c, const Moments& moments, double momentum) {
+  const double count = double(p.shape.values_per_channel());
+  const double var = moments.m2 / count;
+  if (p.running_mean != nullptr) {
+    const double mean = read_param(p.running_mean, p.params_dtype, c, 0);
+    write_param(p.running_mean, p.params_dtype, c, momentum * moments.mean + (1 - momentum) * mean);
+  }
+  if (p.running_var != nullptr) {
+    const double old = read_param(p.running_var, p.params_dtype, c, 1);
+    write_param(p.running_var, p.params_dtype, c, momentum * (moments.m2 / (count - 1)) + (1 - momentum) * old);
+  }
+  const double rstd = 1 / std::sqrt(var + p.eps);
+  const double scale = rstd * read_param(p.weight, p.params_dtype, c, 1);
+  const double mean = static_cast<A>(moments.mean);
+  return {mean, rstd, scale, read_param(p.bias, p.params_dtype, c, 0) - (moments.mean - mean) * scale};
+}
+
+// Eval.
+inline Affine affine_of_running(const ForwardParams& p, int64_t c) {
+  const double mean = read_param(p.running_mean, p.params_dtype, c, 0);
+  const double rstd = 1 / std::sqrt(read_param(p.running_var, p.params_dtype, c, 1) + p.eps);
+  return {mean, rstd, rstd * read_param(p.weight, p.params_dtype, c, 1), read_param(p.bias, p.params_dtype, c, 0)};
+}
+
+}  // namespace bn_ext::cpu

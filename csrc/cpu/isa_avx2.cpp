@@ -1,0 +1,34 @@
+// The kernels for processors with AVX2, FMA and F16C.
+// Headers come before the target pragma, so that no inline function of theirs is compiled for more than the baseline.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace bn_ext::cpu {
+namespace avx2 {
+constexpr int kVectorBytes = 32;
+#include "planes.inl"
+#include "rows.inl"
+#include "table.inl"
+#include "vector.inl"
+}  // namespace avx2
+
+KernelTables avx2_kernels() { return avx2::all_kernels(); }
+}  // namespace bn_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__

@@ -1,0 +1,35 @@
+// The kernels for processors with AVX-512 (F, BW, DQ, VL).
+// Headers come before the target pragma, so that no inline function of theirs is compiled for more than the baseline.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <type_traits>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace bn_ext::cpu {
+namespace avx512 {
+constexpr int kVectorBytes = 64;
+#include "planes.inl"
+#include "rows.inl"
+#include "table.inl"
+#include "vector.inl"
+}  // namespace avx512
+
+KernelTables avx512_kernels() { return avx512::all_kernels(); }
+}  // namespace bn_ext::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__

@@ -1,0 +1,17 @@
+// The kernels for any processor: 16-byte vectors, which x86-64 (SSE2) and arm64 (NEON) always have.
+// Headers come before the target pragma, so that no inline function of theirs is compiled for more than the baseline.
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace bn_ext::cpu {
+namespace baseline {
+constexpr int kVectorBytes = 16;
+#include "planes.inl"
+#include "rows.inl"
+#include "table.inl"
+#include "vector.inl"
+}  // namespace baseline
+
+KernelTables baseline_kernels() { return baseline::all_kernels(); }
+}  // namespace bn_ext::cpu

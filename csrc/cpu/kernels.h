@@ -1,0 +1,118 @@
+// The loops that exist once per instruction set, as a table of functions: plain memory, one thread, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace bn_ext::cpu {
+
+// 16-bit floats as they lie in memory; arithmetic happens in float.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The type that values are computed in, and that mean, rstd and coefficients have.
+template <typename T>
+struct AccumulateType {
+  using type = float;
+};
+template <>
+struct AccumulateType<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename AccumulateType<T>::type;
+
+// A contiguous (N, C, S) tensor, the channels [c_begin, c_end), and of each channel's N * S values, in memory order,
+// those at [m_begin, m_end).
+struct PlaneRange {
+  int64_t c;
+  int64_t s;
+  int64_t c_begin;
+  int64_t c_end;
+  int64_t m_begin;
+  int64_t m_end;
+};
+
+// A contiguous (rows, columns) tensor, and of it the part [row_begin, row_end) x [column_begin, column_end).
+struct RowRange {
+  int64_t columns;
+  int64_t column_begin;
+  int64_t column_end;
+  int64_t row_begin;
+  int64_t row_end;
+};
+
+constexpr int64_t kMaxRun = 2048;      // values of a plane that go together: float sums stay short
+constexpr int64_t kMaxColumns = 1024;  // of a RowRange: the accumulators of one range stay in L1
+constexpr int64_t kMaxGroup = 64;      // channels of a PlaneRange
+
+// Mean and sum of squared deviations from it, of a number of values that the range tells.
+struct Moments {
+  double mean;
+  double m2;
+};
+
+// From the sums of `count` values' deviations from a shift, and of their squares.
+inline Moments moments_around(double shift, double sum, double squares, double count) {
+  const double m2 = squares - sum * (sum / count);
+  return {shift + sum / count, m2 < 0 ? 0 : m2};  // below zero by rounding only; NaN stays
+}
+
+// sum(dy) and sum(dy * (x - mean)).
+struct GradSums {
+  double dy;
+  double dy_centred;
+};
+
+// y = (x - mean) * scale + offset, one value of each per channel (planes) or column (rows), indexed by it.
+template <typename A>
+struct ApplyCoefficients {
+  const A* mean;
+  const A* scale;
+  const A* offset;
+};
+
+// dx = dy * scale + (x - mean) * slope + offset, indexed alike.
+template <typename A>
+struct GradCoefficients {
+  const A* mean;
+  const A* scale;
+  const A* slope;
+  const A* offset;
+};
+
+// x, y, dy and dx are bases of whole tensors, a range says which part. A `..._repeats` tensor is a single value
+// instead, given as kMaxRun copies. Results per channel go to out[channel - c_begin] or out[column - column_begin].
+template <typename T, typename Range>
+struct KernelsOf {
+  using A = acc_t<T>;
+  void (*moments)(const Range& range, const T* x, Moments* out);
+  void (*apply)(const Range& range, const T* x, bool x_repeats, const ApplyCoefficients<A>& k, T* y);
+  void (*grad_sums)(const Range& range, const T* dy, bool dy_repeats, const T* x, const A* mean, GradSums* out);
+  void (*grad_input)(const Range& range, const T* dy, bool dy_repeats, const T* x, const GradCoefficients<A>& k, T* dx);
+};
+
+template <typename T>
+struct Kernels {
+  KernelsOf<T, PlaneRange> planes;
+  KernelsOf<T, RowRange> rows;
+};
+
+struct KernelTables {
+  Kernels<float> f32;
+  Kernels<double> f64;
+  Kernels<Half> f16;
+  Kernels<BFloat16> bf16;
+};
+
+// One table per instruction set that this build holds.
+KernelTables baseline_kernels();
+#if defined(__x86_64__)
+KernelTables avx2_kernels();
+KernelTables avx512_kernels();
+#endif
+
+}  // namespace bn_ext::cpu

@@ -1,0 +1,108 @@
+// How a tensor is cut into ranges for the kernels. The cut into segments depends on the shape only, so that sums come
+// out bit-equal whatever the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../params.h"
+#include "kernels.h"
+
+namespace bn_ext::cpu {
+
+constexpr int64_t kSegmentValues = 1 << 17;  // of a channel (planes) or of a block of columns (rows)
+constexpr int64_t kNarrowPlane = 16;         // planes of fewer values are walked as rows: a run would be no full vector
+constexpr int64_t kNarrowRow = 64;           // channels_last rows of fewer values are joined with their neighbours
+constexpr int64_t kGroupBytes = 4096;        // of one image's run of a group of planes: enough for the prefetchers
+constexpr int64_t kCachedBytes = 1 << 20;    // a group up to this size is still in cache when it is visited again
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What both cuts have in common. A group holds whole channels, a segment a part of their values; kernels are called
+// for a group's part of a segment. Coefficients and sums are indexed by column: there are `columns` of them, and
+// column j belongs to channel (j / run) % channels.
+struct Partition {
+  int64_t channels;
+  int64_t columns;
+  int64_t run;
+  int64_t groups;
+  int64_t segments;
+  bool cached;  // a group's values stay in cache between its sums and its results
+  bool joined;  // a column's channel repeats within a row; then there is one group
+};
+
+// Contiguous (N, C, S) with S >= kNarrowPlane. A column is a channel.
+struct PlanePartition : Partition {
+  using Range = PlaneRange;
+  Shape shape;
+  int64_t group_channels;
+  int64_t segment_values;
+
+  PlanePartition(const Shape& shape, int64_t item_bytes) : shape(shape) {
+    const int64_t values = shape.values_per_channel();
+    channels = columns = shape.c;
+    run = 1;
+    const int64_t wanted = ceil_div(kGroupBytes, shape.s * item_bytes);
+    const int64_t cacheable = kCachedBytes / (values * item_bytes);
+    group_channels = std::clamp<int64_t>(std::min({wanted, cacheable, shape.c / 16}), 1, kMaxGroup);
+    groups = ceil_div(channels, group_channels);
+    segments = ceil_div(values, kSegmentValues);
+    segment_values = ceil_div(values, segments);
+    cached = true;  // at worst in the last-level cache
+    joined = false;
+  }
+
+  int64_t column_begin(int64_t group) const { return group * group_channels; }
+  int64_t column_end(int64_t group) const { return std::min(columns, column_begin(group) + group_channels); }
+  int64_t count(int64_t segment) const {  // of a column's values in a segment
+    return std::min(shape.values_per_channel(), (segment + 1) * segment_values) - segment * segment_values;
+  }
+  Range range(int64_t group, int64_t segment) const {
+    const int64_t begin = segment * segment_values;
+    return {shape.c, shape.s, column_begin(group), column_end(group), begin, begin + count(segment)};
+  }
+};
+
+// Rows of columns: channels_last, (N, C), and contiguous tensors of small planes.
+struct RowPartition : Partition {
+  using Range = RowRange;
+  int64_t rows;
+  int64_t group_columns;
+  int64_t segment_rows;
+
+  RowPartition(const Shape& shape, int64_t item_bytes) {
+    channels = shape.c;
+    run = shape.channels_last ? 1 : shape.s;
+    columns = shape.channels_last ? shape.c : shape.c * shape.s;
+    rows = shape.numel() / columns;
+    const int64_t rows_joined = columns < kNarrowRow ? largest_divisor(rows, ceil_div(kNarrowRow, columns)) : 1;
+    columns *= rows_joined;
+    rows /= rows_joined;
+    joined = rows_joined > 1;
+    group_columns = joined ? columns : std::min(columns, kMaxColumns / run * run);  // whole channels
+    groups = ceil_div(columns, group_columns);
+    segments = ceil_div(rows * group_columns, kSegmentValues);
+    segment_rows = ceil_div(rows, segments);
+    segments = ceil_div(rows, segment_rows);
+    cached = rows * group_columns * item_bytes <= kCachedBytes;
+  }
+
+  int64_t column_begin(int64_t group) const { return group * group_columns; }
+  int64_t column_end(int64_t group) const { return std::min(columns, column_begin(group) + group_columns); }
+  int64_t count(int64_t segment) const { return std::min(rows, (segment + 1) * segment_rows) - segment * segment_rows; }
+  Range range(int64_t group, int64_t segment) const {
+    const int64_t begin = segment * segment_rows;
+    return {columns, column_begin(group), column_end(group), begin, begin + count(segment)};
+  }
+
+ private:
+  static int64_t largest_divisor(int64_t value, int64_t at_most) {
+    int64_t divisor = at_most;
+    while (value % divisor != 0) --divisor;
+    return divisor;
+  }
+};
+
+inline bool walks_rows(const Shape& shape) { return shape.channels_last || shape.s < kNarrowPlane; }
+
+}  // namespace bn_ext::cpu

@@ -1,0 +1,115 @@
+// Loops over contiguous (N, C, S) tensors: a channel is N runs of S values. Included after vector.inl.
+
+// A mean of deviations that overflows or is NaN cannot serve as a shift: then the values are taken as they are.
+template <typename A>
+BN_EXT_INLINE A finite_or_zero(A shift) {
+  return shift - shift == A(0) ? shift : A(0);
+}
+
+// Calls body(channel, offset of the first value, length <= kMaxRun) for each piece of a run, in memory order.
+template <typename Body>
+BN_EXT_INLINE void for_each_run(const PlaneRange& r, const Body& body) {
+  for (int64_t m = r.m_begin; m < r.m_end;) {
+    const int64_t image = m / r.s;
+    const int64_t position = m - image * r.s;
+    const int64_t left = r.s - position < r.m_end - m ? r.s - position : r.m_end - m;
+    const int64_t length = left < kMaxRun ? left : kMaxRun;
+    for (int64_t c = r.c_begin; c < r.c_end; ++c) body(c, (image * r.c + c) * r.s + position, length);
+    m += length;
+  }
+}
+
+template <typename T>
+static acc_t<T> run_sum(const T* x, int64_t n) {
+  using A = acc_t<T>;
+  Vec<A> sum[4] = {};
+  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int u) { sum[u] += keep(load(x + i, lanes), lanes); });
+  return sum_of_four<A>(sum);
+}
+
+// Sum of (x - shift) and of its square, added to `sum` and `squares`.
+template <typename T>
+BN_EXT_INLINE void add_run_moments(const T* x, int64_t n, acc_t<T> shift, double& sum, double& squares) {
+  using A = acc_t<T>;
+  const Vec<A> vshift = broadcast(shift);
+  Vec<A> s[4] = {};
+  Vec<A> q[4] = {};
+  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int u) {
+    const Vec<A> d = keep(load(x + i, lanes) - vshift, lanes);
+    s[u] += d;
+    q[u] += d * d;
+  });
+  sum += sum_of_four<A>(s);
+  squares += sum_of_four<A>(q);
+}
+
+// One pass around a shift, the mean of each channel's first run: no cancellation where the mean is large beside the
+// deviation, and each value is read once.
+template <typename T>
+static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
+  using A = acc_t<T>;
+  const int64_t channels = r.c_end - r.c_begin;
+  A shift[kMaxGroup];
+  int64_t shifts = 0;  // how many are known
+  for (int64_t i = 0; i < channels; ++i) out[i] = {0, 0};
+  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
+    const int64_t i = c - r.c_begin;
+    if (shifts < channels) shift[shifts++] = finite_or_zero(run_sum(x + offset, length) / A(length));
+    add_run_moments(x + offset, length, shift[i], out[i].mean, out[i].m2);  // the two sums, until all is read
+  });
+  const double count = double(r.m_end - r.m_begin);
+  for (int64_t i = 0; i < channels; ++i) out[i] = moments_around(double(shift[i]), out[i].mean, out[i].m2, count);
+}
+
+template <typename T>
+static void plane_apply(const PlaneRange& r, const T* x, bool x_repeats, const ApplyCoefficients<acc_t<T>>& k, T* y) {
+  using A = acc_t<T>;
+  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
+    const Vec<A> mean = broadcast(k.mean[c]);
+    const Vec<A> scale = broadcast(k.scale[c]);
+    const Vec<A> shift = broadcast(k.offset[c]);
+    const T* px = x_repeats ? x : x + offset;
+    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) {
+      store(y + offset + i, (load(px + i, lanes) - mean) * scale + shift, lanes);
+    });
+  });
+}
+
+template <typename T>
+static void plane_grad_sums(
+    const PlaneRange& r, const T* dy, bool dy_repeats, const T* x, const acc_t<T>* mean, GradSums* out) {
+  using A = acc_t<T>;
+  for (int64_t i = 0; i < r.c_end - r.c_begin; ++i) out[i] = {0, 0};
+  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
+    const Vec<A> vmean = broadcast(mean[c]);
+    const T* px = x + offset;
+    const T* pdy = dy_repeats ? dy : dy + offset;
+    Vec<A> s[4] = {};
+    Vec<A> q[4] = {};
+    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int u) {
+      const Vec<A> g = load(pdy + i, lanes);
+      s[u] += keep(g, lanes);
+      q[u] += keep(g * (load(px + i, lanes) - vmean), lanes);
+    });
+    out[c - r.c_begin].dy += sum_of_four<A>(s);
+    out[c - r.c_begin].dy_centred += sum_of_four<A>(q);
+  });
+}
+
+template <typename T>
+static void plane_grad_input(
+    const PlaneRange& r, const T* dy, bool dy_repeats, const T* x, const GradCoefficients<acc_t<T>>& k, T* dx) {
+  using A = acc_t<T>;
+  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
+    const Vec<A> mean = broadcast(k.mean[c]);
+    const Vec<A> scale = broadcast(k.scale[c]);
+    const Vec<A> slope = broadcast(k.slope[c]);
+    const Vec<A> shift = broadcast(k.offset[c]);
+    const T* px = x + offset;
+    const T* pdy = dy_repeats ? dy : dy + offset;
+    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) {
+      const Vec<A> centred = load(px + i, lanes) - mean;
+      store(dx + offset + i, load(pdy + i, lanes) * scale + (centred * slope + shift), lanes);
+    });
+  });
+}

@@ -1,0 +1,210 @@
+// Vectors of the compiler's own kind (GCC and Clang vector extensions), as wide as kVectorBytes: one source for every
+// instruction set. Included inside that instruction set's namespace; see isa_*.cpp.
+
+#define BN_EXT_INLINE static inline __attribute__((always_inline))
+
+template <typename A>
+struct VectorTypes;
+template <>
+struct VectorTypes<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorTypes<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+};
+template <typename A>
+using Vec = typename VectorTypes<A>::V;
+template <typename A>
+using Mask = typename VectorTypes<A>::I;  // all bits or none, per lane
+template <typename A>
+constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(A));
+
+typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
+
+// ---- which lanes of a vector count ----
+
+struct AllLanes {};
+// The vector ends where the data ends and overlaps what was visited before: only the last lanes are new. Memory under
+// the others may be read, and written with the same values again.
+template <typename A>
+struct LastLanes {
+  Mask<A> mask;
+};
+// There is less data than a vector: only the first `count` elements exist in memory.
+template <typename A>
+struct FirstLanes {
+  Mask<A> mask;
+  int64_t count;
+};
+
+template <typename A>
+BN_EXT_INLINE Mask<A> lane_index() {
+  Mask<A> index;
+  for (int i = 0; i < kLanes<A>; ++i) index[i] = i;
+  return index;
+}
+template <typename A>
+BN_EXT_INLINE LastLanes<A> last_lanes(int64_t count) {
+  return {lane_index<A>() >= int(kLanes<A> - count)};
+}
+template <typename A>
+BN_EXT_INLINE FirstLanes<A> first_lanes(int64_t count) {
+  return {lane_index<A>() < int(count), count};
+}
+
+// Zero in the lanes that do not count. By bits, so that an inf or NaN there does not matter.
+template <typename V>
+BN_EXT_INLINE V keep(V v, AllLanes) {
+  return v;
+}
+template <typename V, typename Lanes>
+BN_EXT_INLINE V keep(V v, const Lanes& lanes) {
+  return (V)((decltype(lanes.mask))v & lanes.mask);
+}
+
+// ---- memory <-> vector ----
+
+template <typename V, typename P>
+BN_EXT_INLINE V load_bits(const P* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));  // any alignment
+  return v;
+}
+
+BN_EXT_INLINE Vec<float> load_vector(const float* p) { return load_bits<Vec<float>>(p); }
+BN_EXT_INLINE Vec<double> load_vector(const double* p) { return load_bits<Vec<double>>(p); }
+BN_EXT_INLINE void store_vector(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+BN_EXT_INLINE void store_vector(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+// bfloat16: the upper half of a float.
+BN_EXT_INLINE Vec<float> load_vector(const BFloat16* p) {
+  return (Vec<float>)(__builtin_convertvector(load_bits<U16>(p), U32) << 16);
+}
+BN_EXT_INLINE void store_vector(BFloat16* p, Vec<float> v) {
+  const U32 bits = (U32)v;
+  const U32 nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U32 is_nan = (U32)(v != v);
+  const U32 rounded = (is_nan & ((bits >> 16) | 0x40)) | (~is_nan & nearest_even);
+  const U16 out = __builtin_convertvector(rounded, U16);
+  __builtin_memcpy(p, &out, sizeof(out));
+}
+
+#if defined(__AVX512F__)
+BN_EXT_INLINE Vec<float> load_vector(const Half* p) {
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+BN_EXT_INLINE void store_vector(Half* p, Vec<float> v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+BN_EXT_INLINE Vec<float> load_vector(const Half* p) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+BN_EXT_INLINE void store_vector(Half* p, Vec<float> v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+// float16 by integer arithmetic. A float16's exponent and mantissa, moved to a float's places, read 2^-112 times their
+// value; one multiplication mends that, subnormals included. Exponent 31 (inf, NaN) must become 255.
+BN_EXT_INLINE Vec<float> load_vector(const Half* p) {
+  const U32 bits = __builtin_convertvector(load_bits<U16>(p), U32);
+  const U32 magnitude = bits & 0x7fff;
+  const Vec<float> finite = (Vec<float>)(magnitude << 13) * 0x1p112f;
+  const U32 is_special = (U32)(magnitude >= 0x7c00);
+  const U32 special = (magnitude << 13) | 0x7f800000;
+  return (Vec<float>)(((bits & 0x8000) << 16) | (is_special & special) | (~is_special & (U32)finite));
+}
+// Rounding to nearest even falls out of a float addition that pushes the bits to be dropped off the mantissa: the
+// addend has the value's exponent + 13, or that of the smallest normal float16 where the result is subnormal.
+BN_EXT_INLINE void store_vector(Half* p, Vec<float> v) {
+  const U32 bits = (U32)v;
+  const U32 magnitude = bits & 0x7fffffff;
+  const U32 exponent = magnitude & 0x7f800000;
+  const U32 smallest = (U32)(exponent < 0x38800000);
+  const U32 anchor = (smallest & (0x38800000 + (13u << 23))) | (~smallest & (exponent + (13u << 23)));
+  const U32 too_large = (U32)(magnitude >= 0x477ff000);  // rounds to 65536 or more: inf
+  const Vec<float> safe = (Vec<float>)(magnitude & ~too_large);
+  const U32 safe_anchor = anchor & ~too_large;
+  const U32 mantissa = (U32)(safe + (Vec<float>)safe_anchor) - safe_anchor;  // in units of the last float16 place
+  const U32 base = ~smallest & ((exponent - 0x38000000) >> 13);              // exponent, in its float16 place
+  const U32 finite = base + (mantissa - (~smallest & 0x400));
+  const U32 is_nan = (U32)(magnitude > 0x7f800000);
+  const U32 special = 0x7c00 | (is_nan & (0x200 | (magnitude >> 13 & 0x3ff)));
+  const U32 result = ((bits >> 16) & 0x8000) | (too_large & special) | (~too_large & finite);
+  const U16 out = __builtin_convertvector(result, U16);
+  __builtin_memcpy(p, &out, sizeof(out));
+}
+#endif
+
+template <typename T, typename Lanes>
+BN_EXT_INLINE Vec<acc_t<T>> load(const T* p, const Lanes&) {
+  return load_vector(p);
+}
+template <typename T>
+BN_EXT_INLINE Vec<acc_t<T>> load(const T* p, const FirstLanes<acc_t<T>>& lanes) {
+  T buffer[kLanes<acc_t<T>>] = {};
+  __builtin_memcpy(buffer, p, lanes.count * sizeof(T));
+  return load_vector(buffer);
+}
+template <typename T, typename Lanes>
+BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const Lanes&) {
+  store_vector(p, v);
+}
+template <typename T>
+BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const FirstLanes<acc_t<T>>& lanes) {
+  T buffer[kLanes<acc_t<T>>];
+  store_vector(buffer, v);
+  __builtin_memcpy(p, buffer, lanes.count * sizeof(T));
+}
+
+template <typename A>
+BN_EXT_INLINE Vec<A> broadcast(A value) {
+  return Vec<A>{} + value;
+}
+
+// ---- walking ----
+
+// Visits [0, n): body(i, lanes, u) for the vector at i; u in 0..3 numbers the independent accumulators.
+template <typename A, typename Body>
+BN_EXT_INLINE void for_each_vector(int64_t n, const Body& body) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    body(i, AllLanes{}, 0);
+    body(i + L, AllLanes{}, 1);
+    body(i + 2 * L, AllLanes{}, 2);
+    body(i + 3 * L, AllLanes{}, 3);
+  }
+  for (; i + L <= n; i += L) body(i, AllLanes{}, 0);
+  const int64_t rest = n - i;
+  if (rest == 0) return;
+  if (n >= L) {
+    body(n - L, last_lanes<A>(rest), 1);
+  } else {
+    body(i, first_lanes<A>(rest), 1);
+  }
+}
+
+// Sum of the lanes, by halves.
+template <typename A, int kBytes>
+BN_EXT_INLINE A add_lanes(const void* lanes) {
+  if constexpr (kBytes == sizeof(A)) {
+    return *static_cast<const A*>(lanes);
+  } else {
+    typedef A Part __attribute__((vector_size(kBytes / 2)));
+    Part low, high;
+    __builtin_memcpy(&low, lanes, sizeof(Part));
+    __builtin_memcpy(&high, static_cast<const char*>(lanes) + sizeof(Part), sizeof(Part));
+    const Part sum = low + high;
+    return add_lanes<A, kBytes / 2>(&sum);
+  }
+}
+template <typename A>
+BN_EXT_INLINE A sum_of_four(const Vec<A> (&v)[4]) {
+  const Vec<A> sum = (v[0] + v[1]) + (v[2] + v[3]);
+  return add_lanes<A, kVectorBytes>(&sum);
+}

@@ -1,0 +1,20 @@
+// The CUDA back-end of a build without CUDA kernels: says so.
+#include <c10/util/Exception.h>
+
+#include "batch_norm_cuda.h"
+
+#ifndef BN_EXT_CUDA_REASON
+#error "setup.py defines BN_EXT_CUDA_REASON: why there are no CUDA kernels, and what would mend it"
+#endif
+
+namespace bn_ext::cuda {
+namespace {
+
+[[noreturn]] void fail() { TORCH_CHECK(false, "bn_ext cannot run on a cuda device: ", BN_EXT_CUDA_REASON); }
+
+}  // namespace
+
+void forward(const ForwardParams&) { fail(); }
+void backward(const BackwardParams&) { fail(); }
+
+}  // namespace bn_ext::cuda
