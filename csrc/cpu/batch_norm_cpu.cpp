@@ -13,8 +13,8 @@
 namespace bn_ext::cpu {
 namespace {
 
-constexpr int64_t kSerialValues = 32768;  // a tensor this small is done before a second thread has started
-constexpr int64_t kSerialChannels = 256;  // likewise for per-channel arithmetic
+constexpr int64_t kSerialValues = 32768;   // a tensor this small is done before a second thread has started
+constexpr int64_t kSerialChannels = 8192;  // likewise for per-channel arithmetic
 
 double to_double(float value) { return value; }
 double to_double(double value) { return value; }
@@ -43,31 +43,46 @@ class ColumnVectors {
   std::unique_ptr<A[]> values_;
 };
 
-// sum(group, segment) for all segments, then finalise(first channel, last channel + 1), then write(group, segment).
+// What a pass consists of, in this order. Without sums or without results, that stage is left out.
+template <typename Sum, typename Finalise, typename Write>
+struct Stages {
+  bool has_sums;
+  bool has_results;
+  Sum sum;            // (group, segment)
+  Finalise finalise;  // (first channel, last channel + 1)
+  Write write;        // (group, segment)
+};
+template <typename Sum, typename Finalise, typename Write>
+Stages(bool, bool, Sum, Finalise, Write) -> Stages<Sum, Finalise, Write>;
+
 // Group by group, each while it is in cache, where there are groups enough for the threads; otherwise stage by stage.
-// The last stage goes backwards: what was read last is still in cache.
-template <typename P, typename Sum, typename Finalise, typename Write>
-void run_stages(const P& p, int64_t numel, const Sum& sum, const Finalise& finalise, const Write& write) {
-  const int64_t threads = numel <= kSerialValues ? 1 : at::get_num_threads();
-  if (threads == 1 ? p.cached || p.groups == 1 : p.cached && p.groups >= 4 * threads) {
-    at::parallel_for(0, p.groups, threads == 1 ? p.groups : 1, [&](int64_t begin, int64_t end) {
+// Results go backwards: what was read last is still in cache. Few parallel regions: on a busy machine each one costs.
+template <typename P, typename S>
+void run_stages(const P& p, int64_t numel, const S& stages) {
+  const bool serial = numel <= kSerialValues || at::get_num_threads() == 1;
+  const auto write_backwards = [&](int64_t begin, int64_t end) {
+    for (int64_t unit = end - 1; unit >= begin; --unit) stages.write(unit % p.groups, unit / p.groups);
+  };
+  if (stages.has_sums && p.cached && (serial || p.groups >= 4 * at::get_num_threads())) {
+    at::parallel_for(0, p.groups, serial ? p.groups : 1, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
-        for (int64_t segment = 0; segment < p.segments; ++segment) sum(group, segment);
-        finalise(p.column_begin(group) / p.run, std::min(p.channels, p.column_end(group) / p.run));
-        for (int64_t segment = p.segments - 1; segment >= 0; --segment) write(group, segment);
+        for (int64_t segment = 0; segment < p.segments; ++segment) stages.sum(group, segment);
+        stages.finalise(p.column_begin(group) / p.run, std::min(p.channels, p.column_end(group) / p.run));
+        if (!stages.has_results) continue;
+        for (int64_t segment = p.segments - 1; segment >= 0; --segment) stages.write(group, segment);
       }
     });
     return;
   }
   const int64_t units = p.groups * p.segments;
-  const int64_t grain = threads == 1 ? units : 1;
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) sum(unit % p.groups, unit / p.groups);
-  });
-  at::parallel_for(0, p.channels, p.joined || threads == 1 ? p.channels : kSerialChannels, finalise);
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = end - 1; unit >= begin; --unit) write(unit % p.groups, unit / p.groups);
-  });
+  const int64_t grain = serial ? units : 1;
+  if (stages.has_sums) {
+    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) stages.sum(unit % p.groups, unit / p.groups);
+    });
+  }
+  at::parallel_for(0, p.channels, serial || p.joined ? p.channels : kSerialChannels, stages.finalise);
+  if (stages.has_results) at::parallel_for(0, units, grain, write_backwards);
 }
 
 template <typename T, typename P>
@@ -83,7 +98,6 @@ void forward(const ForwardParams& p, const P& partition) {
   const ApplyCoefficients<A> k{vectors[0], vectors[1], vectors[2]};
 
   const auto sum = [&](int64_t group, int64_t segment) {
-    if (!p.training) return;
     kernels.moments(partition.range(group, segment), x, partials.at(segment) + partition.column_begin(group));
   };
   const auto batch_moments = [&](int64_t c, double column_count) {
@@ -116,7 +130,7 @@ void forward(const ForwardParams& p, const P& partition) {
   const auto write = [&](int64_t group, int64_t segment) {
     kernels.apply(partition.range(group, segment), x, false, k, y);
   };
-  run_stages(partition, p.shape.numel(), sum, finalise, write);
+  run_stages(partition, p.shape.numel(), Stages{p.training, true, sum, finalise, write});
 }
 
 template <typename T, typename P>
@@ -136,7 +150,6 @@ void backward(const BackwardParams& p, const P& partition) {
   }
 
   const auto sum = [&](int64_t group, int64_t segment) {
-    if (!needs_sums) return;
     GradSums* out = partials.at(segment) + partition.column_begin(group);
     kernels.grad_sums(partition.range(group, segment), dy, p.dy_is_scalar, x, k.mean, out);
   };
@@ -167,7 +180,6 @@ void backward(const BackwardParams& p, const P& partition) {
     }
   };
   const auto write = [&](int64_t group, int64_t segment) {
-    if (dx == nullptr) return;
     const auto range = partition.range(group, segment);
     if (p.training) {
       kernels.grad_input(range, dy, p.dy_is_scalar, x, k, dx);
@@ -175,7 +187,7 @@ void backward(const BackwardParams& p, const P& partition) {
       kernels.apply(range, dy, p.dy_is_scalar, {k.mean, k.scale, k.offset}, dx);
     }
   };
-  run_stages(partition, p.shape.numel(), sum, finalise, write);
+  run_stages(partition, p.shape.numel(), Stages{needs_sums, dx != nullptr, sum, finalise, write});
 }
 
 // Calls body(T{}, partition) for the tensor's type and layout.

@@ -17,10 +17,7 @@
 namespace bn_ext::cpu {
 namespace avx2 {
 constexpr int kVectorBytes = 32;
-#include "planes.inl"
-#include "rows.inl"
 #include "table.inl"
-#include "vector.inl"
 }  // namespace avx2
 
 KernelTables avx2_kernels() { return avx2::all_kernels(); }

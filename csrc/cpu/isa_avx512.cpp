@@ -18,10 +18,7 @@
 namespace bn_ext::cpu {
 namespace avx512 {
 constexpr int kVectorBytes = 64;
-#include "planes.inl"
-#include "rows.inl"
 #include "table.inl"
-#include "vector.inl"
 }  // namespace avx512
 
 KernelTables avx512_kernels() { return avx512::all_kernels(); }

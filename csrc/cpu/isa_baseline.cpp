@@ -7,10 +7,7 @@
 namespace bn_ext::cpu {
 namespace baseline {
 constexpr int kVectorBytes = 16;
-#include "planes.inl"
-#include "rows.inl"
 #include "table.inl"
-#include "vector.inl"
 }  // namespace baseline
 
 KernelTables baseline_kernels() { return baseline::all_kernels(); }

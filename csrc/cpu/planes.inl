@@ -1,4 +1,5 @@
-// Loops over contiguous (N, C, S) tensors: a channel is N runs of S values. Included after vector.inl.
+// Loops over contiguous (N, C, S) tensors: a channel is N runs of S values.
+#include "vector.inl"
 
 // A mean of deviations that overflows or is NaN cannot serve as a shift: then the values are taken as they are.
 template <typename A>

@@ -1,6 +1,7 @@
-// Loops over (rows, columns) tensors, a column belonging to one channel. Included after planes.inl.
+// Loops over (rows, columns) tensors, a column belonging to one channel.
 // Several rows go together, so that a column's accumulators and coefficients are loaded once for all of them; a range
 // is at most kMaxColumns wide, so that they stay in L1.
+#include "planes.inl"
 
 constexpr int64_t kRowBlock = 64;  // rows summed in the accumulate type before they go into double
 constexpr int64_t kRowsTogether = 8;

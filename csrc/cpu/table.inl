@@ -1,4 +1,5 @@
-// The table of this instruction set's functions. Included last.
+// The table of this instruction set's functions: all that isa_*.cpp needs to include, once, in its namespace.
+#include "rows.inl"
 
 template <typename T>
 static Kernels<T> kernels_of() {
