@@ -18,8 +18,7 @@ def _load() -> tuple[ModuleType | None, str]:
         config: Any = importlib.import_module("bn_ext._build_config")
     except ImportError:
         return None, (
-            "bn_ext has not been built: run `pip install --no-build-isolation .` in its source folder "
-            "(docs/install.md)"
+            "bn_ext has not been built: run `pip install --no-build-isolation .` in its source folder (docs/install.md)"
         )
     if _release(config.TORCH) != _release(torch.__version__):
         return None, (
@@ -36,10 +35,3 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 module, reason = _load()
-
-
-def require() -> Any:
-    """The extension module; RuntimeError with the reason and its mend if there is none."""
-    if module is None:
-        raise RuntimeError(reason)
-    return module

@@ -1,21 +1,26 @@
 """The operator as a function: `batch_norm`."""
 
+from collections.abc import Callable, Mapping
+
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-import torch
 from bn_ext import _extension, _fake
+
+
+def _not_loaded(*_: object) -> Tensor:
+    """Stand in for the extension that could not be loaded."""
+    raise RuntimeError(_extension.reason)
+
+
+# Without the dispatcher's search for an overload: most of what a small call costs.
+_direct: Callable[..., Tensor] = _not_loaded
 
 if _extension.module is not None:
     _fake.register()
     _direct = _extension.module.batch_norm
-else:
-
-    def _direct(*_: object) -> Tensor:
-        """Stand in for the extension that could not be loaded."""
-        raise RuntimeError(_extension.reason)
-
 
 _TENSORS = ("input", "running_mean", "running_var", "weight", "bias", "num_batches_tracked")
 
@@ -79,9 +84,8 @@ def batch_norm(
     """
     arguments = (input, running_mean, running_var, weight, bias)
     if is_compiling() or has_torch_function_variadic(*arguments):
-        return torch.ops.bn_ext.batch_norm(  # type: ignore[no-any-return]
-            *arguments, training, momentum, eps, num_batches_tracked=num_batches_tracked
-        )
+        through_dispatcher: Callable[..., Tensor] = torch.ops.bn_ext.batch_norm
+        return through_dispatcher(*arguments, training, momentum, eps, num_batches_tracked=num_batches_tracked)
     try:
         return _direct(*arguments, training, momentum, eps, num_batches_tracked)
     except TypeError:
@@ -89,7 +93,7 @@ def batch_norm(
         raise _type_error(tensors, momentum, eps) from None
 
 
-def _type_error(tensors: dict[str, object], momentum: object, eps: object) -> TypeError:
+def _type_error(tensors: Mapping[str, object], momentum: object, eps: object) -> TypeError:
     """The sentence for an argument of a wrong type, in torch's words."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor) and (value is not None or name == "input"):

@@ -1,0 +1,49 @@
+# What a user and CI run. Everything happens in .venv, made at the first call; `make clean` removes it.
+#   make demo     trains on real images with torch.nn and with bn_ext, side by side
+#   make test     builds and runs the whole test suite
+#   make bench    compares with torch.nn on the best device of this machine
+#   make lint     ruff, mypy, clang-format
+# TORCH=torch==2.13.0 installs that torch; otherwise one that PYTHON can import is used, else the newest.
+
+PYTHON ?= python3
+TORCH ?=
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench lint format build clean
+
+# The environment, and the extension built in it. Built again when a source changes.
+$(VENV)/ready: pyproject.toml scripts/make_env.py
+	$(PYTHON) scripts/make_env.py --folder $(VENV) --torch "$(TORCH)" --extras test,demo,lint
+	touch $@ $(VENV)/built
+
+$(VENV)/built: $(VENV)/ready $(SOURCES)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+build: $(VENV)/built
+
+demo: build
+	$(RUN) -m examples.digits $(DEMO_OPTIONS)
+
+test: build
+	$(RUN) -m pytest $(TEST_OPTIONS)
+
+bench: build
+	$(RUN) -m benchmarks $(BENCH_OPTIONS)
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
+
+format: $(VENV)/ready
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(FORMATTED)
+
+clean:
+	rm -rf $(VENV) build *.egg-info bn_ext/_build_config.py bn_ext/*.so demo-output

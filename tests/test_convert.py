@@ -1,0 +1,116 @@
+"""Whole models: convert and revert change what runs and nothing else."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import bn_ext
+
+
+class Net(nn.Module):
+    """Batch norms of three kinds, one of them used twice, one referred to from a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4, momentum=None)
+        self.again = self.norm
+        self.layers = nn.ModuleList([nn.BatchNorm1d(4), nn.BatchNorm3d(2, affine=False)])
+        self.favourite = [self.layers[0]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.again(self.norm(self.conv(x)))
+        y = self.layers[1](x.reshape(x.shape[0], 2, 2, x.shape[2], x.shape[3]))
+        return self.favourite[0](x.mean((2, 3))) + y.mean()
+
+
+class Renamed(nn.BatchNorm2d):
+    """A subclass whose behaviour nobody knows."""
+
+
+def test_the_same_objects_do_the_same_and_are_ours() -> None:
+    model = Net()
+    twin = copy.deepcopy(model)
+    modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
+    assert bn_ext.convert(model) is model
+    assert type(model.norm) is bn_ext.BatchNorm2d
+    assert type(model.layers[0]) is bn_ext.BatchNorm1d
+    assert type(model.layers[1]) is bn_ext.BatchNorm3d
+    assert dict(model.named_modules()) == modules
+    for name, value in model.state_dict(keep_vars=True).items():
+        assert value is state[name]
+    for _ in range(3):
+        x = torch.randn(5, 3, 8, 8)
+        y, expected = model(x), twin(x)
+        torch.testing.assert_close(y, expected)
+        y.sum().backward(), expected.sum().backward()
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
+    for mine, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert bn_ext.revert(model) is model
+    assert type(model.norm) is nn.BatchNorm2d
+    assert {type(m) for m in model.modules()} == {type(m) for m in twin.modules()}
+    torch.testing.assert_close(model(x), twin(x))
+
+
+def test_flags_and_hooks_stay() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval()
+    model[0].weight.requires_grad_(False)
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append("forward"))
+    model[0].register_full_backward_hook(lambda *_: calls.append("backward"))
+    bn_ext.convert(model)
+    assert not model[0].training
+    assert not model[0].weight.requires_grad
+    model(torch.randn(2, 3, 4, 4, requires_grad=True)).sum().backward()
+    assert calls == ["forward", "backward"]
+
+
+def test_optimizer_keeps_its_parameters() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bn_ext.convert(model)
+    model(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, torch.ones(3))
+
+
+def test_a_batch_norm_itself_and_twice() -> None:
+    norm = nn.BatchNorm2d(3)
+    assert bn_ext.convert(bn_ext.convert(norm)) is norm
+    assert type(norm) is bn_ext.BatchNorm2d
+
+
+def test_unknown_subclasses_are_left_alone_and_named() -> None:
+    model = nn.Sequential(Renamed(3), nn.BatchNorm2d(3), nn.Sequential(Renamed(3)))
+    with pytest.warns(UserWarning, match=r"left these alone.*: 0 \(.*Renamed\), 2\.0 \(.*Renamed\)$") as record:
+        bn_ext.convert(model)
+    assert len(record) == 1
+    assert [type(m) for m in model] == [Renamed, bn_ext.BatchNorm2d, nn.Sequential]
+    bn_ext.revert(model)
+    assert [type(m) for m in model] == [Renamed, nn.BatchNorm2d, nn.Sequential]
+
+
+def test_lazy_modules_are_converted_once_they_know_their_size() -> None:
+    model = bn_ext.convert(nn.Sequential(nn.LazyBatchNorm2d()))
+    assert type(model[0]) is nn.LazyBatchNorm2d
+    model(torch.randn(2, 3, 4, 4))
+    assert type(bn_ext.convert(model)[0]) is bn_ext.BatchNorm2d
+
+
+def test_other_modules_are_not_warned_about() -> None:
+    model = nn.Sequential(nn.SyncBatchNorm(3), nn.InstanceNorm2d(3), nn.GroupNorm(1, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bn_ext.convert(model)
+    assert [type(m) for m in model] == [nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm]
+
+
+def test_not_a_module() -> None:
+    for function in (bn_ext.convert, bn_ext.revert):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+            function([nn.BatchNorm2d(3)])

@@ -1,0 +1,140 @@
+"""Memory formats, strides and memory: what comes out where, and that nothing of the input's size is made besides."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import bn_ext
+
+FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+}
+
+
+def ours(x: torch.Tensor, training: bool = True) -> torch.Tensor:
+    c = x.shape[1]
+    return bn_ext.batch_norm(x, torch.zeros(c), torch.ones(c), training=training)
+
+
+def stock(x: torch.Tensor, training: bool = True) -> torch.Tensor:
+    c = x.shape[1]
+    return F.batch_norm(x, torch.zeros(c), torch.ones(c), training=training)
+
+
+X4 = torch.randn(4, 3, 5, 2)
+LAYOUTS = {
+    "contiguous": X4,
+    "channels_last": X4.contiguous(memory_format=torch.channels_last),
+    "channels_last_3d": torch.randn(2, 3, 4, 2, 5).contiguous(memory_format=torch.channels_last_3d),
+    "transposed": X4.transpose(2, 3),
+    "sliced": X4[:, :, ::2],
+    "sliced channels_last": X4.contiguous(memory_format=torch.channels_last)[:, :, 1:],
+    "batch and channel swapped": X4.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+    "expanded batch": torch.randn(1, 3, 1, 1).expand(4, 3, 2, 2),
+    "expanded channels": torch.randn(4, 1, 2, 2).expand(4, 3, 2, 2),
+    "(N, C) transposed": torch.randn(3, 8).t(),
+    "(N, C, L) of (N, L, C)": torch.randn(2, 9, 3).transpose(1, 2),
+    "one position, channels_last": torch.randn(4, 3, 1, 1).contiguous(memory_format=torch.channels_last),
+    "one channel": torch.randn(4, 1, 3, 3),
+    "6D": torch.randn(2, 3, 2, 2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_values_and_strides_as_torch(name: str, training: bool) -> None:
+    x = LAYOUTS[name]
+    y, expected = ours(x, training), stock(x, training)
+    torch.testing.assert_close(y, expected)
+    assert y.stride() == expected.stride()
+    assert torch.empty_like(x, device="meta").stride() == torch.empty_like(x).stride()
+    assert ours_on_meta(x, training).stride() == expected.stride()
+
+
+def ours_on_meta(x: torch.Tensor, training: bool) -> torch.Tensor:
+    """What the fake kernels say of a tensor of the same strides."""
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    twin = torch.empty(size, device="meta").as_strided(x.shape, x.stride())
+    c = x.shape[1]
+    return bn_ext.batch_norm(twin, torch.zeros(c, device="meta"), torch.ones(c, device="meta"), training=training)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("other", FORMATS)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_in_another_layout(name: str, other: str, training: bool) -> None:
+    shape = (3, 6, 4, 5, 2) if "channels_last_3d" in (name, other) else (3, 6, 4, 5)
+    if {name, other} >= {"channels_last", "channels_last_3d"} or (len(shape) == 5 and "channels_last" in (name, other)):
+        shape, name, other = (3, 6, 4, 5), name.removesuffix("_3d"), other.removesuffix("_3d")
+    x = torch.randn(shape).contiguous(memory_format=FORMATS[name])
+    dy = torch.randn(shape).contiguous(memory_format=FORMATS[other])
+    results = []
+    for function in (ours, stock):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        function(leaf, training).backward(dy)
+        results.append(leaf.grad)
+    torch.testing.assert_close(results[0], results[1])
+    assert results[0].stride() == results[1].stride()
+
+
+EXPANDED = {
+    "all": lambda shape: torch.randn(()).expand(shape),
+    "positions": lambda shape: torch.randn(shape[0], shape[1], 1, 1).expand(shape),
+    "batch": lambda shape: torch.randn(1, *shape[1:]).expand(shape),
+    "channels": lambda shape: torch.randn(shape[0], 1, *shape[2:]).expand(shape),
+}
+
+
+@pytest.mark.parametrize("name", EXPANDED)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(4, 3, 5, 2), (4, 3, 50, 60), (4, 70, 6, 6), (3, 5, 1, 1)])
+def test_expanded_gradient(name: str, memory_format: torch.memory_format, training: bool, shape: tuple) -> None:
+    x = torch.randn(shape).contiguous(memory_format=memory_format)
+    dy = EXPANDED[name](shape)
+    weight = torch.rand(shape[1], requires_grad=True)
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = bn_ext.batch_norm(leaf, torch.zeros(shape[1]), torch.ones(shape[1]), weight, None, training)
+    dx, dweight = torch.autograd.grad(y, (leaf, weight), dy)
+    twin, twin_weight = x.double().requires_grad_(), weight.detach().double().requires_grad_()
+    c = torch.zeros(shape[1], dtype=torch.float64)
+    expected = F.batch_norm(twin, c, c + 1, twin_weight, None, training)
+    expected_dx, expected_dweight = torch.autograd.grad(expected, (twin, twin_weight), dy.double())
+    terms = (dy * (expected.detach() / twin_weight.detach().view(1, -1, 1, 1))).abs().sum((0, 2, 3))
+    torch.testing.assert_close(dx.double(), expected_dx, rtol=1e-5, atol=1e-5)
+    assert ((dweight - expected_dweight).abs() <= 1e-6 * terms + 1e-6).all()
+
+
+def allocated_by(function: object) -> int:
+    """Bytes of all tensors made while the function runs, freed or not."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        result = function()
+    del result
+    return sum(max(0, e.self_cpu_memory_usage) for e in prof.events() if e.name != "[memory]")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradient", ["dense", "expanded"])
+def test_allocates_output_and_input_gradient_only(
+    memory_format: torch.memory_format, training: bool, dtype: torch.dtype, gradient: str
+) -> None:
+    x = torch.randn(8, 16, 40, 40).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    module = bn_ext.BatchNorm2d(16).train(training)
+    size = x.numel() * x.element_size()
+    vectors = 16 * 8 * 64  # per-channel vectors, generously
+    assert size <= allocated_by(lambda: module(x)) <= size + vectors
+    y = module(x)
+    dy = torch.randn_like(y) if gradient == "dense" else torch.ones((), dtype=dtype).expand(y.shape)
+    inputs = (x, module.weight, module.bias)
+    assert size <= allocated_by(lambda: torch.autograd.grad(y, inputs, dy)) <= size + vectors
+
+
+def test_allocation_is_seen() -> None:
+    """The measure itself: a copy shows."""
+    x = torch.randn(1000)
+    assert allocated_by(lambda: x.clone()) >= 4000

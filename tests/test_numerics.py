@@ -1,0 +1,173 @@
+"""Numbers at their limits: large means, constants, overflow, inf and NaN, every 16-bit value, bit-equality."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import bn_ext
+from bn_ext import testing
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def batch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, mean and unbiased variance of one training step with momentum 1."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, var = torch.zeros(x.shape[1], dtype=dtype), torch.ones(x.shape[1], dtype=dtype)
+    y = bn_ext.batch_norm(x, mean, var, training=True, momentum=1.0)
+    return y, mean, var
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("shape", [(32, 8, 28, 28), (16, 40, 7, 7), (64, 3, 2, 2)])
+def test_large_mean_small_deviation(memory_format: torch.memory_format, shape: tuple[int, ...]) -> None:
+    """Mean 1e4, deviation 0.1: statistics exact to float32 rounding, the output no worse than torch's."""
+    x = (torch.randn(shape) * 0.1 + 1e4).contiguous(memory_format=memory_format)
+    y, mean, var = batch_statistics(x)
+    exact = x.double()
+    exact_var, exact_mean = torch.var_mean(exact, (0, 2, 3))
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1.2e-7, atol=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-6, atol=0)
+    expected = F.batch_norm(exact, None, None, training=True)
+    theirs = F.batch_norm(x, None, None, training=True)
+    error, their_error = ((t.double() - expected).abs().max() for t in (y, theirs))
+    assert error <= max(their_error, 1e-6)
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("position", [0, 5, 700])
+def test_one_outlier_does_not_spoil_the_variance(memory_format: torch.memory_format, position: int) -> None:
+    x = torch.randn(4, 3, 20, 30).contiguous(memory_format=memory_format)
+    x[position // 600, 1, position % 600 // 30, position % 30] = 1e6
+    _, mean, var = batch_statistics(x)
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3))
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("dtype", list(testing.TOLERANCE))
+@pytest.mark.parametrize("value", [0.0, 3.0, -1000.5])
+def test_constant_input_is_the_bias(memory_format: torch.memory_format, dtype: torch.dtype, value: float) -> None:
+    x = torch.full((4, 3, 7, 9), value).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    params = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = torch.tensor([0.5, -1.0, 2.0], dtype=params)
+    y = bn_ext.batch_norm(x, None, None, None, bias, training=True)
+    torch.testing.assert_close(y.double(), bias.double().view(1, 3, 1, 1).expand(4, 3, 7, 9), atol=1e-2, rtol=0)
+    y.backward(torch.randn_like(y))
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+def test_squares_beyond_float32(memory_format: torch.memory_format) -> None:
+    """Values whose squares overflow float32: torch normalises them on the CPU."""
+    x = (torch.randn(4, 3, 6, 7) * 1e25).contiguous(memory_format=memory_format)
+    y, _, _ = batch_statistics(x)
+    torch.testing.assert_close(y.double(), F.batch_norm(x.double(), None, None, training=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("width", [3, 9, 33])
+@pytest.mark.parametrize("training", [True, False])
+def test_inf_and_nan_stay_in_their_channel(
+    memory_format: torch.memory_format, bad: float, width: int, training: bool
+) -> None:
+    x = torch.randn(4, 5, 6, width).contiguous(memory_format=memory_format)
+    clean = x.clone(memory_format=torch.preserve_format)
+    x[-1, 2, -1, -1] = bad
+    dy = torch.randn(4, 5, 6, width)
+    results = {}
+    for name, values in {"bad": x, "clean": clean}.items():
+        leaf = values.requires_grad_()
+        weight = torch.ones(5, requires_grad=True)
+        mean, var = torch.zeros(5), torch.ones(5)
+        y = bn_ext.batch_norm(leaf, mean, var, weight, None, training=training)
+        dx, dweight = torch.autograd.grad(y, (leaf, weight), dy)
+        results[name] = [y.detach(), dx, dweight.view(1, 5, 1, 1), mean.view(1, 5, 1, 1), var.view(1, 5, 1, 1)]
+    others = [0, 1, 3, 4]
+    for with_bad, without in zip(results["bad"], results["clean"], strict=True):
+        assert torch.equal(with_bad[:, others], without[:, others])
+        assert torch.isfinite(with_bad[:, others]).all()
+    mean, var = torch.zeros(5), torch.ones(5)
+    F.batch_norm(x.detach(), mean, var, training=training)
+    assert torch.equal(results["bad"][3].flatten().isnan(), mean.isnan())
+    assert torch.equal(results["bad"][4].flatten().isnan(), var.isnan())
+    if not training:  # dx = dy * weight * rstd does not look at x
+        assert torch.equal(results["bad"][1], results["clean"][1])
+
+
+def all_values(dtype: torch.dtype) -> torch.Tensor:
+    """Every value of a 16-bit float type, (256, 256)."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
+
+
+EVERY_VALUE = """
+import sys, torch, bn_ext
+sys.path.insert(0, "tests")
+from test_numerics import all_values
+zero, one = torch.zeros(256), torch.ones(256)
+for dtype in (torch.float16, torch.bfloat16):
+    x = all_values(dtype)
+    for scale in (1.0, 1 / 3, 3.0, 2.0**-12):
+        for shape in ((256, 256), (1, 256, 256), (16, 256, 16)):
+            weight = torch.full((256,), scale)
+            y = bn_ext.batch_norm(x.view(shape), zero, one, weight, None, False, eps=0.0)
+            expected = (x.view(shape).float() * scale).to(dtype)
+            same = (y == expected) | (y.isnan() & expected.isnan())
+            assert same.all(), (dtype, scale, shape, (~same).sum())
+print(bn_ext.build_info().instruction_set)
+"""
+
+
+def instruction_sets() -> list[str]:
+    """Those that this processor can run; a wrong name's error lists them."""
+    output = run_python("import bn_ext; bn_ext._C.instruction_set()", BN_EXT_CPU_CAPABILITY="none").stderr
+    return output.split("must be one of ")[1].split(" on this")[0].split(", ")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_every_16_bit_value_is_loaded_and_rounded_right(name: str) -> None:
+    result = run_python(EVERY_VALUE, BN_EXT_CPU_CAPABILITY=name)
+    assert result.stdout.split() == [name], result.stderr
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_every_instruction_set_is_right(name: str) -> None:
+    result = run_python("from bn_ext.__main__ import main; main(['verify'])", BN_EXT_CPU_CAPABILITY=name)
+    assert "16 of 16 within tolerance" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("shape", [(32, 64, 30, 30), (64, 3, 50, 50), (16, 600, 7, 7), (4, 2, 300, 300)])
+def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(
+    memory_format: torch.memory_format, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape).contiguous(memory_format=memory_format).requires_grad_()
+    dy = torch.randn(shape).contiguous(memory_format=memory_format)
+    weight = torch.rand(shape[1], requires_grad=True)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 2, 3, 7):
+            torch.set_num_threads(count)
+            mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
+            y = bn_ext.batch_norm(x, mean, var, weight, None, training=True)
+            runs.append([y.detach(), mean, var, *torch.autograd.grad(y, (x, weight), dy)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)
