@@ -60,9 +60,6 @@ Stages(bool, bool, Sum, Finalise, Write) -> Stages<Sum, Finalise, Write>;
 template <typename P, typename S>
 void run_stages(const P& p, int64_t numel, const S& stages) {
   const bool serial = numel <= kSerialValues || at::get_num_threads() == 1;
-  const auto write_backwards = [&](int64_t begin, int64_t end) {
-    for (int64_t unit = end - 1; unit >= begin; --unit) stages.write(unit % p.groups, unit / p.groups);
-  };
   if (stages.has_sums && p.cached && (serial || p.groups >= 4 * at::get_num_threads())) {
     at::parallel_for(0, p.groups, serial ? p.groups : 1, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
@@ -82,7 +79,13 @@ void run_stages(const P& p, int64_t numel, const S& stages) {
     });
   }
   at::parallel_for(0, p.channels, serial || p.joined ? p.channels : kSerialChannels, stages.finalise);
-  if (stages.has_results) at::parallel_for(0, units, grain, write_backwards);
+  if (!stages.has_results) return;
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t unit = stages.has_sums ? begin + end - 1 - i : i;
+      stages.write(unit % p.groups, unit / p.groups);
+    }
+  });
 }
 
 template <typename T, typename P>
