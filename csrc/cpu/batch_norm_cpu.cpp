@@ -104,12 +104,7 @@ void forward(const ForwardParams& p, const P& partition) {
     kernels.moments(partition.range(group, segment), x, partials.at(segment) + partition.column_begin(group));
   };
   const auto batch_moments = [&](int64_t c, double column_count) {
-    Moments total{0, 0};
-    double count = 0;
-    for_each_column(partition, c, [&](int64_t column) {
-      total = merged(total, count, partials.at(0)[column], column_count);
-      count += column_count;
-    });
+    const Moments total = merge_columns(partition, c, column_count, partials.at(0));
     if (std::isfinite(total.m2)) return total;
     return moments_in_double(p.shape, x, c, [](T value) { return to_double(value); });
   };

@@ -31,7 +31,7 @@ struct Partition {
   bool joined;  // a column's channel repeats within a row; then there is one group
 };
 
-// Contiguous (N, C, S) with S >= kNarrowPlane. A column is a channel.
+// Contiguous (N, C, S). A column is a channel.
 struct PlanePartition : Partition {
   using Range = PlaneRange;
   Shape shape;
@@ -103,6 +103,9 @@ struct RowPartition : Partition {
   }
 };
 
-inline bool walks_rows(const Shape& shape) { return shape.channels_last || shape.s < kNarrowPlane; }
+// Planes of a few vectors also go as rows, where there are images enough to make up for the work per column.
+inline bool walks_rows(const Shape& shape) {
+  return shape.channels_last || shape.s < kNarrowPlane || (shape.s < 4 * kNarrowPlane && shape.n >= kNarrowPlane);
+}
 
 }  // namespace bn_ext::cpu

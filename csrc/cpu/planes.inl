@@ -70,8 +70,9 @@ static void plane_apply(const PlaneRange& r, const T* x, bool x_repeats, const A
     const Vec<A> scale = broadcast(k.scale[c]);
     const Vec<A> shift = broadcast(k.offset[c]);
     const T* px = x_repeats ? x : x + offset;
-    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) {
-      store(y + offset + i, (load(px + i, lanes) - mean) * scale + shift, lanes);
+    T* py = y + offset;
+    for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) {
+      store(py + i, (load(px + i, lanes) - mean) * scale + shift, lanes);
     });
   });
 }
@@ -108,9 +109,10 @@ static void plane_grad_input(
     const Vec<A> shift = broadcast(k.offset[c]);
     const T* px = x + offset;
     const T* pdy = dy_repeats ? dy : dy + offset;
-    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) {
+    T* pdx = dx + offset;
+    for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) {
       const Vec<A> centred = load(px + i, lanes) - mean;
-      store(dx + offset + i, load(pdy + i, lanes) * scale + (centred * slope + shift), lanes);
+      store(pdx + i, load(pdy + i, lanes) * scale + (centred * slope + shift), lanes);
     });
   });
 }

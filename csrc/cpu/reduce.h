@@ -21,15 +21,18 @@ class Partials {
   std::vector<Sums> values_;
 };
 
-// Moments of two disjoint sets of na and nb values together (Chan, Golub and LeVeque 1979).
-inline Moments merged(const Moments& a, double na, const Moments& b, double nb) {
-  const double n = na + nb;
-  const double delta = b.mean - a.mean;
-  return {(a.mean * na + b.mean * nb) / n, a.m2 + b.m2 + delta * delta * (na * nb / n)};
+// Calls body(column) for the columns of a channel.
+template <typename Body>
+void for_each_column(const Partition& p, int64_t c, const Body& body) {
+  for (int64_t block = c * p.run; block < p.columns; block += p.channels * p.run) {
+    for (int64_t column = block; column < block + p.run; ++column) body(column);
+  }
 }
 
-// Merges the segments of the columns [begin, end) into the first segment's place. The same as `merged` for all
-// segments at once, which needs no division in the loop. Returns the number of values of a column.
+// Moments merge as means about the common mean, and squares that make up for the distance from it (Chan, Golub and
+// LeVeque 1979, for all parts at once).
+
+// Merges the segments of the columns [begin, end) into the first segment's place. Returns the values per column.
 template <typename P>
 double merge_segments(const P& partition, int64_t begin, int64_t end, Partials<Moments>& partials) {
   std::vector<double> mean(static_cast<size_t>(end - begin));
@@ -54,6 +57,19 @@ double merge_segments(const P& partition, int64_t begin, int64_t end, Partials<M
   return count;
 }
 
+// A channel's moments from those of its columns, each of `count` values.
+inline Moments merge_columns(const Partition& partition, int64_t c, double count, const Moments* columns) {
+  double sum = 0;
+  for_each_column(partition, c, [&](int64_t column) { sum += columns[column].mean; });
+  const double mean = sum / double(partition.columns / partition.channels);
+  double m2 = 0;
+  for_each_column(partition, c, [&](int64_t column) {
+    const double delta = columns[column].mean - mean;
+    m2 += columns[column].m2 + count * (delta * delta);
+  });
+  return {mean, m2};
+}
+
 inline void merge_segments(const Partition& partition, int64_t begin, int64_t end, Partials<GradSums>& partials) {
   GradSums* total = partials.at(0);
   for (int64_t segment = 1; segment < partition.segments; ++segment) {
@@ -62,14 +78,6 @@ inline void merge_segments(const Partition& partition, int64_t begin, int64_t en
       total[i].dy += sums[i].dy;
       total[i].dy_centred += sums[i].dy_centred;
     }
-  }
-}
-
-// Calls body(column) for the columns of a channel.
-template <typename Body>
-void for_each_column(const Partition& p, int64_t c, const Body& body) {
-  for (int64_t block = c * p.run; block < p.columns; block += p.channels * p.run) {
-    for (int64_t column = block; column < block + p.run; ++column) body(column);
   }
 }
 
