@@ -35,7 +35,9 @@ def choose_cuda(sources: list[str]) -> tuple[bool, str]:
     if not sources:
         reason = "this version has no CUDA kernels yet, move the model to the CPU or use torch.nn"
     elif torch.version.cuda is None:
-        reason = f"torch {torch.__version__} was built without CUDA, install a CUDA build of torch and build bn_ext again"
+        reason = (
+            f"torch {torch.__version__} was built without CUDA, install a CUDA build of torch and build bn_ext again"
+        )
     elif cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
         reason = "no CUDA toolkit was found at build time, set CUDA_HOME to one and build bn_ext again"
     else:
@@ -60,13 +62,18 @@ def write_build_config(cuda: bool, reason: str) -> None:
 
 def extension(cuda: bool, cuda_sources: list[str], reason: str) -> "cpp_extension.CppExtension":
     """The one extension module, with or without CUDA sources."""
-    sources = [str(path.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for path in sorted((ROOT / folder).glob("*.cpp"))]
+    sources = [
+        str(path.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for path in sorted((ROOT / folder).glob("*.cpp"))
+    ]
     # OpenMP: without it at::parallel_for in an extension is serial, without a word.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     cxx = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", *openmp]
     if cuda:
         return cpp_extension.CUDAExtension(
-            "bn_ext._C", sources + cuda_sources, extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]}, extra_link_args=openmp
+            "bn_ext._C",
+            sources + cuda_sources,
+            extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+            extra_link_args=openmp,
         )
     return cpp_extension.CppExtension(
         "bn_ext._C",

@@ -131,6 +131,8 @@ void forward(const ForwardParams& p, const P& partition) {
   run_stages(partition, p.shape.numel(), Stages{p.training, true, sum, finalise, write});
 }
 
+bool needs_sums(const BackwardParams& p) { return p.dweight || p.dbias || (p.dx && p.training); }
+
 template <typename T, typename P>
 void backward(const BackwardParams& p, const P& partition) {
   using A = acc_t<T>;
@@ -139,8 +141,8 @@ void backward(const BackwardParams& p, const P& partition) {
   T* dx = static_cast<T*>(p.dx);
   const std::vector<T> repeated(p.dy_is_scalar ? kMaxRun : 0, *static_cast<const T*>(p.dy));
   const T* dy = p.dy_is_scalar ? repeated.data() : static_cast<const T*>(p.dy);
-  const bool needs_sums = p.dweight || p.dbias || (p.dx && p.training);
-  Partials<GradSums> partials(partition, needs_sums);
+  const bool has_sums = needs_sums(p);
+  Partials<GradSums> partials(partition, has_sums);
   ColumnVectors<A> vectors(partition, 4);
   const GradCoefficients<A> k{vectors[0], vectors[1], vectors[2], vectors[3]};
   for (int64_t c = 0; c < partition.channels; ++c) {
@@ -152,14 +154,14 @@ void backward(const BackwardParams& p, const P& partition) {
     kernels.grad_sums(partition.range(group, segment), dy, p.dy_is_scalar, x, k.mean, out);
   };
   const auto finalise = [&](int64_t c_begin, int64_t c_end) {
-    if (needs_sums) {
+    if (has_sums) {
       merge_segments(partition, columns_begin(partition, c_begin), columns_end(partition, c_end), partials);
     }
     for (int64_t c = c_begin; c < c_end; ++c) {
       const double rstd = static_cast<const A*>(p.rstd)[c];
       double sum_dy = 0;
       double sum_dy_xhat = 0;
-      if (needs_sums) {
+      if (has_sums) {
         for_each_column(partition, c, [&](int64_t column) {
           sum_dy += partials.at(0)[column].dy;
           sum_dy_xhat += partials.at(0)[column].dy_centred * rstd;
@@ -185,17 +187,17 @@ void backward(const BackwardParams& p, const P& partition) {
       kernels.apply(range, dy, p.dy_is_scalar, {k.mean, k.scale, k.offset}, dx);
     }
   };
-  run_stages(partition, p.shape.numel(), Stages{needs_sums, dx != nullptr, sum, finalise, write});
+  run_stages(partition, p.shape.numel(), Stages{has_sums, dx != nullptr, sum, finalise, write});
 }
 
 // Calls body(T{}, partition) for the tensor's type and layout.
 template <typename Body>
-void dispatch(DType dtype, const Shape& shape, const Body& body) {
+void dispatch(DType dtype, const Shape& shape, bool has_sums, const Body& body) {
   const auto with_type = [&](auto value) {
     if (walks_rows(shape)) {
-      body(value, RowPartition(shape, sizeof(value)));
+      body(value, RowPartition(shape, sizeof(value), has_sums));
     } else {
-      body(value, PlanePartition(shape, sizeof(value)));
+      body(value, PlanePartition(shape, sizeof(value), has_sums));
     }
   };
   switch (dtype) {
@@ -213,11 +215,14 @@ void dispatch(DType dtype, const Shape& shape, const Body& body) {
 }  // namespace
 
 void forward(const ForwardParams& p) {
-  dispatch(p.dtype, p.shape, [&](auto value, const auto& partition) { forward<decltype(value)>(p, partition); });
+  dispatch(
+      p.dtype, p.shape, p.training, [&](auto value, const auto& partition) { forward<decltype(value)>(p, partition); });
 }
 
 void backward(const BackwardParams& p) {
-  dispatch(p.dtype, p.shape, [&](auto value, const auto& partition) { backward<decltype(value)>(p, partition); });
+  dispatch(p.dtype, p.shape, needs_sums(p), [&](auto value, const auto& partition) {
+    backward<decltype(value)>(p, partition);
+  });
 }
 
 }  // namespace bn_ext::cpu

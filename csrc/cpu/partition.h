@@ -10,11 +10,13 @@
 
 namespace bn_ext::cpu {
 
-constexpr int64_t kSegmentValues = 1 << 17;  // of a channel (planes) or of a block of columns (rows)
-constexpr int64_t kNarrowPlane = 16;         // planes of fewer values are walked as rows: a run would be no full vector
-constexpr int64_t kNarrowRow = 64;           // channels_last rows of fewer values are joined with their neighbours
-constexpr int64_t kGroupBytes = 4096;        // of one image's run of a group of planes: enough for the prefetchers
-constexpr int64_t kCachedBytes = 1 << 20;    // a group up to this size is still in cache when it is visited again
+constexpr int64_t kPlaneSegment = 1 << 16;  // values of a channel
+constexpr int64_t kRowSegment = 1 << 18;    // values of a block of columns
+constexpr int64_t kUnitValues = 1 << 16;    // of a pass without sums, which walks the memory from end to end
+constexpr int64_t kNarrowPlane = 16;        // planes of fewer values are walked as rows: a run would be no full vector
+constexpr int64_t kNarrowRow = 64;          // channels_last rows of fewer values are joined with their neighbours
+constexpr int64_t kGroupBytes = 4096;       // of one image's run of a group of planes: enough for the prefetchers
+constexpr int64_t kCachedBytes = 1 << 20;   // a group up to this size is still in cache when it is visited again
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -38,16 +40,22 @@ struct PlanePartition : Partition {
   int64_t group_channels;
   int64_t segment_values;
 
-  PlanePartition(const Shape& shape, int64_t item_bytes) : shape(shape) {
+  PlanePartition(const Shape& shape, int64_t item_bytes, bool has_sums) : shape(shape) {
     const int64_t values = shape.values_per_channel();
     channels = columns = shape.c;
     run = 1;
-    const int64_t wanted = ceil_div(kGroupBytes, shape.s * item_bytes);
-    const int64_t cacheable = kCachedBytes / (values * item_bytes);
-    group_channels = std::clamp<int64_t>(std::min({wanted, cacheable, shape.c / 16}), 1, kMaxGroup);
+    if (has_sums) {
+      const int64_t wanted = ceil_div(kGroupBytes, shape.s * item_bytes);
+      const int64_t cacheable = kCachedBytes / (values * item_bytes);
+      group_channels = std::clamp<int64_t>(std::min({wanted, cacheable, shape.c / 16}), 1, kMaxGroup);
+      segments = ceil_div(values, kPlaneSegment);
+      segment_values = ceil_div(values, segments);
+    } else {  // an image's adjacent channels, or whole images
+      group_channels = std::clamp<int64_t>(kUnitValues / shape.s, 1, shape.c);
+      segment_values = shape.s * std::max<int64_t>(1, kUnitValues / (group_channels * shape.s));
+      segments = ceil_div(values, segment_values);
+    }
     groups = ceil_div(channels, group_channels);
-    segments = ceil_div(values, kSegmentValues);
-    segment_values = ceil_div(values, segments);
     cached = true;  // at worst in the last-level cache
     joined = false;
   }
@@ -70,7 +78,7 @@ struct RowPartition : Partition {
   int64_t group_columns;
   int64_t segment_rows;
 
-  RowPartition(const Shape& shape, int64_t item_bytes) {
+  RowPartition(const Shape& shape, int64_t item_bytes, bool has_sums) {
     channels = shape.c;
     run = shape.channels_last ? 1 : shape.s;
     columns = shape.channels_last ? shape.c : shape.c * shape.s;
@@ -79,9 +87,10 @@ struct RowPartition : Partition {
     columns *= rows_joined;
     rows /= rows_joined;
     joined = rows_joined > 1;
-    group_columns = joined ? columns : std::min(columns, kMaxColumns / run * run);  // whole channels
+    const int64_t widest = std::max(run, (has_sums ? kMaxColumns : kUnitValues) / run * run);  // whole channels
+    group_columns = joined ? columns : std::min(columns, widest);
     groups = ceil_div(columns, group_columns);
-    segments = ceil_div(rows * group_columns, kSegmentValues);
+    segments = ceil_div(rows * group_columns, has_sums ? kRowSegment : kUnitValues);
     segment_rows = ceil_div(rows, segments);
     segments = ceil_div(rows, segment_rows);
     cached = rows * group_columns * item_bytes <= kCachedBytes;

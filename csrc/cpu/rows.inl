@@ -1,18 +1,17 @@
 // Loops over (rows, columns) tensors, a column belonging to one channel.
-// Several rows go together, so that a column's accumulators and coefficients are loaded once for all of them; a range
-// is at most kMaxColumns wide, so that they stay in L1.
+// Sums take several rows together, so that a column's accumulators are loaded once for all of them. A range is at most
+// kMaxColumns wide, so that accumulators and coefficients stay in L1.
 #include "planes.inl"
 
 constexpr int64_t kRowBlock = 128;     // rows summed in the accumulate type before they go into double
 constexpr int64_t kRowsToSum = 8;      // at a time
-constexpr int64_t kRowsToWrite = 4;    // at a time
 constexpr int64_t kRowsForShift = 16;  // whose mean the moments are taken around
 
-// Calls body(first row, integral_constant of the number of rows) for [begin, end), `together` rows at a time.
-template <int64_t together, typename Body>
+// Calls body(first row, integral_constant of the number of rows) for [begin, end).
+template <typename Body>
 BN_EXT_INLINE void for_each_rows(int64_t begin, int64_t end, const Body& body) {
   int64_t row = begin;
-  for (; row + together <= end; row += together) body(row, std::integral_constant<int64_t, together>{});
+  for (; row + kRowsToSum <= end; row += kRowsToSum) body(row, std::integral_constant<int64_t, kRowsToSum>{});
   for (; row < end; ++row) body(row, std::integral_constant<int64_t, 1>{});
 }
 
@@ -35,13 +34,13 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Terms& te
     const int64_t end = begin + kRowBlock < r.row_end ? begin + kRowBlock : r.row_end;
     __builtin_memset(first, 0, sizeof(A) * (width + kLanes<A>));
     __builtin_memset(second, 0, sizeof(A) * (width + kLanes<A>));
-    for_each_rows<kRowsToSum>(begin, end, [&](int64_t row, auto rows) {
+    for_each_rows(begin, end, [&](int64_t row, auto rows) {
       for_each_vector<A>(width, [&](int64_t i, const auto& lanes, int) {
-        Vec<A> s = load_vector(first + i);
-        Vec<A> q = load_vector(second + i);
+        Vec<A> s = {};  // of these rows first: short sums round less
+        Vec<A> q = {};
         for (int64_t k = 0; k < rows; ++k) terms(row + k, i, lanes, s, q);
-        store_vector(first + i, s);
-        store_vector(second + i, q);
+        store_vector(first + i, load_vector(first + i) + s);
+        store_vector(second + i, load_vector(second + i) + q);
       });
     });
     for (int64_t i = 0; i < width; ++i) sums.first[i] += first[i];
@@ -95,47 +94,41 @@ static void row_grad_sums(
   for (int64_t i = 0; i < r.column_end - r.column_begin; ++i) out[i] = {sums.first[i], sums.second[i]};
 }
 
-// Both writers load a column of all their rows before they store one: where a row is a multiple of 4 KiB, a load right
-// after a store to the row before would wait for it, as the processor compares the lower address bits only.
+// Writers go row by row, in memory order: several rows at a time were slower, by up to a third where C is 256 or 512.
 template <typename T>
 static void row_apply(const RowRange& r, const T* x, bool x_repeats, const ApplyCoefficients<acc_t<T>>& k, T* y) {
   using A = acc_t<T>;
-  const int64_t c = r.column_begin;
-  const T* x_base = x_repeats ? x : x + c;
-  const int64_t x_stride = x_repeats ? 0 : r.columns;
-  for_each_rows<kRowsToWrite>(r.row_begin, r.row_end, [&](int64_t row, auto rows) {
-    for_each_vector<A>(r.column_end - c, [&](int64_t i, const auto& lanes, int) {
-      const Vec<A> mean = load(k.mean + c + i, lanes);
-      const Vec<A> scale = load(k.scale + c + i, lanes);
-      const Vec<A> shift = load(k.offset + c + i, lanes);
-      Vec<A> values[decltype(rows)::value];
-      for (int64_t j = 0; j < rows; ++j) values[j] = load(x_base + (row + j) * x_stride + i, lanes);
-      for (int64_t j = 0; j < rows; ++j) {
-        store(y + (row + j) * r.columns + c + i, (values[j] - mean) * scale + shift, lanes);
-      }
+  const A* mean = k.mean + r.column_begin;
+  const A* scale = k.scale + r.column_begin;
+  const A* shift = k.offset + r.column_begin;
+  for (int64_t row = r.row_begin; row < r.row_end; ++row) {
+    const int64_t offset = row * r.columns + r.column_begin;
+    const T* px = x_repeats ? x : x + offset;
+    T* py = y + offset;
+    for_each_vector<A>(r.column_end - r.column_begin, [=](int64_t i, const auto& lanes, int) {
+      const Vec<A> centred = load(px + i, lanes) - load(mean + i, lanes);
+      store(py + i, centred * load(scale + i, lanes) + load(shift + i, lanes), lanes);
     });
-  });
+  }
 }
 
 template <typename T>
 static void row_grad_input(
     const RowRange& r, const T* dy, bool dy_repeats, const T* x, const GradCoefficients<acc_t<T>>& k, T* dx) {
   using A = acc_t<T>;
-  const int64_t c = r.column_begin;
-  const T* dy_base = dy_repeats ? dy : dy + c;
-  const int64_t dy_stride = dy_repeats ? 0 : r.columns;
-  for_each_rows<kRowsToWrite>(r.row_begin, r.row_end, [&](int64_t row, auto rows) {
-    for_each_vector<A>(r.column_end - c, [&](int64_t i, const auto& lanes, int) {
-      const Vec<A> mean = load(k.mean + c + i, lanes);
-      const Vec<A> scale = load(k.scale + c + i, lanes);
-      const Vec<A> slope = load(k.slope + c + i, lanes);
-      const Vec<A> shift = load(k.offset + c + i, lanes);
-      Vec<A> values[decltype(rows)::value];
-      for (int64_t j = 0; j < rows; ++j) {
-        const Vec<A> centred = load(x + (row + j) * r.columns + c + i, lanes) - mean;
-        values[j] = load(dy_base + (row + j) * dy_stride + i, lanes) * scale + (centred * slope + shift);
-      }
-      for (int64_t j = 0; j < rows; ++j) store(dx + (row + j) * r.columns + c + i, values[j], lanes);
+  const A* mean = k.mean + r.column_begin;
+  const A* scale = k.scale + r.column_begin;
+  const A* slope = k.slope + r.column_begin;
+  const A* shift = k.offset + r.column_begin;
+  for (int64_t row = r.row_begin; row < r.row_end; ++row) {
+    const int64_t offset = row * r.columns + r.column_begin;
+    const T* px = x + offset;
+    const T* pdy = dy_repeats ? dy : dy + offset;
+    T* pdx = dx + offset;
+    for_each_vector<A>(r.column_end - r.column_begin, [=](int64_t i, const auto& lanes, int) {
+      const Vec<A> centred = load(px + i, lanes) - load(mean + i, lanes);
+      const Vec<A> from_x = centred * load(slope + i, lanes) + load(shift + i, lanes);
+      store(pdx + i, load(pdy + i, lanes) * load(scale + i, lanes) + from_x, lanes);
     });
-  });
+  }
 }
