@@ -1,0 +1,111 @@
+"""Refuse a wrong result: compare each provider with float64 arithmetic before it is timed."""
+
+from math import isnan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import Case, Inputs
+from .providers import Subject
+
+EPS = 1e-5
+MOMENTUM = 0.1
+
+# (dtype, kind of result): |result - reference| <= absolute + relative * |reference|. About three
+# times what torch.nn's channels_last on a CPU needs at N = 32, which adds up in float32 one pixel
+# after the other; its contiguous float32 results are ten times nearer and more.
+TOLERANCES = {
+    # Stored in float32 after sums over M values (up to 4e5 at N = 32).
+    ("float32", "activation"): {"relative": 2e-4, "absolute": 2e-4},
+    # Stored in bfloat16, which rounds by up to 2^-8 of the value; twice that, and the float32 part.
+    ("bfloat16", "activation"): {"relative": 2**-7, "absolute": 2e-4},
+    # Means over M values, held in float32 for either dtype.
+    ("float32", "statistic"): {"relative": 1e-4, "absolute": 1e-4},
+    ("bfloat16", "statistic"): {"relative": 1e-4, "absolute": 1e-4},
+    # Sums of M values of either sign, which grow as sqrt(M), errors too: `absolute` is per sqrt(M).
+    ("float32", "sum"): {"relative": 1e-5, "absolute": 2e-4},
+    ("bfloat16", "sum"): {"relative": 1e-5, "absolute": 2e-4},
+}
+KINDS = {
+    "y": "activation",
+    "dx": "activation",
+    "y in eval": "activation",
+    "running_mean": "statistic",
+    "running_var": "statistic",
+    "dweight": "sum",
+    "dbias": "sum",
+}
+
+
+class WrongResultError(Exception):
+    """A provider's result is not what float64 arithmetic gives; it must not be timed."""
+
+
+def reference(inputs: Inputs) -> dict[str, Tensor]:
+    """Compute all results in float64 from the same rounded inputs, by the textbook formulas."""
+    x, dy = (tensors[0].detach().double().contiguous() for tensors in (inputs.x, inputs.dy))
+    count = x.numel() // x.size(1)
+
+    def column(vector: Tensor) -> Tensor:
+        return vector.double().view(1, -1, 1, 1)
+
+    def per_channel(values: Tensor) -> Tensor:
+        return values.sum(dim=(0, 2, 3))
+
+    weight, bias = column(inputs.weight), column(inputs.bias)
+    mean = per_channel(x) / count
+    centred = x - column(mean)
+    var = per_channel(centred.square()) / count
+    rstd = column((var + EPS).rsqrt())
+    xhat = centred.mul_(rstd)
+    dbias, dweight = per_channel(dy), per_channel(dy * xhat)
+    eval_rstd = (column(inputs.running_var) + EPS).rsqrt()
+    return {
+        "y": xhat * weight + bias,
+        "dx": (dy - column(dbias / count) - xhat * column(dweight / count)) * (weight * rstd),
+        "y in eval": (x - column(inputs.running_mean)) * (eval_rstd * weight) + bias,
+        "running_mean": torch.lerp(inputs.running_mean.double(), mean, MOMENTUM),
+        "running_var": torch.lerp(inputs.running_var.double(), var * count / (count - 1), MOMENTUM),
+        "dweight": dweight,
+        "dbias": dbias,
+    }
+
+
+def results(subject: Subject) -> list[tuple[str, Tensor]]:
+    """Make the provider's own calls, each for the first time, and name what they give."""
+    first: dict[str, Any] = {direction: calls[0]() for direction, calls in subject.calls.items()}
+    gradients = ("dx", "dweight", "dbias")
+    return [
+        ("y", first["forward"].detach()),
+        ("running_mean", subject.training.running_mean),
+        ("running_var", subject.training.running_var),
+        ("y in eval", first["eval"]),
+        *zip(gradients, first["backward"], strict=True),
+        *zip(gradients, first["forward+backward"], strict=True),
+    ]
+
+
+def check(provider: str, case: Case, inputs: Inputs, subject: Subject, expected: dict[str, Tensor]) -> None:
+    """Raise WrongResultError unless every result has the right shape, dtype, layout and values."""
+    where = f"{provider} is wrong on {case.name} {case.dtype} {case.layout}, N = {case.size[0]}"
+    end = "; nothing of this case was timed"
+    root_m = (inputs.x[0].numel() / inputs.x[0].size(1)) ** 0.5
+    for name, got in results(subject):
+        kind = KINDS[name]
+        alike = inputs.x[0] if kind == "activation" else inputs.weight
+        if got.dtype != alike.dtype or got.shape != alike.shape or got.stride() != alike.stride():
+            raise WrongResultError(f"{where}: {name} must be {describe(alike)}, got {describe(got)}{end}")
+        tolerance = TOLERANCES[case.dtype, kind]
+        absolute = tolerance["absolute"] * (root_m if kind == "sum" else 1.0)
+        allowed = expected[name].abs() * tolerance["relative"] + absolute
+        worst = ((got.double() - expected[name]).abs() / allowed).max().item()
+        if not worst <= 1.0:  # so written that NaN is wrong
+            off = "NaN" if isnan(worst) else f"{worst:.3g} times its tolerance away from float64"
+            raise WrongResultError(f"{where}: {name} is {off}{end}")
+
+
+def describe(tensor: Tensor) -> str:
+    """Name shape, dtype and strides of a tensor, for a message."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{tuple(tensor.shape)} {dtype} with strides {tensor.stride()}"

@@ -1,0 +1,75 @@
+"""The tensors of one case: drawn once, rounded to its dtype, given to every provider alike."""
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+SEED = 2015
+
+
+class Case(NamedTuple):
+    """What the inputs depend on."""
+
+    name: str
+    size: tuple[int, ...]  # (N, C, H, W)
+    dtype: str  # a key of DTYPES
+    layout: str  # a key of LAYOUTS
+
+    @property
+    def bytes(self) -> int:
+        """Give the bytes of one activation tensor."""
+        return prod(self.size) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Activations in the case's dtype and layout; the rest in float32, as in mixed precision."""
+
+    x: list[Tensor]  # copies of one (N, C, H, W) tensor, each requiring a gradient
+    dy: list[Tensor]  # copies of one (N, C, H, W) tensor
+    weight: Tensor  # (C,)
+    bias: Tensor  # (C,)
+    running_mean: Tensor  # (C,)
+    running_var: Tensor  # (C,), positive
+
+
+def copies_needed(case: Case, device: torch.device) -> int:
+    """Say how many copies of the activations a round goes through in turn.
+
+    On a GPU as many as fill the L2 cache four times, so that a call finds it cold. On a CPU one: a
+    tensor is as warm as the round before has left it, for both sides alike.
+    """
+    if device.type != "cuda":
+        return 1
+    return ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / case.bytes)
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw random inputs, the same ones on every call."""
+    random = torch.Generator(device).manual_seed(SEED)
+    channels = case.size[1]
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=random, device=device)
+
+    def activation(values: Tensor) -> Tensor:
+        return values.to(DTYPES[case.dtype]).contiguous(memory_format=LAYOUTS[case.layout])
+
+    count = copies_needed(case, device)
+    # Means and deviations that are neither 0 nor 1 and differ from channel to channel.
+    deviation = draw(1, channels, 1, 1).abs_().add_(0.5)
+    x = activation(draw(*case.size).mul_(deviation).add_(draw(1, channels, 1, 1)))
+    dy = activation(draw(*case.size))
+    return Inputs(
+        x=[x.clone().requires_grad_() for _ in range(count)],
+        dy=[dy.clone() for _ in range(count)],
+        weight=draw(channels).add_(2.0),
+        bias=draw(channels),
+        running_mean=draw(channels),
+        running_var=draw(channels).abs_().add_(0.5),
+    )

@@ -1,0 +1,57 @@
+"""The machine a run is made on: its device, a name for it, and the speed of a plain copy."""
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+import bn_ext
+
+from .measure import Wall
+
+COPY_ROUNDS = 15
+
+
+def best_device() -> torch.device:
+    """Choose the GPU if torch sees one and bn_ext was built for it, else the CPU."""
+    if torch.cuda.is_available() and bn_ext.build_info().cuda:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Give the maker's name of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        models = []
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def device_slug(device: torch.device) -> str:
+    """Make a folder name for results, as cpu-<model>-2-threads or cuda-<model>."""
+    name = re.sub(r"\((R|TM)\)|\bCPU\b", " ", device_name(device), flags=re.IGNORECASE)
+    threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return re.sub(r"[^a-z0-9.]+", "-", f"{device.type} {name}{threads}".lower()).strip("-")
+
+
+def last_level_cache_bytes(device: torch.device) -> int:
+    """Give the size of a GPU's L2 or of the first core's largest cache; 0 if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
+
+
+def copy_gb_per_s(device: torch.device) -> float:
+    """Time copy_ between tensors too large for any cache: bytes read + written per second, best of some rounds."""
+    size = max(256 << 20, 4 * last_level_cache_bytes(device))
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros(size // 4, device=device)
+    wall = Wall([lambda: target.copy_(source)], device)
+    wall.round(1)
+    return 2 * size / min(wall.round(1) for _ in range(COPY_ROUNDS)) / 1e9

@@ -1,0 +1,145 @@
+"""Time two sides in turn, and hand the times to pytest-benchmark.
+
+On a shared machine the speed of everything drifts within seconds, so a ratio means something only
+if both sides were timed at the same moment. pytest-benchmark times one test after the other;
+therefore the first test of a pair times both providers here, round by round and in alternating
+order, and each of the two tests replays its provider's times: its timer is a clock (`Replay`) that
+moves only when told to. Only `benchmark.pedantic` and the `timer` option are used.
+"""
+
+import gc
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import NamedTuple, Protocol
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from .allocator import page_faults
+from .providers import Call
+
+GRAPH_CALLS = 32  # at least, in one graph
+WARM_UP = 3
+
+
+class Effort(NamedTuple):
+    """How long to time one pair."""
+
+    seconds: float  # for all rounds of both sides, unless these would be fewer than min_rounds
+    min_rounds: int
+    max_rounds: int
+    round_seconds: float  # least length of a round: shorter calls are repeated within it
+
+
+class Side(Protocol):
+    """One of the things that are timed in turn."""
+
+    def round(self, repeats: int) -> float:
+        """Do all calls `repeats` times and return the seconds per call."""
+        ...
+
+
+class Wall:
+    """Eager calls by the clock on the wall; on a GPU up to the end of the last kernel."""
+
+    def __init__(self, calls: Sequence[Call], device: torch.device):
+        self.calls = calls
+        self.cuda = device.type == "cuda"
+
+    def round(self, repeats: int) -> float:
+        """Do all calls `repeats` times and return the seconds per call."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            for call in self.calls:
+                call()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / (repeats * len(self.calls))
+
+
+class Graph:
+    """A CUDA graph of many calls over the copies of the inputs: kernels without launch costs."""
+
+    def __init__(self, calls: Sequence[Call]):
+        # Backward nodes run on the stream of their forward, so the graph must be captured on that
+        # very stream: the current one, which Bench has set before any module was called.
+        turns = ceil(GRAPH_CALLS / len(calls))
+        self.count = turns * len(calls)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            for _ in range(turns):
+                for call in calls:
+                    call()
+
+    def round(self, repeats: int) -> float:
+        """Replay the graph `repeats` times and return the seconds per call."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            self.graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / (repeats * self.count)
+
+
+@dataclass
+class Times:
+    """What came of one side."""
+
+    repeats: int
+    seconds: list[float] = field(default_factory=list)  # per call, one figure a round
+    page_faults: int = 0  # in all rounds together
+
+
+def in_turns(sides: dict[str, Side], effort: Effort) -> dict[str, Times]:
+    """Time the sides in turn, each once a round, the order reversed from one round to the next."""
+    # The warm-up too. The least of a few, lest a disturbed call pass for a long one.
+    longest = max(min(side.round(1) for _ in range(WARM_UP)) for side in sides.values())
+    times = {name: Times(max(1, ceil(effort.round_seconds / longest))) for name in sides}
+    order = list(sides)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(effort.max_rounds):
+            if done >= effort.min_rounds and time.perf_counter() - start > effort.seconds:
+                break
+            for name in order:
+                faults = page_faults()
+                times[name].seconds.append(sides[name].round(times[name].repeats))
+                times[name].page_faults += page_faults() - faults
+            order.reverse()
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+class Replay:
+    """A clock that stands still but for `step`, which moves it by the next of the given times."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.times = iter([0.0])
+
+    def read(self) -> float:
+        """Tell the time, for pytest-benchmark's `timer` option."""
+        return self.now
+
+    def step(self) -> None:
+        """Let one measured round pass."""
+        self.now += next(self.times)
+
+    def feed(self, benchmark: BenchmarkFixture, seconds: Iterable[float]) -> None:
+        """Make `seconds` the rounds of `benchmark`, whose timer must be `read`."""
+        seconds = list(seconds)
+        self.now = 0.0
+        self.times = iter(seconds)
+        benchmark.pedantic(self.step, rounds=len(seconds))
+
+
+REPLAY = Replay()

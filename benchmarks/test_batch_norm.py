@@ -1,0 +1,59 @@
+"""bn_ext against torch.nn: ResNet-50's shapes in all directions, layouts, dtypes; a call's cost.
+
+A test's name reads case-dtype-layout-direction-provider: `-k "stem and bfloat16 and backward"`
+picks one pair for each layout.
+"""
+
+from operator import attrgetter
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from .bench import Bench
+from .check import WrongResultError
+from .inputs import DTYPES, LAYOUTS, Case
+from .measure import REPLAY
+from .providers import DIRECTIONS, OVERHEAD_DIRECTIONS, PROVIDERS
+from .shapes import OVERHEAD, OVERHEAD_BATCH, RESNET50, Shape
+
+
+def record(bench: Bench, benchmark: BenchmarkFixture, case: Case, direction: str, provider: str) -> None:
+    """Fill the entry, or fail with the one sentence that says what is wrong."""
+    refusal = ""
+    try:
+        bench.record(benchmark, case, direction, provider)
+    except WrongResultError as error:
+        refusal = str(error)
+    if refusal:
+        pytest.fail(refusal, pytrace=False)
+
+
+# The parameters of the topmost mark vary fastest: a case's tests are neighbours, and so are the two
+# sides of a pair.
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", RESNET50, ids=attrgetter("name"))
+@pytest.mark.benchmark(timer=REPLAY.read)
+def test_resnet50(
+    bench: Bench,
+    benchmark: BenchmarkFixture,
+    shape: Shape,
+    dtype: str,
+    layout: str,
+    direction: str,
+    provider: str,
+) -> None:
+    """A BatchNorm input of ResNet-50: how close to the speed of memory?"""
+    case = Case(shape.name, shape.size(bench.batch), dtype, layout)
+    record(bench, benchmark, case, direction, provider)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("direction", OVERHEAD_DIRECTIONS)
+@pytest.mark.benchmark(timer=REPLAY.read)
+def test_overhead(bench: Bench, benchmark: BenchmarkFixture, direction: str, provider: str) -> None:
+    """An input of 32 values: what does a call of the module cost?"""
+    case = Case(OVERHEAD.name, OVERHEAD.size(OVERHEAD_BATCH), "float32", "contiguous")
+    record(bench, benchmark, case, direction, provider)
