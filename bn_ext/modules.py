@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from bn_ext.functional import batch_norm
 
@@ -11,7 +12,8 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise `input`; in training, update running_mean, running_var and num_batches_tracked."""
-        self._check_input_dim(input)
+        if not isinstance(input, Proxy):  # torch.fx.symbolic_trace: there are no dimensions to look at
+            self._check_input_dim(input)
         momentum = self.momentum
         if self.training:
             if not self.track_running_stats:

@@ -42,6 +42,38 @@ ThreeTensors dispatch_backward(const at::Tensor& dy,
 }
 
 // Saved for backward: input, weight and two vectors of statistics.
+void save(AutogradContext* ctx, const BatchNormArguments& args, const at::Tensor& mean, const at::Tensor& rstd) {
+  ctx->save_for_backward({args.input, args.weight.value_or(at::Tensor()), mean, rstd});
+  ctx->saved_data["training"] = args.training;
+  ctx->saved_data["eps"] = args.eps;
+  ctx->saved_data["has_bias"] = args.bias.has_value() && args.bias->defined();
+  ctx->set_materialize_grads(false);
+}
+
+// Gradients of input, weight and bias, followed by undefined ones: `arguments` in all.
+variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size_t arguments) {
+  variable_list result(arguments);
+  if (!dy.defined()) return result;
+  const variable_list saved = ctx->get_saved_variables();
+  const at::Tensor& input = saved[0];
+  const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+  const bool training = ctx->saved_data["training"].toBool();
+  // Absent tensors have no edge.
+  const bool has_bias = ctx->saved_data["has_bias"].toBool();
+  const std::array<bool, 3> mask{ctx->needs_input_grad(0),
+                                 weight.has_value() && ctx->needs_input_grad(1),
+                                 has_bias && ctx->needs_input_grad(weight.has_value() ? 2 : 1)};
+  const bool is_differentiated = at::GradMode::is_enabled() || has_forward_gradient(dy);
+  const auto [dx, dweight, dbias] =
+      is_differentiated
+          ? composed_backward(dy, input, weight, saved[2], saved[3], training, ctx->saved_data["eps"].toDouble(), mask)
+          : dispatch_backward(dy, input, weight, saved[2], saved[3], training, mask);
+  if (mask[0]) result[0] = dx;
+  if (mask[1]) result[1] = dweight.view_as(*weight);
+  if (mask[2]) result[2] = dbias;
+  return result;
+}
+
 struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
   static at::Tensor forward(AutogradContext* ctx,
                             const at::Tensor& input,
@@ -54,38 +86,50 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
                             std::optional<double> momentum,
                             double eps) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, mean, rstd] = dispatch_forward(
-        {input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked});
-    ctx->save_for_backward({input, weight.value_or(at::Tensor()), mean, rstd});
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
+    const BatchNormArguments args{
+        input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked};
+    const auto [y, mean, rstd] = dispatch_forward(args);
+    save(ctx, args, mean, rstd);
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(9);
-    if (!grads[0].defined()) return result;
-    const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor& input = saved[0];
-    const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
-    const bool training = ctx->saved_data["training"].toBool();
-    // Absent tensors have no edge.
-    const bool has_bias = ctx->saved_data["has_bias"].toBool();
-    const std::array<bool, 3> mask{ctx->needs_input_grad(0),
-                                   weight.has_value() && ctx->needs_input_grad(1),
-                                   has_bias && ctx->needs_input_grad(weight.has_value() ? 2 : 1)};
-    const auto [dx, dweight, dbias] =
-        at::GradMode::is_enabled()
-            ? composed_backward(
-                  grads[0], input, weight, saved[2], saved[3], training, ctx->saved_data["eps"].toDouble(), mask)
-            : dispatch_backward(grads[0], input, weight, saved[2], saved[3], training, mask);
-    if (mask[0]) result[0] = dx;
-    if (mask[1]) result[1] = dweight.view_as(*weight);
-    if (mask[2]) result[2] = dbias;
-    return result;
+    return backward_of_saved(ctx, grads[0], 9);
   }
 };
+
+// The inner operator of eval, where it is called as such: in an exported and decomposed model.
+struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
+  static variable_list forward(AutogradContext* ctx,
+                               const at::Tensor& input,
+                               const OptionalTensor& weight,
+                               const OptionalTensor& bias,
+                               const at::Tensor& running_mean,
+                               const at::Tensor& running_var,
+                               double eps) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const OptionalTensor mean_given(running_mean), var_given(running_var), no_count;
+    const BatchNormArguments args{input, mean_given, var_given, weight, bias, false, 0.0, eps, no_count};
+    const auto [y, mean, rstd] = dispatch_forward(args);
+    save(ctx, args, mean, rstd);
+    ctx->mark_non_differentiable({mean, rstd});
+    return {y, mean, rstd};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return backward_of_saved(ctx, grads[0], 6);
+  }
+};
+
+ThreeTensors differentiable_inference(const at::Tensor& input,
+                                      const OptionalTensor& weight,
+                                      const OptionalTensor& bias,
+                                      const at::Tensor& running_mean,
+                                      const at::Tensor& running_var,
+                                      double eps) {
+  const variable_list result = InferenceFunction::apply(input, weight, bias, running_mean, running_var, eps);
+  return {result[0], result[1], result[2]};
+}
 
 bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
 
@@ -143,6 +187,8 @@ at::Tensor batch_norm_from_python(const at::Tensor& input,
 }
 
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) { m.impl("batch_norm", &batch_norm); }
+
+TORCH_LIBRARY_IMPL(bn_ext, Autograd, m) { m.impl("batch_norm_inference", &differentiable_inference); }
 
 // vmap does not decompose operators that write to their arguments, unless told to.
 TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) { m.impl("batch_norm", &batch_norm); }

@@ -7,15 +7,10 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 namespace bn_ext {
-namespace {
-
-bool has_forward_gradient(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
 bool has_forward_gradient(const OptionalTensor& tensor) {
-  return tensor.has_value() && tensor->defined() && has_forward_gradient(*tensor);
+  return tensor.has_value() && tensor->defined() && tensor->_fw_grad(/*level=*/0).defined();
 }
-
-}  // namespace
 
 bool needs_composed(const BatchNormArguments& args) {
   const auto device = args.input.device().type();
@@ -26,21 +21,23 @@ bool needs_composed(const BatchNormArguments& args) {
 
 at::Tensor composed_batch_norm(const BatchNormArguments& args) {
   const bool is_counted = args.training && args.num_batches_tracked.has_value() && args.num_batches_tracked->defined();
-  double momentum = args.momentum.value_or(0);
-  if (!args.momentum.has_value() && is_counted) {
-    momentum = 1.0 / double(args.num_batches_tracked->item<int64_t>() + 1);
-  }
-  const at::Tensor y = at::batch_norm(args.input,
-                                      args.weight,
-                                      args.bias,
-                                      args.running_mean,
-                                      args.running_var,
-                                      args.training,
-                                      momentum,
-                                      args.eps,
-                                      at::globalContext().userEnabledCuDNN());
+  // Counted first, as torch.nn does: where a transform forbids changes in place, nothing else has been changed then.
   if (is_counted) args.num_batches_tracked->add_(1);
-  return y;
+  try {
+    const bool is_cumulative = is_counted && !args.momentum.has_value();
+    return at::batch_norm(args.input,
+                          args.weight,
+                          args.bias,
+                          args.running_mean,
+                          args.running_var,
+                          args.training,
+                          is_cumulative ? 1.0 / args.num_batches_tracked->item<double>() : args.momentum.value_or(0),
+                          args.eps,
+                          at::globalContext().userEnabledCuDNN());
+  } catch (...) {
+    if (is_counted) args.num_batches_tracked->sub_(1);
+    throw;
+  }
 }
 
 ThreeTensors composed_backward(const at::Tensor& dy,

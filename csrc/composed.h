@@ -10,6 +10,9 @@
 
 namespace bn_ext {
 
+// Whether forward-mode AD carries a tangent with it.
+bool has_forward_gradient(const OptionalTensor& tensor);
+
 // For what the fused operators cannot see through: torch.func transforms, forward-mode AD, devices other than CPU and
 // CUDA.
 bool needs_composed(const BatchNormArguments& args);

@@ -194,7 +194,7 @@ void backward(const BackwardParams& p, const P& partition) {
 template <typename Body>
 void dispatch(DType dtype, const Shape& shape, bool has_sums, const Body& body) {
   const auto with_type = [&](auto value) {
-    if (walks_rows(shape)) {
+    if (walks_rows(shape, has_sums)) {
       body(value, RowPartition(shape, sizeof(value), has_sums));
     } else {
       body(value, PlanePartition(shape, sizeof(value), has_sums));

@@ -16,6 +16,7 @@
 
 namespace bn_ext::cpu {
 namespace avx2 {
+#define BN_EXT_AVX2
 constexpr int kVectorBytes = 32;
 #include "table.inl"
 }  // namespace avx2

@@ -17,6 +17,7 @@
 
 namespace bn_ext::cpu {
 namespace avx512 {
+#define BN_EXT_AVX512
 constexpr int kVectorBytes = 64;
 #include "table.inl"
 }  // namespace avx512

@@ -87,7 +87,7 @@ struct RowPartition : Partition {
     columns *= rows_joined;
     rows /= rows_joined;
     joined = rows_joined > 1;
-    const int64_t widest = std::max(run, (has_sums ? kMaxColumns : kUnitValues) / run * run);  // whole channels
+    const int64_t widest = std::max(run, (has_sums ? kMaxColumns : 2 * kMaxColumns) / run * run);  // whole channels
     group_columns = joined ? columns : std::min(columns, widest);
     groups = ceil_div(columns, group_columns);
     segments = ceil_div(rows * group_columns, has_sums ? kRowSegment : kUnitValues);
@@ -112,9 +112,10 @@ struct RowPartition : Partition {
   }
 };
 
-// Planes of a few vectors also go as rows, where there are images enough to make up for the work per column.
-inline bool walks_rows(const Shape& shape) {
-  return shape.channels_last || shape.s < kNarrowPlane || (shape.s < 4 * kNarrowPlane && shape.n >= kNarrowPlane);
+// For sums, planes of a few vectors also go as rows, where there are images enough to make up for the work per column.
+inline bool walks_rows(const Shape& shape, bool has_sums) {
+  if (shape.channels_last || shape.s < kNarrowPlane) return true;
+  return has_sums && shape.s < 4 * kNarrowPlane && shape.n >= kNarrowPlane;
 }
 
 }  // namespace bn_ext::cpu

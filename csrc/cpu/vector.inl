@@ -80,8 +80,9 @@ BN_EXT_INLINE Vec<double> load_vector(const double* p) { return load_bits<Vec<do
 BN_EXT_INLINE void store_vector(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 BN_EXT_INLINE void store_vector(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// 16-bit floats by the processor's own instructions; for bfloat16 they only spare detours of the compiler's.
-#if defined(__AVX512F__)
+// 16-bit floats by the processor's own instructions. The macros are of isa_*.cpp: g++ does not define __AVX2__ and its
+// kin after a target pragma.
+#if defined(BN_EXT_AVX512)
 BN_EXT_INLINE Vec<float> load_vector(const BFloat16* p) {
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
@@ -99,7 +100,7 @@ BN_EXT_INLINE Vec<float> load_vector(const Half* p) {
 BN_EXT_INLINE void store_vector(Half* p, Vec<float> v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(__AVX2__)
+#elif defined(BN_EXT_AVX2)
 BN_EXT_INLINE Vec<float> load_vector(const BFloat16* p) {
   return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
