@@ -9,21 +9,13 @@ PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint format build clean
 
-# The environment, and the extension built in it. Built again when a source changes.
-$(VENV)/ready: pyproject.toml scripts/make_env.py
-	$(PYTHON) scripts/make_env.py --folder $(VENV) --torch "$(TORCH)" --extras test,demo,lint
-	touch $@ $(VENV)/built
-
-$(VENV)/built: $(VENV)/ready $(SOURCES)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
-	touch $@
-
-build: $(VENV)/built
+# The environment, and the extension built in it; again where a source has changed.
+build:
+	@$(PYTHON) scripts/make_env.py --folder $(VENV) --torch "$(TORCH)"
 
 demo: build
 	$(RUN) -m examples.digits $(DEMO_OPTIONS)
@@ -34,13 +26,13 @@ test: build
 bench: build
 	$(RUN) -m benchmarks $(BENCH_OPTIONS)
 
-lint: $(VENV)/ready
+lint: build
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 
-format: $(VENV)/ready
+format: build
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(FORMATTED)

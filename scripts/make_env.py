@@ -41,24 +41,44 @@ def create(folder: Path, shared_packages: Path | None) -> Path:
     return python
 
 
-def main() -> None:
-    """Create, install, build."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--torch", default="", help="requirement to install, as torch==2.13.0; overrides a torch found")
-    parser.add_argument("--extras", default="test", help="optional dependencies of bn_ext, comma-separated")
-    options = parser.parse_args()
-
-    shared = None if options.torch else importable_torch()
+def make(folder: Path, torch: str) -> Path:
+    """A fresh environment with everything installed and bn_ext built in it; returns its Python."""
+    shared = None if torch else importable_torch()
     if shared is not None:
         print(f"make_env: using the torch in {shared} (name another with TORCH=...)", flush=True)
-    python = create(options.folder, shared)
+    python = create(folder, shared)
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     run(*pip, *BUILD_REQUIREMENTS)
     if shared is None:
-        run(*pip, options.torch or "torch>=2.11")
-    run(*pip, "--no-build-isolation", "--editable", f".[{options.extras}]")
-    run(python, "-m", "bn_ext")
+        run(*pip, torch or "torch>=2.11")
+    run(*pip, "--no-build-isolation", "--editable", ".[test,demo,lint]")
+    return python
+
+
+def newest_source() -> float:
+    """When a file that the extension is built from was last changed."""
+    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    return max(path.stat().st_mtime for path in sources)
+
+
+def main() -> None:
+    """Create, install and build, each only where it is missing or out of date."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--torch", default="", help="requirement to install, as torch==2.13.0; overrides a torch found")
+    options = parser.parse_args()
+
+    # What the environment was made for; the file's time is that of the last build.
+    made_for = options.folder / "made_for.txt"
+    old_torch, _, old_project = made_for.read_text().partition("\n") if made_for.exists() else ("", "", "")
+    project = (ROOT / "pyproject.toml").read_text()
+    if project != old_project or options.torch not in ("", old_torch):
+        python = make(options.folder, options.torch)
+        run(python, "-m", "bn_ext")
+        made_for.write_text(f"{options.torch}\n{project}")
+    elif made_for.stat().st_mtime < newest_source():
+        run(options.folder / "bin" / "python", "setup.py", "--quiet", "build_ext", "--inplace")
+        made_for.touch()
 
 
 main()

@@ -105,7 +105,7 @@ void forward(const ForwardParams& p, const P& partition) {
   };
   const auto batch_moments = [&](int64_t c, double column_count) {
     const Moments total = merge_columns(partition, c, column_count, partials.at(0));
-    if (std::isfinite(total.m2)) return total;
+    if (std::isfinite(total.m2) || std::isnan(total.mean)) return total;
     return moments_in_double(p.shape, x, c, [](T value) { return to_double(value); });
   };
   const auto finalise = [&](int64_t c_begin, int64_t c_end) {

@@ -1,0 +1,85 @@
+"""The build says what it decided about CUDA and why, and fails with a sentence."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A copy of what setup.py reads and writes."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("bn_ext", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def setup(sources: Path, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py as far as it decides, without compiling."""
+    code = f"{before}\nimport sys; sys.argv = ['setup.py', '--version']; exec(open('setup.py').read())"
+    environment = {"BN_EXT_CUDA": "", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", f"__file__ = 'setup.py'\n{code}"],
+        cwd=sources,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "words"),
+    [
+        ("0", 0, "CUDA kernels: no: it was built with BN_EXT_CUDA=0"),
+        ("2", 1, "BN_EXT_CUDA must be 0 or 1, got '2'"),
+        ("yes", 1, "BN_EXT_CUDA must be 0 or 1, got 'yes'"),
+    ],
+)
+def test_override(sources: Path, value: str, status: int, words: str) -> None:
+    result = setup(sources, BN_EXT_CUDA=value)
+    assert result.returncode == status
+    assert words in result.stdout + result.stderr
+
+
+WITHOUT_CUDA = "import torch; torch.version.cuda = None"
+WITHOUT_TOOLKIT = "import torch.utils.cpp_extension as e; torch.version.cuda = '13.0'; e.CUDA_HOME = None"
+
+
+@pytest.mark.parametrize(
+    ("before", "words"),
+    [(WITHOUT_CUDA, "was built without CUDA"), (WITHOUT_TOOLKIT, "no CUDA toolkit was found at build time")],
+)
+def test_reason_without_cuda(sources: Path, before: str, words: str) -> None:
+    (sources / "csrc" / "cuda" / "any.cu").touch()  # as if there were a kernel
+    result = setup(sources, before)
+    assert result.returncode == 0
+    assert "CUDA kernels: no: " in result.stdout
+    assert words in result.stdout
+    assert words in (sources / "bn_ext" / "_build_config.py").read_text()
+    insisting = setup(sources, before, BN_EXT_CUDA="1")
+    assert insisting.returncode == 1
+    assert "BN_EXT_CUDA=1, but " in insisting.stderr
+    assert words in insisting.stderr
+
+
+def test_without_torch(sources: Path) -> None:
+    result = setup(sources, "import sys; sys.modules['torch'] = None")
+    assert result.returncode == 1
+    assert "torch cannot be imported" in result.stderr
+    assert "pip install --no-build-isolation" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_version_is_one() -> None:
+    """The package's metadata and the changelog's newest release or the next one."""
+    project = (ROOT / "pyproject.toml").read_text()
+    version = project.split('version = "')[1].split('"')[0]
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
