@@ -50,7 +50,7 @@ def test_override(sources: Path, value: str, status: int, words: str) -> None:
 
 
 WITHOUT_CUDA = "import torch; torch.version.cuda = None"
-WITHOUT_TOOLKIT = "import torch.utils.cpp_extension as e; torch.version.cuda = '13.0'; e.CUDA_HOME = None"
+WITHOUT_TOOLKIT = "import torch, torch.utils.cpp_extension as e; torch.version.cuda = '13.0'; e.CUDA_HOME = None"
 
 
 @pytest.mark.parametrize(
