@@ -47,17 +47,29 @@ def choose_cuda(sources: list[str]) -> tuple[bool, str]:
     return False, reason
 
 
-def write_build_config(cuda: bool, reason: str) -> None:
-    """What bn_ext.build_info() tells of the build; also there when the extension cannot be loaded."""
+def build_config(cuda: bool, reason: str) -> str:
+    """What bn_ext.build_info() tells of the build; a module beside the extension, readable when that cannot load."""
     lines = [
-        '"""Written by setup.py at build time."""',
+        '"""Written by setup.py when it has built the extension."""',
         "",
         f"TORCH = {torch.__version__!r}",
         f"CUDA = {cuda!r}",
         f"CUDA_REASON = {reason!r}",
         f"CUDA_ARCHITECTURES = {os.environ.get('TORCH_CUDA_ARCH_LIST', '') if cuda else ''!r}",
     ]
-    (ROOT / "bn_ext" / "_build_config.py").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def build_command(config: str) -> type:
+    """Torch's build_ext, which also leaves the build config where it leaves the extension."""
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def run(self) -> None:
+            super().run()
+            package = ROOT / "bn_ext" if self.inplace else Path(self.build_lib) / "bn_ext"
+            (package / "_build_config.py").write_text(config)
+
+    return BuildExtension
 
 
 def extension(cuda: bool, cuda_sources: list[str], reason: str) -> "cpp_extension.CppExtension":
@@ -68,12 +80,16 @@ def extension(cuda: bool, cuda_sources: list[str], reason: str) -> "cpp_extensio
     # OpenMP: without it at::parallel_for in an extension is serial, without a word.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     cxx = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", *openmp]
+    depends = [
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl", ".cuh")
+    ]
     if cuda:
         return cpp_extension.CUDAExtension(
             "bn_ext._C",
             sources + cuda_sources,
             extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
             extra_link_args=openmp,
+            depends=depends,
         )
     return cpp_extension.CppExtension(
         "bn_ext._C",
@@ -81,6 +97,7 @@ def extension(cuda: bool, cuda_sources: list[str], reason: str) -> "cpp_extensio
         define_macros=[("BN_EXT_CUDA_REASON", f'"{reason}"')],
         extra_compile_args={"cxx": cxx},
         extra_link_args=openmp,
+        depends=depends,
     )
 
 
@@ -91,10 +108,9 @@ def main() -> None:
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     print(f"bn_ext: torch {torch.__version__}; CUDA kernels: {'yes' if cuda else 'no'}: {reason}", flush=True)
-    write_build_config(cuda, reason)
     setup(
         ext_modules=[extension(cuda, cuda_sources, reason)],
-        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        cmdclass={"build_ext": build_command(build_config(cuda, reason))},
     )
 
 

@@ -1,11 +1,11 @@
 """A custom C++/CUDA BatchNorm for PyTorch that drops in for torch.nn.BatchNorm."""
 
-from bn_ext._build_info import BuildInfo, build_info
+from bn_ext._build_info import BuildInfo, build_info, version
 from bn_ext.convert import convert, revert
 from bn_ext.functional import batch_norm
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__version__ = build_info().version
+__version__ = version()
 
 __all__ = [
     "BatchNorm1d",

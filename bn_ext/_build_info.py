@@ -49,11 +49,21 @@ class BuildInfo:
         return "\n".join(f"{name:<13} {value}" for name, value in lines)
 
 
-def _version() -> str:
+def version() -> str:
+    """Tell the installed version of bn_ext."""
     try:
         return importlib.metadata.version("bn_ext")
     except importlib.metadata.PackageNotFoundError:
         return "unknown (not installed)"
+
+
+def _instruction_set() -> str:
+    if _extension.module is None:
+        return ""
+    try:
+        return str(_extension.module.instruction_set())
+    except ValueError as error:  # a name that BN_EXT_CPU_CAPABILITY asks for, and this processor has not
+        return f"none: {error}"
 
 
 def build_info() -> BuildInfo:
@@ -70,7 +80,7 @@ def build_info() -> BuildInfo:
         config = None
     module = _extension.module
     return BuildInfo(
-        version=_version(),
+        version=version(),
         torch=torch.__version__,
         torch_at_build=config.TORCH if config else "",
         loaded=module is not None,
@@ -78,6 +88,6 @@ def build_info() -> BuildInfo:
         cuda=bool(config and config.CUDA and module is not None),
         cuda_reason=config.CUDA_REASON if config else "bn_ext has not been built",
         cuda_architectures=config.CUDA_ARCHITECTURES if config else "",
-        instruction_set=module.instruction_set() if module is not None else "",
+        instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),
     )

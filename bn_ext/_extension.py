@@ -1,6 +1,7 @@
 """Loads the extension module, or says in a sentence why it cannot be loaded."""
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,8 @@ def _load() -> tuple[ModuleType | None, str]:
         config: Any = importlib.import_module("bn_ext._build_config")
     except ImportError:
         return None, (
-            "bn_ext has not been built: run `pip install --no-build-isolation .` in its source folder (docs/install.md)"
+            f"bn_ext has not been built in {Path(__file__).parent}: if it is installed elsewhere, leave the source "
+            "folder, else run `pip install --no-build-isolation .` there (docs/install.md)"
         )
     if _release(config.TORCH) != _release(torch.__version__):
         return None, (

@@ -61,7 +61,7 @@ def batch_norm(
         momentum: Weight of this batch in the running statistics. None: their mean over all batches
             (1 / num_batches_tracked), which needs `num_batches_tracked`.
         eps: Added to the variance; positive in training.
-        num_batches_tracked: (), int64, or None. Raised by one in training.
+        num_batches_tracked: One value, int64 as a rule, or None. Raised by one in training.
 
     The (C,) vectors share one dtype: that of input, or float32 beside a float16 or bfloat16 input.
 
@@ -88,17 +88,19 @@ def batch_norm(
         return through_dispatcher(*arguments, training, momentum, eps, num_batches_tracked=num_batches_tracked)
     try:
         return _direct(*arguments, training, momentum, eps, num_batches_tracked)
-    except TypeError:
+    except TypeError as error:
         tensors = dict(zip(_TENSORS, (*arguments, num_batches_tracked), strict=True))
-        raise _type_error(tensors, momentum, eps) from None
+        raise (_type_error(tensors, training, momentum, eps) or error) from None
 
 
-def _type_error(tensors: Mapping[str, object], momentum: object, eps: object) -> TypeError:
-    """The sentence for an argument of a wrong type, in torch's words."""
+def _type_error(tensors: Mapping[str, object], training: object, momentum: object, eps: object) -> TypeError | None:
+    """The sentence for an argument of a wrong type, in torch's words; None if there is none."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor) and (value is not None or name == "input"):
             return TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    if not isinstance(training, bool):
+        return TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
     for name, value in {"momentum": momentum, "eps": eps}.items():
         if not isinstance(value, int | float) and (value is not None or name == "eps"):
             return TypeError(f"batch_norm(): argument '{name}' must be float, not {type(value).__name__}")
-    return TypeError("batch_norm(): argument 'training' must be bool")
+    return None

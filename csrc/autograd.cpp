@@ -2,6 +2,7 @@
 // so that compilers, fake tensors and other modes see them.
 #include "autograd.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -133,6 +134,25 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
 
 bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
 
+// A user's hook on saved tensors runs after the statistics have been updated, and may throw: they are put back then.
+class RestoreUnlessDone {
+ public:
+  explicit RestoreUnlessDone(const BatchNormArguments& args) {
+    if (!args.training || !at::SavedTensorDefaultHooks::get_hooks().has_value()) return;
+    for (const OptionalTensor* tensor : {&args.running_mean, &args.running_var, &args.num_batches_tracked}) {
+      if (tensor->has_value() && (*tensor)->defined()) kept_.emplace_back(**tensor, (*tensor)->detach().clone());
+    }
+  }
+  ~RestoreUnlessDone() {
+    at::NoGradGuard no_grad;
+    for (const auto& [tensor, before] : kept_) tensor.copy_(before);
+  }
+  void done() const { kept_.clear(); }
+
+ private:
+  mutable std::vector<std::pair<at::Tensor, at::Tensor>> kept_;
+};
+
 // num_batches_tracked.add_(1) in torch.nn counts as a change in place; the running statistics' update there does not.
 void count_as_changed(const OptionalTensor& tensor) {
   if (tensor.has_value() && tensor->defined() && !tensor->is_inference()) {
@@ -155,12 +175,18 @@ at::Tensor batch_norm(const at::Tensor& input,
       input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked};
   check_arguments(args);
   if (needs_composed(args)) return composed_batch_norm(args);
-  check_not_differentiable(running_mean, "running_mean");
-  check_not_differentiable(running_var, "running_var");
+  if (at::GradMode::is_enabled()) {
+    check_not_differentiable(running_mean, "running_mean");
+    check_not_differentiable(running_var, "running_var");
+  }
   at::Tensor y;
   if (at::GradMode::is_enabled() && (input.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
+    check_can_be_saved(input, "input");
+    check_can_be_saved(weight, "weight");
+    const RestoreUnlessDone statistics(args);
     y = BatchNormFunction::apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
+    statistics.done();
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
     y = std::get<0>(dispatch_forward(args));

@@ -81,7 +81,12 @@ void run_backward(const at::Tensor& x, const BackwardParams& params) {
   x.is_cuda() ? cuda::backward(params) : cpu::backward(params);
 }
 
-// Both forward passes. All that can fail comes before the back-end writes anything.
+// The kernels count in an int64 on their own device; a count of another kind is raised by torch.
+bool kernels_can_count(const at::Tensor& count, const at::Tensor& x) {
+  return count.scalar_type() == at::kLong && count.numel() == 1 && count.device() == x.device();
+}
+
+// Both forward passes. What can fail for a bad argument comes before the back-end writes anything.
 ThreeTensors forward(const at::Tensor& input,
                      const ChannelVector& weight,
                      const ChannelVector& bias,
@@ -98,10 +103,11 @@ ThreeTensors forward(const at::Tensor& input,
   const at::Tensor mean = at::empty({x.size(1)}, options);
   const at::Tensor rstd = at::empty({x.size(1)}, options);
   const bool is_tracked = num_batches_tracked.has_value() && num_batches_tracked->defined();
-  if (x.numel() == 0) {
-    if (training && is_tracked) num_batches_tracked->add_(1);
-    return {y, mean.zero_(), rstd.zero_()};
-  }
+  const bool counted_by_torch =
+      training && is_tracked && (x.numel() == 0 || !kernels_can_count(*num_batches_tracked, x));
+  if (counted_by_torch && !momentum.has_value()) momentum = 1.0 / (num_batches_tracked->item<double>() + 1);
+  if (counted_by_torch) num_batches_tracked->add_(1);
+  if (x.numel() == 0) return {y, mean.zero_(), rstd.zero_()};
   ForwardParams p{};
   p.shape = shape_of(x, format);
   p.dtype = dtype_of(x.scalar_type());
@@ -112,7 +118,7 @@ ThreeTensors forward(const at::Tensor& input,
   p.bias = bias.data();
   p.running_mean = running_mean.data();
   p.running_var = running_var.data();
-  p.num_batches_tracked = is_tracked ? num_batches_tracked->data_ptr<int64_t>() : nullptr;
+  p.num_batches_tracked = is_tracked && !counted_by_torch ? num_batches_tracked->data_ptr<int64_t>() : nullptr;
   p.cumulative = !momentum.has_value();
   p.momentum = momentum.value_or(0);
   p.eps = eps;
@@ -168,9 +174,11 @@ ThreeTensors batch_norm_backward(const at::Tensor& dy,
                                  const at::Tensor& rstd,
                                  bool training,
                                  std::array<bool, 3> output_mask) {
-  check_gradient(dy, input);
+  check_backward(dy, input, weight, mean, rstd);
   const at::MemoryFormat format = input.suggest_memory_format();
   const at::Tensor x = input.contiguous(format);
+  const at::Tensor saved_mean = mean.contiguous();
+  const at::Tensor saved_rstd = rstd.contiguous();
   const ChannelVector w(weight);
   const auto options = x.options().dtype(w.defined() ? w.scalar_type() : mean.scalar_type());
   const auto vector = [&](bool wanted) { return at::empty({wanted ? x.size(1) : 0}, options); };
@@ -191,8 +199,8 @@ ThreeTensors batch_norm_backward(const at::Tensor& dy,
   p.dy_is_scalar = is_scalar;
   p.x = x.const_data_ptr();
   p.weight = w.data();
-  p.mean = mean.const_data_ptr();
-  p.rstd = rstd.const_data_ptr();
+  p.mean = saved_mean.const_data_ptr();
+  p.rstd = saved_rstd.const_data_ptr();
   p.dx = output_mask[0] ? dx.data_ptr() : nullptr;
   p.dweight = output_mask[1] ? dweight.data_ptr() : nullptr;
   p.dbias = output_mask[2] ? dbias.data_ptr() : nullptr;

@@ -1,5 +1,4 @@
 // Names only: the operators' schemas and the Python module.
-#include <ATen/Parallel.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -36,10 +35,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("running_var"),
         py::arg("weight"),
         py::arg("bias"),
-        py::arg("training"),
+        py::arg("training").noconvert(),
         py::arg("momentum"),
         py::arg("eps"),
         py::arg("num_batches_tracked"));
   m.def("instruction_set", &bn_ext::cpu::instruction_set);
-  m.def("num_threads", &at::get_num_threads);
 }

@@ -90,21 +90,6 @@ void check_channel_vector(const at::Tensor& input,
   shared = dtype;
 }
 
-void check_num_batches_tracked(const at::Tensor& input, const OptionalTensor& tensor) {
-  if (!is_defined(tensor)) return;
-  TORCH_CHECK(tensor->scalar_type() == at::kLong && tensor->dim() == 0,
-              "num_batches_tracked must be an int64 scalar, got ",
-              tensor->scalar_type(),
-              " of ",
-              tensor->dim(),
-              " dimensions");
-  TORCH_CHECK(tensor->device() == input.device(),
-              "Expected all tensors to be on the same device, but input is on ",
-              input.device(),
-              " and num_batches_tracked is on ",
-              tensor->device());
-}
-
 }  // namespace
 
 void check_arguments(const BatchNormArguments& args) {
@@ -118,7 +103,6 @@ void check_arguments(const BatchNormArguments& args) {
   check_channel_vector(args.input, args.running_var, "running_var", shared);
   check_channel_vector(args.input, args.weight, "weight", shared);
   check_channel_vector(args.input, args.bias, "bias", shared);
-  check_num_batches_tracked(args.input, args.num_batches_tracked);
 }
 
 void check_not_differentiable(const OptionalTensor& tensor, const char* name) {
@@ -128,7 +112,40 @@ void check_not_differentiable(const OptionalTensor& tensor, const char* name) {
               "'. This input cannot have requires_grad True.");
 }
 
-void check_gradient(const at::Tensor& dy, const at::Tensor& input) {
+void check_can_be_saved(const OptionalTensor& tensor, const char* name) {
+  TORCH_CHECK(!is_defined(tensor) || !tensor->is_inference(),
+              "Inference tensors cannot be saved for backward. To work around you can make a clone to get a normal "
+              "tensor and use it in autograd. (",
+              name,
+              ")");
+}
+
+void check_backward(const at::Tensor& dy,
+                    const at::Tensor& input,
+                    const OptionalTensor& weight,
+                    const at::Tensor& mean,
+                    const at::Tensor& rstd) {
+  check_dimensions(input);
+  check_input_dtype(input);
+  std::optional<at::ScalarType> shared;
+  check_channel_vector(input, weight, "weight", shared);
+  const at::ScalarType type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  for (const at::Tensor* saved : {&mean, &rstd}) {
+    TORCH_CHECK(saved->numel() == input.size(1) && saved->scalar_type() == type && saved->device() == input.device(),
+                saved == &mean ? "mean" : "rstd",
+                " must be what batch_norm_forward returned, ",
+                input.size(1),
+                " values of ",
+                type,
+                " on ",
+                input.device(),
+                ", got ",
+                saved->numel(),
+                " of ",
+                saved->scalar_type(),
+                " on ",
+                saved->device());
+  }
   TORCH_CHECK(
       dy.sizes() == input.sizes(), "grad_output must have the shape of input ", input.sizes(), ", got ", dy.sizes());
   TORCH_CHECK(dy.scalar_type() == input.scalar_type() && dy.device() == input.device(),

@@ -18,7 +18,7 @@ struct BatchNormArguments {
   bool training;
   std::optional<double> momentum;
   double eps;
-  const OptionalTensor& num_batches_tracked;  // (), int64
+  const OptionalTensor& num_batches_tracked;  // one value, int64 as a rule
 };
 
 // Throws before anything is written. Works on symbolic sizes too.
@@ -27,6 +27,14 @@ void check_arguments(const BatchNormArguments& args);
 // Throws for a running statistic that requires a gradient: there is none.
 void check_not_differentiable(const OptionalTensor& tensor, const char* name);
 
-void check_gradient(const at::Tensor& dy, const at::Tensor& input);
+// Throws for a tensor made in inference mode where autograd would have to save it.
+void check_can_be_saved(const OptionalTensor& tensor, const char* name);
+
+// The arguments of batch_norm_backward.
+void check_backward(const at::Tensor& dy,
+                    const at::Tensor& input,
+                    const OptionalTensor& weight,
+                    const at::Tensor& mean,
+                    const at::Tensor& rstd);
 
 }  // namespace bn_ext

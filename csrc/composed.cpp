@@ -15,6 +15,7 @@ bool has_forward_gradient(const OptionalTensor& tensor) {
 bool needs_composed(const BatchNormArguments& args) {
   const auto device = args.input.device().type();
   if (device != at::kCPU && device != at::kCUDA && device != at::kMeta) return true;
+  if (args.input.layout() != at::kStrided) return true;  // mkldnn; sparse gets torch's error
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return true;
   return has_forward_gradient(args.input) || has_forward_gradient(args.weight) || has_forward_gradient(args.bias);
 }

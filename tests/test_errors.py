@@ -106,19 +106,50 @@ def test_momentum_none_needs_the_count() -> None:
         bn_ext.batch_norm(X, vector(), vector(), training=True, momentum=None)
 
 
-@pytest.mark.parametrize(
-    ("tracked", "words"),
-    [
-        (torch.tensor(0.0), "num_batches_tracked must be an int64 scalar, got Float of 0 dimensions"),
-        (torch.zeros(2, dtype=torch.int64), "num_batches_tracked must be an int64 scalar, got Long of 1 dimensions"),
-        (torch.tensor(0, device="meta"), "input is on cpu and num_batches_tracked is on meta"),
-    ],
-)
-def test_num_batches_tracked(tracked: torch.Tensor, words: str) -> None:
-    with pytest.raises(RuntimeError, match=words):
-        bn_ext.batch_norm(X, vector(), vector(), training=True, num_batches_tracked=tracked)
+def test_count_that_is_no_tensor() -> None:
     with pytest.raises(TypeError, match="'num_batches_tracked' must be Tensor, not int"):
         bn_ext.batch_norm(X, vector(), vector(), training=True, num_batches_tracked=1)
+
+
+@pytest.mark.parametrize("training", [1, None, "yes"])
+def test_training_is_a_bool(training: object) -> None:
+    words = f"argument 'training' .*must be bool, not {type(training).__name__}"
+    for function in (F.batch_norm, bn_ext.batch_norm):
+        with pytest.raises(TypeError, match=words):
+            function(X, vector(), vector(), training=training)
+
+
+def test_a_type_error_of_somebody_else_is_not_ours() -> None:
+    def refuse(_: torch.Tensor) -> None:
+        raise TypeError("from a hook")
+
+    module = bn_ext.BatchNorm2d(3)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(refuse, lambda packed: packed),
+        pytest.raises(TypeError, match="a hook"),
+    ):
+        module(X)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_inference_tensor_in_training() -> None:
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 4, 4)
+    module = bn_ext.BatchNorm2d(3)
+    for norm in (nn.BatchNorm2d(3), module):
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            norm(x)
+    assert module.num_batches_tracked == 0
+    assert torch.equal(module.running_mean, torch.zeros(3))
+
+
+def test_statistics_that_require_grad_are_fine_without_gradients() -> None:
+    for mean in (vector().requires_grad_(), vector()):
+        with torch.no_grad():
+            y = bn_ext.batch_norm(X, mean, vector().requires_grad_())
+            torch.testing.assert_close(y, F.batch_norm(X, mean, vector().requires_grad_()))
 
 
 @pytest.mark.parametrize(
@@ -156,9 +187,16 @@ def test_a_failed_call_leaves_everything_as_it_was(name: str, momentum: float | 
         assert torch.equal(value, before[key]), key
 
 
-def test_gradient_of_a_wrong_shape() -> None:
-    mean, rstd = vector(), vector()
-    with pytest.raises(RuntimeError, match="grad_output must have the shape of input"):
-        torch.ops.bn_ext.batch_norm_backward(X[:2], X, None, mean, rstd, True, [True, False, False])
-    with pytest.raises(RuntimeError, match="grad_output must have the dtype and device of input"):
-        torch.ops.bn_ext.batch_norm_backward(X.double(), X, None, mean, rstd, True, [True, False, False])
+@pytest.mark.parametrize(
+    ("dy", "weight", "mean", "words"),
+    [
+        (X[:2], None, vector(), "grad_output must have the shape of input"),
+        (X.double(), None, vector(), "grad_output must have the dtype and device of input"),
+        (X, None, vector(1), "mean must be what batch_norm_forward returned, 3 values of Float on cpu, got 1 of Float"),
+        (X, None, vector().double(), "mean must be what .* got 3 of Double"),
+        (X, vector(2), vector(), "weight should contain 3 elements not 2"),
+    ],
+)
+def test_inner_backward(dy: torch.Tensor, weight: torch.Tensor | None, mean: torch.Tensor, words: str) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.bn_ext.batch_norm_backward(dy, X, weight, mean, vector(), True, [True, False, False])

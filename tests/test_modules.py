@@ -114,6 +114,18 @@ def test_num_batches_tracked_stays_the_same_int64_tensor(device: str) -> None:
     assert tracked._version == version + 3
 
 
+@pytest.mark.parametrize("count", [torch.tensor(2.0), torch.tensor([2]), torch.tensor(2, dtype=torch.int32)], ids=str)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_count_of_another_kind(count: torch.Tensor, momentum: float | None) -> None:
+    """Averaging code replaces buffers; torch counts in whatever it finds."""
+    stock, ours = (module(4, momentum=momentum) for module in (nn.BatchNorm2d, bn_ext.BatchNorm2d))
+    for module in (stock, ours):
+        module.num_batches_tracked = count.clone()
+    x = torch.randn(3, 4, 5, 5) + 1
+    torch.testing.assert_close(ours(x), stock(x))
+    assert_same_state(ours, stock)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
 def test_empty_batch(device: str, shape: tuple[int, ...]) -> None:
     our_class, stock_class = (

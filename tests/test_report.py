@@ -28,6 +28,15 @@ def test_build_info_is_of_this_build() -> None:
     assert info.version == bn_ext.__version__
 
 
+def test_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import and build_info work all the same; the first call says what is wrong."""
+    monkeypatch.setenv("BN_EXT_CPU_CAPABILITY", "sse9")
+    code = "import torch, bn_ext; print(bn_ext.build_info()); bn_ext.BatchNorm1d(2)(torch.randn(3, 2))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    for output in (result.stdout, result.stderr):
+        assert re.search("BN_EXT_CPU_CAPABILITY must be one of .*baseline on this processor, got sse9", output)
+
+
 def test_threads_are_those_of_now() -> None:
     threads = torch.get_num_threads()
     try:

@@ -94,18 +94,19 @@ void forward(const ForwardParams& p, const P& partition) {
   const auto& kernels = kernels_for<T>(partition);
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
-  if (p.training && p.num_batches_tracked != nullptr) ++*p.num_batches_tracked;
-  const double momentum = p.cumulative && p.num_batches_tracked ? 1.0 / double(*p.num_batches_tracked) : p.momentum;
   Partials<Moments> partials(partition, p.training);
   ColumnVectors<A> vectors(partition, 3);
   const ApplyCoefficients<A> k{vectors[0], vectors[1], vectors[2]};
+  // Nothing was written so far, and nothing fails from here on.
+  if (p.training && p.num_batches_tracked != nullptr) ++*p.num_batches_tracked;
+  const double momentum = p.cumulative && p.num_batches_tracked ? 1.0 / double(*p.num_batches_tracked) : p.momentum;
 
   const auto sum = [&](int64_t group, int64_t segment) {
     kernels.moments(partition.range(group, segment), x, partials.at(segment) + partition.column_begin(group));
   };
   const auto batch_moments = [&](int64_t c, double column_count) {
     const Moments total = merge_columns(partition, c, column_count, partials.at(0));
-    if (std::isfinite(total.m2) || std::isnan(total.mean)) return total;
+    if (std::isfinite(total.m2)) return total;
     return moments_in_double(p.shape, x, c, [](T value) { return to_double(value); });
   };
   const auto finalise = [&](int64_t c_begin, int64_t c_end) {

@@ -60,6 +60,7 @@ Moments moments_in_double(const Shape& shape, const T* x, int64_t c, const ToDou
     return sum;
   };
   const double mean = sum_of([](double value) { return value; }) / double(shape.values_per_channel());
+  if (!std::isfinite(mean)) return {mean, std::nan("")};
   return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
 }
 

@@ -1,5 +1,4 @@
 // The kernels for any processor: 16-byte vectors, which x86-64 (SSE2) and arm64 (NEON) always have.
-// Headers come before the target pragma, so that no inline function of theirs is compiled for more than the baseline.
 #include <type_traits>
 
 #include "kernels.h"

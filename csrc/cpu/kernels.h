@@ -61,6 +61,13 @@ inline Moments moments_around(double shift, double sum, double squares, double c
   return {shift + sum / count, m2 < 0 ? 0 : m2};  // below zero by rounding only; NaN stays
 }
 
+// Whether the shift was so far from the mean that the squares around it have lost digits of m2: the values it was taken
+// from were not like the others. Then the sums are taken again, around the mean.
+inline bool is_far(double shift, const Moments& moments, double count) {
+  const double distance = moments.mean - shift;
+  return count * distance * distance > 16 * moments.m2;
+}
+
 // sum(dy) and sum(dy * (x - mean)).
 struct GradSums {
   double dy;

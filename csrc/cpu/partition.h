@@ -52,7 +52,8 @@ struct PlanePartition : Partition {
       segment_values = ceil_div(values, segments);
     } else {  // an image's adjacent channels, or whole images
       group_channels = std::clamp<int64_t>(kUnitValues / shape.s, 1, shape.c);
-      segment_values = shape.s * std::max<int64_t>(1, kUnitValues / (group_channels * shape.s));
+      const int64_t images = kUnitValues / (group_channels * shape.s);
+      segment_values = images == 0 ? kUnitValues : images * shape.s;
       segments = ceil_div(values, segment_values);
     }
     groups = ceil_div(channels, group_channels);

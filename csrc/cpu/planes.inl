@@ -44,22 +44,39 @@ BN_EXT_INLINE void add_run_moments(const T* x, int64_t n, acc_t<T> shift, double
   squares += sum_of_four<A>(q);
 }
 
-// One pass around a shift, the mean of each channel's first run: no cancellation where the mean is large beside the
-// deviation, and each value is read once.
+// The moments around `shift`, one value per channel; whether a shift was too far from the mean.
 template <typename T>
-static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
-  using A = acc_t<T>;
+static bool plane_moments_around(const PlaneRange& r, const T* x, const acc_t<T>* shift, Moments* out) {
   const int64_t channels = r.c_end - r.c_begin;
-  A shift[kMaxGroup];
-  int64_t shifts = 0;  // how many are known
+  const double count = double(r.m_end - r.m_begin);
   for (int64_t i = 0; i < channels; ++i) out[i] = {0, 0};
   for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
     const int64_t i = c - r.c_begin;
-    if (shifts < channels) shift[shifts++] = finite_or_zero(run_sum(x + offset, length) / A(length));
     add_run_moments(x + offset, length, shift[i], out[i].mean, out[i].m2);  // the two sums, until all is read
   });
-  const double count = double(r.m_end - r.m_begin);
-  for (int64_t i = 0; i < channels; ++i) out[i] = moments_around(double(shift[i]), out[i].mean, out[i].m2, count);
+  bool any_far = false;
+  for (int64_t i = 0; i < channels; ++i) {
+    out[i] = moments_around(double(shift[i]), out[i].mean, out[i].m2, count);
+    any_far |= is_far(double(shift[i]), out[i], count);
+  }
+  return any_far;
+}
+
+// One pass around a shift, the mean of each channel's first run: no cancellation where the mean is large beside the
+// deviation, and each value is read once. A second pass where the first run was unlike the rest.
+template <typename T>
+static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
+  using A = acc_t<T>;
+  A shift[kMaxGroup];
+  PlaneRange head = r;
+  const int64_t left = r.s - r.m_begin % r.s;
+  head.m_end = smaller(r.m_end, r.m_begin + smaller(left, kMaxRun));
+  for_each_run(head, [&](int64_t c, int64_t offset, int64_t length) {
+    shift[c - r.c_begin] = finite_or_zero(run_sum(x + offset, length) / A(length));
+  });
+  if (!plane_moments_around(r, x, shift, out)) return;
+  for (int64_t i = 0; i < r.c_end - r.c_begin; ++i) shift[i] = finite_or_zero(A(out[i].mean));
+  plane_moments_around(r, x, shift, out);
 }
 
 template <typename T>

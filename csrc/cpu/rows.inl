@@ -48,33 +48,44 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Terms& te
   }
 }
 
-// As plane_moments: one pass around the mean of the first rows.
+// As plane_moments_around, one shift per column, kLanes more readable ones behind them.
 template <typename T>
-static void row_moments(const RowRange& r, const T* x, Moments* out) {
+static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* shift, Moments* out) {
   using A = acc_t<T>;
-  const int64_t width = r.column_end - r.column_begin;
-  const int64_t rows = r.row_end - r.row_begin;
   const T* base = x + r.column_begin;
+  const double count = double(r.row_end - r.row_begin);
   ColumnSums sums;
-  A shift[kMaxColumns + kLanes<A>];
-
-  RowRange head = r;
-  if (rows > kRowsForShift) head.row_end = r.row_begin + kRowsForShift;
-  sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>&) {
-    s += keep(load(base + row * r.columns + i, lanes), lanes);
-  });
-  const double head_rows = double(head.row_end - head.row_begin);
-  for (int64_t i = 0; i < width; ++i) shift[i] = finite_or_zero(A(sums.first[i] / head_rows));
-  for (int64_t i = width; i < width + kLanes<A>; ++i) shift[i] = 0;
-
   sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) {
     const Vec<A> d = keep(load(base + row * r.columns + i, lanes) - load_vector(shift + i), lanes);
     s += d;
     q += d * d;
   });
-  for (int64_t i = 0; i < width; ++i) {
-    out[i] = moments_around(double(shift[i]), sums.first[i], sums.second[i], double(rows));
+  bool any_far = false;
+  for (int64_t i = 0; i < r.column_end - r.column_begin; ++i) {
+    out[i] = moments_around(double(shift[i]), sums.first[i], sums.second[i], count);
+    any_far |= is_far(double(shift[i]), out[i], count);
   }
+  return any_far;
+}
+
+// As plane_moments: around the mean of the first rows.
+template <typename T>
+static void row_moments(const RowRange& r, const T* x, Moments* out) {
+  using A = acc_t<T>;
+  const int64_t width = r.column_end - r.column_begin;
+  const T* base = x + r.column_begin;
+  A shift[kMaxColumns + kLanes<A>] = {};
+  RowRange head = r;
+  head.row_end = smaller(r.row_end, r.row_begin + kRowsForShift);
+  ColumnSums sums;
+  sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>&) {
+    s += keep(load(base + row * r.columns + i, lanes), lanes);
+  });
+  const double head_rows = double(head.row_end - head.row_begin);
+  for (int64_t i = 0; i < width; ++i) shift[i] = finite_or_zero(A(sums.first[i] / head_rows));
+  if (!row_moments_around(r, x, shift, out)) return;
+  for (int64_t i = 0; i < width; ++i) shift[i] = finite_or_zero(A(out[i].mean));
+  row_moments_around(r, x, shift, out);
 }
 
 template <typename T>

@@ -186,6 +186,9 @@ BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const FirstLanes<acc_t<T>>& lane
   __builtin_memcpy(p, buffer, lanes.count * sizeof(T));
 }
 
+// Not std::min: a library's template compiled for this instruction set might serve the whole program.
+BN_EXT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <typename A>
 BN_EXT_INLINE Vec<A> broadcast(A value) {
   return Vec<A>{} + value;
