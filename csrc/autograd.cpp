@@ -2,7 +2,6 @@
 // so that compilers, fake tensors and other modes see them.
 #include "autograd.h"
 
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -134,25 +133,6 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
 
 bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
 
-// A user's hook on saved tensors runs after the statistics have been updated, and may throw: they are put back then.
-class RestoreUnlessDone {
- public:
-  explicit RestoreUnlessDone(const BatchNormArguments& args) {
-    if (!args.training || !at::SavedTensorDefaultHooks::get_hooks().has_value()) return;
-    for (const OptionalTensor* tensor : {&args.running_mean, &args.running_var, &args.num_batches_tracked}) {
-      if (tensor->has_value() && (*tensor)->defined()) kept_.emplace_back(**tensor, (*tensor)->detach().clone());
-    }
-  }
-  ~RestoreUnlessDone() {
-    at::NoGradGuard no_grad;
-    for (const auto& [tensor, before] : kept_) tensor.copy_(before);
-  }
-  void done() const { kept_.clear(); }
-
- private:
-  mutable std::vector<std::pair<at::Tensor, at::Tensor>> kept_;
-};
-
 // num_batches_tracked.add_(1) in torch.nn counts as a change in place; the running statistics' update there does not.
 void count_as_changed(const OptionalTensor& tensor) {
   if (tensor.has_value() && tensor->defined() && !tensor->is_inference()) {
@@ -183,10 +163,8 @@ at::Tensor batch_norm(const at::Tensor& input,
   if (at::GradMode::is_enabled() && (input.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
     check_can_be_saved(input, "input");
     check_can_be_saved(weight, "weight");
-    const RestoreUnlessDone statistics(args);
     y = BatchNormFunction::apply(
         input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
-    statistics.done();
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
     y = std::get<0>(dispatch_forward(args));
