@@ -13,7 +13,9 @@ namespace bn_ext::cpu {
 constexpr int64_t kPlaneSegment = 1 << 16;  // values of a channel
 constexpr int64_t kRowSegment = 1 << 18;    // values of a block of columns
 constexpr int64_t kUnitValues = 1 << 16;    // of a pass without sums, which walks the memory from end to end
-constexpr int64_t kNarrowPlane = 16;        // planes of fewer values are walked as rows: a run would be no full vector
+constexpr int64_t kNarrowPlane = 16;        // planes of fewer values do not fill a vector
+constexpr int64_t kManyImages = 32;         // from here on, sums per column are little beside the tensor
+constexpr int64_t kManyColumns = 1 << 17;   // up to here, 32 bytes for each of them are little anyway
 constexpr int64_t kNarrowRow = 64;          // channels_last rows of fewer values are joined with their neighbours
 constexpr int64_t kGroupBytes = 4096;       // of one image's run of a group of planes: enough for the prefetchers
 constexpr int64_t kCachedBytes = 1 << 20;   // a group up to this size is still in cache when it is visited again
@@ -113,10 +115,13 @@ struct RowPartition : Partition {
   }
 };
 
-// For sums, planes of a few vectors also go as rows, where there are images enough to make up for the work per column.
+// Small planes go as rows where there are images enough to make up for the work and the memory per column. Planes that
+// do not fill a vector do so also where the memory is little.
 inline bool walks_rows(const Shape& shape, bool has_sums) {
-  if (shape.channels_last || shape.s < kNarrowPlane) return true;
-  return has_sums && shape.s < 4 * kNarrowPlane && shape.n >= kNarrowPlane;
+  if (shape.channels_last) return true;
+  const bool many = shape.n >= kManyImages;
+  if (shape.s < kNarrowPlane) return many || shape.c * shape.s <= kManyColumns;
+  return many && has_sums && shape.s < 4 * kNarrowPlane;
 }
 
 }  // namespace bn_ext::cpu
