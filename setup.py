@@ -25,26 +25,34 @@ except ImportError as error:
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
-def choose_cuda(sources: list[str]) -> tuple[bool, str]:
-    """Whether to build the CUDA kernels, and the reason in words. Never asks whether a GPU is in the machine."""
+def find_toolkit() -> Path | None:
+    """The CUDA toolkit's folder. Torch takes it from CUDA_HOME or the nvcc on PATH, which may be a mere wrapper."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for folder in [named] if named else [cpp_extension.CUDA_HOME, "/usr/local/cuda"]:
+        if folder and Path(folder, "bin", "nvcc").exists() and Path(folder, "include", "cuda_runtime.h").exists():
+            return Path(folder)
+    return None
+
+
+def choose_cuda() -> tuple[Path | None, str]:
+    """The toolkit to build the CUDA kernels with or None, and the reason. Never asks whether a GPU is there."""
     wanted = os.environ.get("BN_EXT_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"bn_ext: BN_EXT_CUDA must be 0 or 1, got {wanted!r}")
     if wanted == "0":
-        return False, "it was built with BN_EXT_CUDA=0, build it again without that"
-    if not sources:
-        reason = "this version has no CUDA kernels yet, move the model to the CPU or use torch.nn"
-    elif torch.version.cuda is None:
+        return None, "it was built with BN_EXT_CUDA=0, build it again without that"
+    toolkit = find_toolkit()
+    if torch.version.cuda is None:
         reason = (
             f"torch {torch.__version__} was built without CUDA, install a CUDA build of torch and build bn_ext again"
         )
-    elif cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
+    elif toolkit is None:
         reason = "no CUDA toolkit was found at build time, set CUDA_HOME to one and build bn_ext again"
     else:
-        return True, f"torch has CUDA {torch.version.cuda}, toolkit in CUDA_HOME"
+        return toolkit, f"torch has CUDA {torch.version.cuda}, and a toolkit was found"
     if wanted == "1":
         sys.exit(f"bn_ext: BN_EXT_CUDA=1, but {reason}")
-    return False, reason
+    return None, reason
 
 
 def build_config(cuda: bool, reason: str) -> str:
@@ -72,28 +80,30 @@ def build_command(config: str) -> type:
     return BuildExtension
 
 
-def extension(cuda: bool, cuda_sources: list[str], reason: str) -> "cpp_extension.CppExtension":
-    """The one extension module, with or without CUDA sources."""
-    sources = [
-        str(path.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for path in sorted((ROOT / folder).glob("*.cpp"))
-    ]
+def paths(*patterns: str) -> list[str]:
+    """Files of the source folder, as setuptools wants them named."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def extension(cuda: bool, reason: str) -> "cpp_extension.CppExtension":
+    """The one extension module, with the CUDA back-end or what stands in for it."""
+    stand_in = "csrc/cuda/unavailable.cpp"
+    sources = paths("csrc/*.cpp", "csrc/cpu/*.cpp")
     # OpenMP: without it at::parallel_for in an extension is serial, without a word.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     cxx = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", *openmp]
-    depends = [
-        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl", ".cuh")
-    ]
+    depends = paths("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh")
     if cuda:
         return cpp_extension.CUDAExtension(
             "bn_ext._C",
-            sources + cuda_sources,
+            sources + [path for path in paths("csrc/cuda/*.cpp", "csrc/cuda/*.cu") if path != stand_in],
             extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
             extra_link_args=openmp,
             depends=depends,
         )
     return cpp_extension.CppExtension(
         "bn_ext._C",
-        [*sources, "csrc/cuda/unavailable.cpp"],
+        [*sources, stand_in],
         define_macros=[("BN_EXT_CUDA_REASON", f'"{reason}"')],
         extra_compile_args={"cxx": cxx},
         extra_link_args=openmp,
@@ -103,13 +113,14 @@ def extension(cuda: bool, cuda_sources: list[str], reason: str) -> "cpp_extensio
 
 def main() -> None:
     """Decides, says what was decided and why, and builds."""
-    cuda_sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
-    cuda, reason = choose_cuda(cuda_sources)
-    if cuda:
+    toolkit, reason = choose_cuda()
+    cuda = toolkit is not None
+    if toolkit is not None:
+        cpp_extension.CUDA_HOME = str(toolkit)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
     print(f"bn_ext: torch {torch.__version__}; CUDA kernels: {'yes' if cuda else 'no'}: {reason}", flush=True)
     setup(
-        ext_modules=[extension(cuda, cuda_sources, reason)],
+        ext_modules=[extension(cuda, reason)],
         cmdclass={"build_ext": build_command(build_config(cuda, reason))},
     )
 

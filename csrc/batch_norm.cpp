@@ -2,6 +2,7 @@
 #include "batch_norm.h"
 
 #include <ATen/Functions.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -140,6 +141,7 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 std::optional<double> momentum,
                                 double eps) {
   check_arguments({input, running_mean, running_var, weight, bias, true, momentum, eps, num_batches_tracked});
+  const c10::DeviceGuard guard(input.device());  // kernels are launched on the current device
   const ChannelVector mean(running_mean);
   const ChannelVector var(running_var);
   const ThreeTensors result =
@@ -156,6 +158,7 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   const at::Tensor& running_var,
                                   double eps) {
   check_arguments({input, running_mean, running_var, weight, bias, false, 0.0, eps, std::nullopt});
+  const c10::DeviceGuard guard(input.device());
   return forward(input,
                  ChannelVector(weight),
                  ChannelVector(bias),
@@ -175,6 +178,7 @@ ThreeTensors batch_norm_backward(const at::Tensor& dy,
                                  bool training,
                                  std::array<bool, 3> output_mask) {
   check_backward(dy, input, weight, mean, rstd);
+  const c10::DeviceGuard guard(input.device());
   const at::MemoryFormat format = input.suggest_memory_format();
   const at::Tensor x = input.contiguous(format);
   const at::Tensor saved_mean = mean.contiguous();

@@ -14,8 +14,8 @@ struct Shape {
   int64_t s;
   bool channels_last;  // false: (N, C, S) contiguous; true: (N, S, C) contiguous
 
-  int64_t values_per_channel() const { return n * s; }
-  int64_t numel() const { return n * c * s; }
+  constexpr int64_t values_per_channel() const { return n * s; }
+  constexpr int64_t numel() const { return n * c * s; }
 };
 
 // Per-channel vectors are (C,), contiguous. "params" are weight, bias, running_mean and running_var.

@@ -52,24 +52,41 @@ def test_override(sources: Path, value: str, status: int, words: str) -> None:
 
 
 WITHOUT_CUDA = "import torch; torch.version.cuda = None"
-WITHOUT_TOOLKIT = "import torch, torch.utils.cpp_extension as e; torch.version.cuda = '13.0'; e.CUDA_HOME = None"
+WITH_CUDA = "import torch; torch.version.cuda = '13.0'"
 
 
 @pytest.mark.parametrize(
     ("before", "words"),
-    [(WITHOUT_CUDA, "was built without CUDA"), (WITHOUT_TOOLKIT, "no CUDA toolkit was found at build time")],
+    [(WITHOUT_CUDA, "was built without CUDA"), (WITH_CUDA, "no CUDA toolkit was found at build time")],
 )
 def test_reason_without_cuda(sources: Path, before: str, words: str) -> None:
-    (sources / "csrc" / "cuda" / "any.cu").touch()  # as if there were a kernel
-    result = setup(sources, before)
+    no_toolkit = str(sources)
+    result = setup(sources, before, CUDA_HOME=no_toolkit)
     assert result.returncode == 0
     assert "CUDA kernels: no: " in result.stdout
     assert words in result.stdout
     assert not (sources / "bn_ext" / "_build_config.py").exists()  # nothing was built
-    insisting = setup(sources, before, BN_EXT_CUDA="1")
+    insisting = setup(sources, before, BN_EXT_CUDA="1", CUDA_HOME=no_toolkit)
     assert insisting.returncode == 1
     assert "BN_EXT_CUDA=1, but " in insisting.stderr
     assert words in insisting.stderr
+
+
+def fake_toolkit(folder: Path) -> Path:
+    """What setup.py takes for a CUDA toolkit."""
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_toolkit_is_where_its_headers_are(sources: Path, tmp_path: Path) -> None:
+    """The nvcc that torch finds on PATH may be a script beside no headers."""
+    result = setup(sources, WITH_CUDA, CUDA_HOME=str(fake_toolkit(tmp_path / "toolkit")))
+    assert "CUDA kernels: yes: torch has CUDA 13.0" in result.stdout
+    (tmp_path / "toolkit" / "include" / "cuda_runtime.h").unlink()
+    result = setup(sources, WITH_CUDA, CUDA_HOME=str(tmp_path / "toolkit"))
+    assert "CUDA kernels: no: no CUDA toolkit was found" in result.stdout
 
 
 def test_without_torch(sources: Path) -> None:

@@ -1,4 +1,5 @@
-// The CUDA back-end: both passes over device memory. Implemented by unavailable.cpp where no kernel is built.
+// The CUDA back-end: both passes over device memory, on the current device and stream. Nothing waits for the device.
+// Implemented by unavailable.cpp where no kernel is built.
 #pragma once
 
 #include "../params.h"

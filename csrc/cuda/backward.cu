@@ -1,0 +1,221 @@
+// The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed.
+#include "dispatch.cuh"
+#include "kernels.h"
+#include "merge.cuh"
+
+namespace bn_ext::cuda {
+namespace {
+
+constexpr int kBatchRows = 4;  // rows that a thread reads before it uses the first: what hides the memory's latency
+
+bool needs_sums(const BackwardParams& p) { return p.dweight || p.dbias || (p.dx && p.training); }
+
+// A thread's vectors of dy, which may be one value for all.
+template <typename T, int kVector>
+class Gradient {
+ public:
+  explicit __device__ Gradient(const BackwardParams& p) : dy_(static_cast<const T*>(p.dy)), is_scalar_(p.dy_is_scalar) {
+    if (!is_scalar_) return;
+#pragma unroll
+    for (T& value : all_.values) value = load<1>(dy_).values[0];
+  }
+  __device__ Vector<T, kVector> at(int64_t offset) const { return is_scalar_ ? all_ : load<kVector>(dy_ + offset); }
+  __device__ Vector<T, kVector> last_at(int64_t offset) const {
+    return is_scalar_ ? all_ : load_last<kVector>(dy_ + offset);
+  }
+
+ private:
+  const T* dy_;
+  bool is_scalar_;
+  Vector<T, kVector> all_ = {};
+};
+
+// sum(dy) and sum(dy * (x - mean)): each thread over its rows, each block over its threads, into
+// partials[channel * segments + segment].
+// Grid: a block per slice and segment. Reads dy once, and x once unless only dbias is wanted.
+template <typename T, int kVector, bool kOneChannel>
+__global__ void __launch_bounds__(kMaxThreads)
+    grad_sums_kernel(const Plan plan, const BackwardParams p, GradSums* partials) {
+  using A = acc_t<T>;
+  const Block block(plan, blockIdx.x);
+  Walk walk(plan, block);
+  A mean[kOneChannel ? 1 : kVector] = {};
+  for_each_channel<kVector, kOneChannel>(
+      plan, block, walk, [&](int i, int64_t channel) { mean[i] = load_one(static_cast<const A*>(p.mean) + channel); });
+
+  const Gradient<T, kVector> dy(p);
+  const T* x = static_cast<const T*>(p.x);
+  const bool reads_x = p.dweight != nullptr || (p.training && p.dx != nullptr);
+  A sum_dy[kVector] = {};
+  A sum_dy_centred[kVector] = {};
+  const auto add_rows = [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    Vector<T, kVector> rows_dy[kRows];
+    Vector<T, kVector> rows_x[kRows] = {};
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      rows_dy[row] = dy.at(walk.offset);
+      if (reads_x) rows_x[row] = load<kVector>(x + walk.offset);
+      walk.next(plan);
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        sum_dy[i] += rows_dy[row][i];
+        sum_dy_centred[i] += rows_dy[row][i] * (rows_x[row][i] - mean[kOneChannel ? 0 : i]);
+      }
+    }
+  };
+  int done = 0;
+  for (; done + kBatchRows <= walk.rows; done += kBatchRows) add_rows(Int<kBatchRows>{});
+  for (; done < walk.rows; ++done) add_rows(Int<1>{});
+
+  GradSums sums[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
+  leave_sums<kOneChannel>(plan, walk, sums);
+  merge_block(plan, block, partials);
+}
+
+// dx = dy * scale + (x - mean) * slope + offset
+template <typename A>
+struct GradAffine {
+  A mean;
+  A scale;
+  A slope;
+  A offset;
+};
+
+// Channel by channel: dweight, dbias, and the slope and offset of grad_input_kernel, in (2, C) coefficients.
+// Grid: a group of `lanes` threads per channel.
+template <typename A>
+__global__ void __launch_bounds__(kMaxThreads) finalise_gradients_kernel(
+    const BackwardParams p, const GradSums* partials, int64_t segments, int lanes, A* coefficients) {
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
+  const bool exists = channel < p.shape.c;
+  const auto get = [&](int64_t i) { return load_sums(partials + channel * segments + i); };
+  const GradSums total = merge(lane, lanes, exists ? segments : 0, get, GradSums{});
+  if (!exists || lane != 0) return;
+
+  const double rstd = load_one(static_cast<const A*>(p.rstd) + channel);
+  const double sum_dy_xhat = total.dy_centred * rstd;
+  write_param(p.dweight, p.params_dtype, channel, sum_dy_xhat);
+  write_param(p.dbias, p.params_dtype, channel, total.dy);
+  const double scale = rstd * read_param<double>(p.weight, p.params_dtype, channel, 1);
+  const double count = double(p.shape.values_per_channel());
+  store_one(coefficients + channel, static_cast<A>(-scale * rstd * sum_dy_xhat / count));
+  store_one(coefficients + p.shape.c + channel, static_cast<A>(-scale * total.dy / count));
+}
+
+template <typename A>
+__device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficients, int64_t channel) {
+  const A rstd = load_one(static_cast<const A*>(p.rstd) + channel);
+  const A scale = rstd * read_param<A>(p.weight, p.params_dtype, channel, 1);
+  if (!p.training) return {0, scale, 0, 0};
+  return {load_one(static_cast<const A*>(p.mean) + channel),
+          scale,
+          load_one(coefficients + channel),
+          load_one(coefficients + p.shape.c + channel)};
+}
+
+// The gradient of the input.
+// Grid: as grad_sums_kernel, backwards: what that read last is still in the cache. Reads dy once, and in training x
+// once (in eval it is not looked at: an inf in it must not reach dx); writes dx once.
+template <typename T, int kVector, bool kOneChannel>
+__global__ void __launch_bounds__(kMaxThreads)
+    grad_input_kernel(const Plan plan, const BackwardParams p, const acc_t<T>* coefficients) {
+  using A = acc_t<T>;
+  const Block block(plan, gridDim.x - 1 - blockIdx.x);
+  Walk walk(plan, block);
+  if (walk.rows == 0) return;
+  GradAffine<A> affine[kOneChannel ? 1 : kVector] = {};
+  for_each_channel<kVector, kOneChannel>(
+      plan, block, walk, [&](int i, int64_t channel) { affine[i] = grad_affine(p, coefficients, channel); });
+
+  const Gradient<T, kVector> dy(p);
+  const T* x = static_cast<const T*>(p.x);
+  T* dx = static_cast<T*>(p.dx);
+  const auto write_rows = [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    Vector<T, kVector> rows_dy[kRows];
+    Vector<T, kVector> rows_x[kRows] = {};
+    int64_t offsets[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      offsets[row] = walk.offset;
+      rows_dy[row] = dy.last_at(walk.offset);
+      if (p.training) rows_x[row] = load_last<kVector>(x + walk.offset);
+      walk.next(plan);
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const GradAffine<A>& a = affine[kOneChannel ? 0 : i];
+        rows_dy[row].set(i, rows_dy[row][i] * a.scale + ((rows_x[row][i] - a.mean) * a.slope + a.offset));
+      }
+      store_last(dx + offsets[row], rows_dy[row]);
+    }
+  };
+  int done = 0;
+  for (; done + kBatchRows <= walk.rows; done += kBatchRows) write_rows(Int<kBatchRows>{});
+  for (; done < walk.rows; ++done) write_rows(Int<1>{});
+}
+
+struct Workspace {
+  GradSums* partials;  // (C, segments)
+  void* coefficients;  // (2, C) of the accumulate type
+
+  Workspace(const Plan& plan, void* memory)
+      : partials(static_cast<GradSums*>(memory)), coefficients(partials + plan.channels * plan.segments) {}
+};
+
+template <typename T, int kVector, bool kOneChannel>
+cudaError_t launch_kernels(const BackwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream) {
+  using A = acc_t<T>;
+  A* coefficients = static_cast<A*>(workspace.coefficients);
+  if (needs_sums(p)) {
+    cudaError_t error = launch(grad_sums_kernel<T, kVector, kOneChannel>,
+                               plan.blocks(),
+                               plan.threads,
+                               plan.block_partials() * sizeof(GradSums),
+                               stream,
+                               plan,
+                               p,
+                               workspace.partials);
+    if (error != cudaSuccess) return error;
+    const int lanes = merge_lanes(plan.segments);
+    error = launch(finalise_gradients_kernel<A>,
+                   blocks_of_groups(plan.channels, lanes),
+                   kMaxThreads,
+                   0,
+                   stream,
+                   p,
+                   workspace.partials,
+                   plan.segments,
+                   lanes,
+                   coefficients);
+    if (error != cudaSuccess) return error;
+  }
+  if (p.dx == nullptr) return cudaSuccess;
+  return launch(
+      grad_input_kernel<T, kVector, kOneChannel>, plan.blocks(), plan.threads, 0, stream, plan, p, coefficients);
+}
+
+}  // namespace
+
+size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {
+  if (!needs_sums(p)) return 0;
+  return plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double));
+}
+
+cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
+    return launch_kernels<decltype(value), vector.value, one_channel.value>(
+        p, plan, Workspace(plan, workspace), stream);
+  });
+}
+
+}  // namespace bn_ext::cuda

@@ -1,0 +1,261 @@
+// The forward pass in three kernels: statistics, finalise, apply; in eval mode, apply alone.
+#include "dispatch.cuh"
+#include "kernels.h"
+#include "merge.cuh"
+
+namespace bn_ext::cuda {
+namespace {
+
+constexpr int kBatchRows = 4;  // rows that a thread reads before it uses the first: what hides the memory's latency
+
+// Moments of a sequence of values, around a shift: the first value, so that large means do not cancel. Whole batches
+// are merged, so that a first value unlike the rest does no harm either.
+template <typename A>
+struct ShiftedMoments {
+  A shift;
+  A mean;  // without the shift
+  A m2;
+
+  // `share` is the batch's share in all values so far, the batch included; `before` the number of values before it.
+  template <int kCount>
+  __device__ void add(const A (&values)[kCount], A before, A share) {
+    A batch_mean = 0;
+    A batch_m2 = 0;
+#pragma unroll
+    for (const A value : values) batch_mean += value - shift;
+    batch_mean /= kCount;
+#pragma unroll
+    for (const A value : values) {
+      const A deviation = value - shift - batch_mean;
+      batch_m2 += deviation * deviation;
+    }
+    const A delta = batch_mean - mean;
+    mean += delta * share;
+    m2 += batch_m2 + delta * delta * (before * share);
+  }
+};
+
+// Each thread sums over its rows, each block over its threads: partials[channel * segments + segment].
+// Grid: a block per slice and segment. Reads x once. Counts the batch, for finalise_statistics_kernel to see.
+template <typename T, int kVector, bool kOneChannel>
+__global__ void __launch_bounds__(kMaxThreads)
+    statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
+  using A = acc_t<T>;
+  const Block block(plan, blockIdx.x);
+  Walk walk(plan, block);
+  if (num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
+  }
+
+  ShiftedMoments<A> moments[kVector] = {};
+  int done = 0;
+  const auto add_rows = [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    Vector<T, kVector> rows[kRows];
+#pragma unroll
+    for (Vector<T, kVector>& row : rows) {
+      row = load<kVector>(x + walk.offset);
+      walk.next(plan);
+    }
+    const A share = A(kRows) / A(done + kRows);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      A values[kRows];
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) values[row] = rows[row][i];
+      if (done == 0) moments[i].shift = values[0];
+      moments[i].add(values, A(done), share);
+    }
+    done += kRows;
+  };
+  while (done + kBatchRows <= walk.rows) add_rows(Int<kBatchRows>{});
+  while (done < walk.rows) add_rows(Int<1>{});
+
+  Moments sums[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    sums[i] = {double(done), double(moments[i].shift) + double(moments[i].mean), double(moments[i].m2)};
+  }
+  leave_sums<kOneChannel>(plan, walk, sums);
+  merge_block(plan, block, partials);
+}
+
+// A channel's moments in double throughout: for values whose squares are beyond float32. Called like merge().
+template <typename T>
+__device__ Moments moments_in_double(const Shape& shape, const T* x, int64_t channel, int lane, int lanes) {
+  const double count = double(shape.values_per_channel());
+  const auto sum_of = [&](const auto& term) {
+    double sum = 0;
+    for (int64_t i = lane; i < shape.values_per_channel(); i += lanes) {
+      const int64_t offset =
+          shape.channels_last ? i * shape.c + channel : (i / shape.s * shape.c + channel) * shape.s + i % shape.s;
+      sum += term(double(load<1>(x + offset)[0]));
+    }
+    return group_sum(sum, lanes);
+  };
+  const double mean = sum_of([](double value) { return value; }) / count;
+  return {count, mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
+}
+
+// Channel by channel: mean and rstd, the running statistics, and the offset of apply_kernel.
+// Grid: a group of `lanes` threads per channel.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) finalise_statistics_kernel(
+    const ForwardParams p, const Moments* partials, int64_t segments, int lanes, acc_t<T>* offsets) {
+  using A = acc_t<T>;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
+  const bool exists = channel < p.shape.c;
+  const auto get = [&](int64_t i) { return load_sums(partials + channel * segments + i); };
+  Moments total = merge(lane, lanes, exists ? segments : 0, get, Moments{});
+  const bool overflowed = exists && isfinite(total.mean) && !isfinite(total.m2);
+  if (__any_sync(kAllLanes, overflowed)) {
+    const Moments exact = moments_in_double(p.shape, static_cast<const T*>(p.x), exists ? channel : 0, lane, lanes);
+    if (overflowed) total = exact;
+  }
+  if (!exists || lane != 0) return;
+
+  const double momentum =
+      p.cumulative && p.num_batches_tracked != nullptr ? 1.0 / double(load_one(p.num_batches_tracked)) : p.momentum;
+  const auto update = [&](void* running, double value) {
+    if (running == nullptr) return;
+    const double old = read_param<double>(running, p.params_dtype, channel, 0);
+    write_param(running, p.params_dtype, channel, momentum * value + (1 - momentum) * old);
+  };
+  update(p.running_mean, total.mean);
+  update(p.running_var, total.m2 / (total.count - 1));
+  const A mean = static_cast<A>(total.mean);
+  const double rstd = 1 / sqrt(total.m2 / total.count + p.eps);
+  store_one(static_cast<A*>(p.mean) + channel, mean);
+  store_one(static_cast<A*>(p.rstd) + channel, static_cast<A>(rstd));
+  // Makes up for the mean's rounding.
+  const double scale = rstd * read_param<double>(p.weight, p.params_dtype, channel, 1);
+  const double offset = read_param<double>(p.bias, p.params_dtype, channel, 0) - (total.mean - double(mean)) * scale;
+  store_one(offsets + channel, static_cast<A>(offset));
+}
+
+// y = (x - mean) * scale + offset
+template <typename A>
+struct Affine {
+  A mean;
+  A scale;
+  A offset;
+};
+
+template <typename A>
+__device__ Affine<A> affine_of_batch(const ForwardParams& p, const A* offsets, int64_t channel) {
+  const A rstd = load_one(static_cast<const A*>(p.rstd) + channel);
+  return {load_one(static_cast<const A*>(p.mean) + channel),
+          rstd * read_param<A>(p.weight, p.params_dtype, channel, 1),
+          load_one(offsets + channel)};
+}
+
+template <typename A>
+__device__ Affine<A> affine_of_running(const ForwardParams& p, int64_t channel, bool saves) {
+  const A mean = read_param<A>(p.running_mean, p.params_dtype, channel, 0);
+  const A rstd = 1 / sqrt(read_param<A>(p.running_var, p.params_dtype, channel, 1) + static_cast<A>(p.eps));
+  if (saves) {
+    store_one(static_cast<A*>(p.mean) + channel, mean);
+    store_one(static_cast<A*>(p.rstd) + channel, rstd);
+  }
+  return {mean,
+          rstd * read_param<A>(p.weight, p.params_dtype, channel, 1),
+          read_param<A>(p.bias, p.params_dtype, channel, 0)};
+}
+
+// Normalises. In eval mode it also tells what with, in p.mean and p.rstd.
+// Grid: as statistics_kernel, backwards: what that read last is still in the cache. Reads x once, writes y once.
+template <typename T, int kVector, bool kOneChannel>
+__global__ void __launch_bounds__(kMaxThreads)
+    apply_kernel(const Plan plan, const ForwardParams p, const acc_t<T>* offsets) {
+  using A = acc_t<T>;
+  const Block block(plan, gridDim.x - 1 - blockIdx.x);
+  Walk walk(plan, block);
+  if (walk.rows == 0) return;
+  Affine<A> affine[kOneChannel ? 1 : kVector] = {};
+  const bool saves = block.segment == 0 && walk.row_lane == 0;
+  for_each_channel<kVector, kOneChannel>(plan, block, walk, [&](int i, int64_t channel) {
+    affine[i] = p.training ? affine_of_batch<A>(p, offsets, channel) : affine_of_running<A>(p, channel, saves);
+  });
+
+  const T* x = static_cast<const T*>(p.x);
+  T* y = static_cast<T*>(p.y);
+  const auto apply_rows = [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    Vector<T, kVector> rows[kRows];
+    int64_t offsets_of_rows[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      offsets_of_rows[row] = walk.offset;
+      rows[row] = load_last<kVector>(x + walk.offset);
+      walk.next(plan);
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const Affine<A>& a = affine[kOneChannel ? 0 : i];
+        rows[row].set(i, (rows[row][i] - a.mean) * a.scale + a.offset);
+      }
+      store_last(y + offsets_of_rows[row], rows[row]);
+    }
+  };
+  int done = 0;
+  for (; done + kBatchRows <= walk.rows; done += kBatchRows) apply_rows(Int<kBatchRows>{});
+  for (; done < walk.rows; ++done) apply_rows(Int<1>{});
+}
+
+struct Workspace {
+  Moments* partials;  // (C, segments)
+  void* offsets;      // (C,) of the accumulate type
+
+  Workspace(const Plan& plan, void* memory)
+      : partials(static_cast<Moments*>(memory)), offsets(partials + plan.channels * plan.segments) {}
+};
+
+template <typename T, int kVector, bool kOneChannel>
+cudaError_t launch_kernels(const ForwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream) {
+  using A = acc_t<T>;
+  A* offsets = static_cast<A*>(workspace.offsets);
+  if (p.training) {
+    cudaError_t error = launch(statistics_kernel<T, kVector, kOneChannel>,
+                               plan.blocks(),
+                               plan.threads,
+                               plan.block_partials() * sizeof(Moments),
+                               stream,
+                               plan,
+                               static_cast<const T*>(p.x),
+                               workspace.partials,
+                               p.num_batches_tracked);
+    if (error != cudaSuccess) return error;
+    const int lanes = merge_lanes(plan.segments);
+    error = launch(finalise_statistics_kernel<T>,
+                   blocks_of_groups(plan.channels, lanes),
+                   kMaxThreads,
+                   0,
+                   stream,
+                   p,
+                   workspace.partials,
+                   plan.segments,
+                   lanes,
+                   offsets);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(apply_kernel<T, kVector, kOneChannel>, plan.blocks(), plan.threads, 0, stream, plan, p, offsets);
+}
+
+}  // namespace
+
+size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan) {
+  if (!p.training) return 0;
+  return plan.channels * (plan.segments * sizeof(Moments) + sizeof(double));
+}
+
+cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
+    return launch_kernels<decltype(value), vector.value, one_channel.value>(
+        p, plan, Workspace(plan, workspace), stream);
+  });
+}
+
+}  // namespace bn_ext::cuda

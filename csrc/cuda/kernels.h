@@ -1,0 +1,20 @@
+// What the kernels offer to the host: launches on a stream, without torch. Nothing here waits for the device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "../params.h"
+#include "plan.h"
+
+namespace bn_ext::cuda {
+
+// Device memory that a pass needs while it runs, aligned to 16 bytes; its contents do not matter.
+size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan);
+size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan);
+
+cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);
+cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);
+
+}  // namespace bn_ext::cuda

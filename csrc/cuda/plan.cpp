@@ -1,0 +1,132 @@
+// The planner: from a shape, a type's size and the machine to a Plan. Pure arithmetic.
+#include "plan.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <numeric>
+
+namespace bn_ext::cuda {
+namespace {
+
+constexpr int kWidestAccess = 16;       // bytes, of one thread
+constexpr int kWarp = 32;               // columns that make whole rows of memory of a warp's accesses
+constexpr int64_t kWidePlane = 512;     // bytes: a warp's 16-byte accesses, so that a plane's end costs little
+constexpr int kMinRowsPerThread = 8;    // fewer do not pay for what a thread does once
+constexpr int kThreadsInFlight = 2048;  // of a multiprocessor, over all waves of blocks
+constexpr int64_t kManyRows = int64_t(1) << 30;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The fewest channels whose values fill whole vectors, if they fit side by side into a block; else 0.
+int64_t adjacent_channels(int64_t plane, int vector) {
+  const int64_t channels = vector / std::gcd<int64_t>(plane, vector);
+  return channels * plane / vector <= kMaxThreads ? channels : 0;
+}
+
+void choose_wide_planes(Plan& plan, int64_t images, int64_t plane) {
+  plan.slice_channels = 1;
+  plan.slice_width = plane;
+  plan.slices = plan.channels;
+  plan.columns = 1;
+  plan.image_rows = plane / plan.vector;
+  plan.rows = images * plan.image_rows;
+  plan.row_lanes = static_cast<int>(std::min<int64_t>(kMaxThreads, ceil_div(plan.rows, kWarp) * kWarp));
+  plan.partials_per_row = 1;
+  plan.one_channel = true;
+}
+
+void choose_narrow_planes(Plan& plan, int64_t images, int64_t plane, int64_t least_channels) {
+  // About a warp's worth of columns, more where there are few rows, in slices of nearly the same width.
+  const int64_t columns = std::clamp<int64_t>(kMaxThreads / images, kWarp, kMaxThreads);
+  const int64_t least_columns = least_channels * plane / plan.vector;
+  const int64_t units = ceil_div(plan.channels, least_channels);
+  const int64_t most_units = std::max<int64_t>(1, columns / least_columns);
+  const int64_t units_per_slice = ceil_div(units, ceil_div(units, most_units));
+  plan.slices = ceil_div(units, units_per_slice);
+  plan.slice_channels = static_cast<int>(units_per_slice * least_channels);
+  plan.slice_width = plan.slice_channels * plane;
+  plan.columns = static_cast<int>(plan.slice_width / plan.vector);
+  plan.image_rows = 1;
+  plan.rows = images;
+  plan.row_lanes = static_cast<int>(std::min<int64_t>(kMaxThreads / plan.columns, images));
+  plan.partials_per_row = static_cast<int>(plane);
+  plan.one_channel = plan.vector == 1;
+}
+
+void choose_vector(Plan& plan, int64_t images, int64_t plane, int value_bytes, int alignment) {
+  for (const int access : {kWidestAccess, 4, value_bytes}) {
+    plan.vector = access / value_bytes;
+    const bool possible = access >= value_bytes && alignment % access == 0 && plan.pitch % plan.vector == 0;
+    if (!possible && access != value_bytes) continue;
+    const int64_t channels = adjacent_channels(plane, plan.vector);
+    const bool narrow = channels > 0 && (plane * value_bytes < kWidePlane || plane % plan.vector != 0);
+    if (narrow) return choose_narrow_planes(plan, images, plane, channels);
+    if (plane % plan.vector == 0) return choose_wide_planes(plan, images, plane);
+  }
+}
+
+void choose_segments(Plan& plan, const Machine& machine) {
+  const int64_t threads = int64_t(machine.multiprocessors) * kThreadsInFlight;
+  const int64_t accesses = plan.rows * plan.columns * plan.slices;
+  const int64_t rows_per_thread =
+      std::clamp<int64_t>(ceil_div(accesses, threads), kMinRowsPerThread, kMaxRowsPerThread);
+  plan.segments = ceil_div(plan.rows, plan.row_lanes * rows_per_thread);
+  plan.rows_per_thread = static_cast<int>(ceil_div(ceil_div(plan.rows, plan.segments), plan.row_lanes));
+  plan.segments = ceil_div(plan.rows, plan.segment_rows());
+}
+
+int value_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat64:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+int common_alignment(std::initializer_list<const void*> addresses) {
+  uintptr_t bits = kWidestAccess;
+  for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
+  return static_cast<int>(bits & -bits);
+}
+
+}  // namespace
+
+Plan make_plan(const Shape& shape, int value_bytes, int alignment, const Machine& machine) {
+  const int64_t plane = shape.channels_last ? 1 : shape.s;
+  const int64_t images = shape.channels_last ? shape.n * shape.s : shape.n;
+  Plan plan{};
+  plan.channels = shape.c;
+  plan.pitch = shape.c * plane;
+  plan.plane = static_cast<int>(std::min(plane, kManyRows));
+  choose_vector(plan, images, plane, value_bytes, alignment);
+  plan.threads = static_cast<int>(ceil_div(plan.columns * plan.row_lanes, kWarp)) * kWarp;
+  choose_segments(plan, machine);
+
+  plan.step_rows = static_cast<int>(plan.row_lanes % plan.image_rows);
+  plan.step_offset = plan.row_lanes / plan.image_rows * plan.pitch + int64_t(plan.step_rows) * plan.vector;
+  plan.wrap_offset = plan.pitch - plan.image_rows * plan.vector;
+  plan.merge_lanes = merge_lanes(int64_t(plan.row_lanes) * plan.partials_per_row);
+  return plan;
+}
+
+Plan plan_forward(const ForwardParams& p, const Machine& machine) {
+  return make_plan(p.shape, value_bytes(p.dtype), common_alignment({p.x, p.y}), machine);
+}
+
+Plan plan_backward(const BackwardParams& p, const Machine& machine) {
+  const int alignment = common_alignment({p.dy_is_scalar ? nullptr : p.dy, p.x, p.dx});
+  return make_plan(p.shape, value_bytes(p.dtype), alignment, machine);
+}
+
+int merge_lanes(int64_t partials) {
+  int lanes = 1;
+  while (lanes < std::min<int64_t>(kWarp, partials)) lanes *= 2;
+  return lanes;
+}
+
+int64_t blocks_of_groups(int64_t groups, int lanes) { return ceil_div(groups * lanes, kMaxThreads); }
+
+}  // namespace bn_ext::cuda

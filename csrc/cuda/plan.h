@@ -1,0 +1,65 @@
+// How the threads of a grid share a tensor: decided on the host, from numbers only, and read by every kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+
+namespace bn_ext::cuda {
+
+constexpr int kMaxThreads = 256;        // of a block
+constexpr int kMaxRowsPerThread = 256;  // float32 sums stay short
+
+// What the plan depends on besides the tensor.
+struct Machine {
+  int multiprocessors;
+};
+
+// A channels_last tensor is a contiguous (N, C, P) tensor with P = 1 and a position for an image; so there is one
+// layout: images of C planes of P values.
+//
+// The tensor is cut into slices of whole adjacent channels, and a slice into segments, one block each. A block's
+// threads stand side by side in `columns` and behind each other in `row_lanes`; a thread owns the `vector` adjacent
+// values of its column and walks down the rows of its segment. There are two ways to lay that out:
+//   planes wide enough    a slice is one channel, a row one vector of it: columns = 1, image_rows = P / vector
+//   narrow planes         a slice is some channels, a row their values in one image: columns = slice_width / vector,
+//                         image_rows = 1
+struct Plan {
+  int64_t channels;
+  int64_t pitch;        // values from one image to the next, C * P
+  int64_t slice_width;  // values of a slice in one image; the last slice may have fewer
+  int64_t slices;
+  int64_t rows;          // of a slice
+  int64_t image_rows;    // of one image
+  int64_t segments;      // of a slice
+  int64_t step_offset;   // values from a thread's row to its next one, `row_lanes` further, in the same image ...
+  int64_t wrap_offset;   // ... and what comes on top when that is past the image's last row
+  int step_rows;         // by how many rows of an image that step moves on
+  int vector;            // values of one access
+  int columns;           // vectors side by side
+  int row_lanes;         // threads behind each other
+  int rows_per_thread;   // at most
+  int threads;           // of a block: columns * row_lanes, and some idle ones to fill the last warp
+  int slice_channels;    // of a slice; the last one may have fewer
+  int plane;             // P; no more than 2^30 is told, which no slice of several channels has
+  int partials_per_row;  // of a channel, that one row of threads makes: 1, or P where columns are values
+  int merge_lanes;       // threads that together merge the partials of a channel, a power of two <= 32
+  bool one_channel;      // all values of a thread belong to one channel
+
+  constexpr int64_t blocks() const { return slices * segments; }
+  constexpr int64_t segment_rows() const { return int64_t(row_lanes) * rows_per_thread; }
+  // Partials that a block's threads leave in shared memory.
+  constexpr int block_partials() const { return columns * row_lanes * (one_channel ? 1 : vector); }
+};
+
+// Threads of a warp that together merge so many partials: a power of two, one each as far as they go round.
+int merge_lanes(int64_t partials);
+// Blocks of kMaxThreads that make up `groups` groups of `lanes` threads.
+int64_t blocks_of_groups(int64_t groups, int lanes);
+
+// `alignment`: bytes, a power of two that divides every activation's address.
+Plan make_plan(const Shape& shape, int value_bytes, int alignment, const Machine& machine);
+Plan plan_forward(const ForwardParams& p, const Machine& machine);
+Plan plan_backward(const BackwardParams& p, const Machine& machine);
+
+}  // namespace bn_ext::cuda

@@ -1,0 +1,77 @@
+// A thread's way through the tensor, as the plan lays it out.
+#pragma once
+
+#include "launch.cuh"
+#include "plan.h"
+
+namespace bn_ext::cuda {
+
+// The slice and segment of a block. Neighbours in the grid are neighbours in memory.
+struct Block {
+  int64_t slice;
+  int64_t segment;
+
+  __device__ Block(const Plan& plan, unsigned index) : slice(index % plan.slices), segment(index / plan.slices) {}
+};
+
+// How many rows of a segment fall to the `row_lane`-th row of threads.
+inline __device__ int rows_of_lane(const Plan& plan, int64_t segment, int row_lane) {
+  const int64_t first = segment * plan.segment_rows() + row_lane;
+  const int64_t end = min(plan.rows, (segment + 1) * plan.segment_rows());
+  return first < end ? static_cast<int>((end - first + plan.row_lanes - 1) / plan.row_lanes) : 0;
+}
+
+// The rows of one thread: `rows` of them, the vector of the current one at `offset`.
+class Walk {
+ public:
+  int column;
+  int row_lane;
+  int rows;
+  int64_t offset;
+
+  __device__ Walk(const Plan& plan, const Block& block)
+      : column(static_cast<int>(threadIdx.x) % plan.columns), row_lane(static_cast<int>(threadIdx.x) / plan.columns) {
+    const int64_t in_image = block.slice * plan.slice_width + column * plan.vector;
+    const bool inside = row_lane < plan.row_lanes && in_image < plan.pitch;
+    rows = inside ? rows_of_lane(plan, block.segment, row_lane) : 0;
+    const int64_t row = block.segment * plan.segment_rows() + row_lane;
+    const int64_t position = row % plan.image_rows;
+    offset = row / plan.image_rows * plan.pitch + in_image + position * plan.vector;
+    // A thread takes few steps: an image's end that is further off than they reach need not be exact.
+    left_ = static_cast<int>(min(plan.image_rows - position, kFar));
+    image_rows_ = static_cast<int>(min(plan.image_rows, kFar));
+  }
+
+  __device__ void next(const Plan& plan) {
+    offset += plan.step_offset;
+    left_ -= plan.step_rows;
+    if (left_ <= 0) {
+      left_ += image_rows_;
+      offset += plan.wrap_offset;
+    }
+  }
+
+ private:
+  static constexpr int64_t kFar = 1 << 30;
+  int left_;  // rows until the image's end
+  int image_rows_;
+};
+
+// Calls body(value of the vector, channel) for the first value of a thread's vectors if they all belong to its channel,
+// else for each. A value beyond the last channel is left out.
+template <int kVector, bool kOneChannel, typename Body>
+__device__ void for_each_channel(const Plan& plan, const Block& block, const Walk& walk, const Body& body) {
+  const int first = walk.column * kVector;
+  int64_t channel = block.slice * plan.slice_channels + first / plan.plane;
+  int position = first % plan.plane;
+#pragma unroll
+  for (int i = 0; i < (kOneChannel ? 1 : kVector); ++i) {
+    if (channel < plan.channels) body(i, channel);
+    if (++position == plan.plane) {
+      position = 0;
+      ++channel;
+    }
+  }
+}
+
+}  // namespace bn_ext::cuda
