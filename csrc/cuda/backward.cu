@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
   for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
   leave_sums<kOneChannel>(plan, walk, sums);
-  merge_block(plan, block, partials);
+  merge_block(
+      plan, block, partials, [](const Group& group, int parts, const auto& get) { return merge(group, parts, get); });
 }
 
 // dx = dy * scale + (x - mean) * slope + offset
@@ -91,13 +92,13 @@ struct GradAffine {
 // Grid: a group of `lanes` threads per channel.
 template <typename A>
 __global__ void __launch_bounds__(kMaxThreads) finalise_gradients_kernel(
-    const BackwardParams p, const GradSums* partials, int64_t segments, int lanes, A* coefficients) {
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
+    const Plan plan, const BackwardParams p, const GradSums* partials, int lanes, A* coefficients) {
+  const Group group(lanes);
   const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  const bool exists = channel < p.shape.c;
-  const auto get = [&](int64_t i) { return load_sums(partials + channel * segments + i); };
-  const GradSums total = merge(lane, lanes, exists ? segments : 0, get, GradSums{});
-  if (!exists || lane != 0) return;
+  const bool exists = channel < plan.channels;
+  const auto get = [&](int64_t segment) { return load_sums(partials + channel * plan.segments + segment); };
+  const GradSums total = merge(group, exists ? plan.segments : 0, get);
+  if (!exists || group.lane != 0) return;
 
   const double rstd = load_one(static_cast<const A*>(p.rstd) + channel);
   const double sum_dy_xhat = total.dy_centred * rstd;
@@ -192,9 +193,9 @@ cudaError_t launch_kernels(const BackwardParams& p, const Plan& plan, const Work
                    kMaxThreads,
                    0,
                    stream,
+                   plan,
                    p,
                    workspace.partials,
-                   plan.segments,
                    lanes,
                    coefficients);
     if (error != cudaSuccess) return error;

@@ -8,30 +8,33 @@ namespace {
 
 constexpr int kBatchRows = 4;  // rows that a thread reads before it uses the first: what hides the memory's latency
 
-// Moments of a sequence of values, around a shift: the first value, so that large means do not cancel. Whole batches
-// are merged, so that a first value unlike the rest does no harm either.
+// Moments of a thread's values of one channel, batch by batch. The mean is kept in two parts: values are taken as
+// deviations from the greater part, so that a large mean does not cancel, and what that part cannot hold is not lost.
 template <typename A>
-struct ShiftedMoments {
-  A shift;
-  A mean;  // without the shift
+struct RunningMoments {
+  A mean;
+  A rest;  // of the mean
   A m2;
 
-  // `share` is the batch's share in all values so far, the batch included; `before` the number of values before it.
+  // `before`: number of values so far; `share`: the batch's share in all values, the batch included.
   template <int kCount>
   __device__ void add(const A (&values)[kCount], A before, A share) {
     A batch_mean = 0;
     A batch_m2 = 0;
 #pragma unroll
-    for (const A value : values) batch_mean += value - shift;
+    for (const A value : values) batch_mean += value - mean;
     batch_mean /= kCount;
 #pragma unroll
     for (const A value : values) {
-      const A deviation = value - shift - batch_mean;
+      const A deviation = value - mean - batch_mean;
       batch_m2 += deviation * deviation;
     }
-    const A delta = batch_mean - mean;
-    mean += delta * share;
+    const A delta = batch_mean - rest;
     m2 += batch_m2 + delta * delta * (before * share);
+    rest += delta * share;
+    const A new_mean = mean + rest;
+    rest += mean - new_mean;
+    mean = new_mean;
   }
 };
 
@@ -47,7 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
   }
 
-  ShiftedMoments<A> moments[kVector] = {};
+  RunningMoments<A> moments[kVector] = {};
   int done = 0;
   const auto add_rows = [&](auto count) {
     constexpr int kRows = decltype(count)::value;
@@ -63,7 +66,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       A values[kRows];
 #pragma unroll
       for (int row = 0; row < kRows; ++row) values[row] = rows[row][i];
-      if (done == 0) moments[i].shift = values[0];
+      if (done == 0) moments[i].mean = values[0];
       moments[i].add(values, A(done), share);
     }
     done += kRows;
@@ -74,46 +77,55 @@ __global__ void __launch_bounds__(kMaxThreads)
   Moments sums[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
-    sums[i] = {double(done), double(moments[i].shift) + double(moments[i].mean), double(moments[i].m2)};
+    sums[i] = {double(moments[i].mean) + double(moments[i].rest), double(moments[i].m2)};
   }
   leave_sums<kOneChannel>(plan, walk, sums);
-  merge_block(plan, block, partials);
+  const int segment_rows = plan.rows_of(block.segment);
+  const auto count_of = [&](int64_t i) {
+    const int row_lane = static_cast<int>(i) / plan.partials_per_row;
+    return double(rows_of_lane(plan, segment_rows, row_lane) * plan.partial_values);
+  };
+  merge_block(plan, block, partials, [&](const Group& group, int parts, const auto& get) {
+    return merge(group, parts, get, count_of, plan.values_of(block.segment));
+  });
 }
 
-// A channel's moments in double throughout: for values whose squares are beyond float32. Called like merge().
+// A channel's moments in double throughout: for values whose squares are beyond float32.
 template <typename T>
-__device__ Moments moments_in_double(const Shape& shape, const T* x, int64_t channel, int lane, int lanes) {
+__device__ Moments moments_in_double(const Group& group, const Shape& shape, const T* x, int64_t channel) {
   const double count = double(shape.values_per_channel());
   const auto sum_of = [&](const auto& term) {
     double sum = 0;
-    for (int64_t i = lane; i < shape.values_per_channel(); i += lanes) {
+    for (int64_t i = group.lane; i < shape.values_per_channel(); i += group.lanes) {
       const int64_t offset =
           shape.channels_last ? i * shape.c + channel : (i / shape.s * shape.c + channel) * shape.s + i % shape.s;
       sum += term(double(load<1>(x + offset)[0]));
     }
-    return group_sum(sum, lanes);
+    return group.sum(sum);
   };
   const double mean = sum_of([](double value) { return value; }) / count;
-  return {count, mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
+  return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
 }
 
 // Channel by channel: mean and rstd, the running statistics, and the offset of apply_kernel.
 // Grid: a group of `lanes` threads per channel.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) finalise_statistics_kernel(
-    const ForwardParams p, const Moments* partials, int64_t segments, int lanes, acc_t<T>* offsets) {
+    const Plan plan, const ForwardParams p, const Moments* partials, int lanes, acc_t<T>* offsets) {
   using A = acc_t<T>;
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const Group group(lanes);
   const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  const bool exists = channel < p.shape.c;
-  const auto get = [&](int64_t i) { return load_sums(partials + channel * segments + i); };
-  Moments total = merge(lane, lanes, exists ? segments : 0, get, Moments{});
+  const bool exists = channel < plan.channels;
+  const double count = double(p.shape.values_per_channel());
+  const auto get = [&](int64_t segment) { return load_sums(partials + channel * plan.segments + segment); };
+  const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
+  Moments total = merge(group, exists ? plan.segments : 0, get, count_of, count);
   const bool overflowed = exists && isfinite(total.mean) && !isfinite(total.m2);
   if (__any_sync(kAllLanes, overflowed)) {
-    const Moments exact = moments_in_double(p.shape, static_cast<const T*>(p.x), exists ? channel : 0, lane, lanes);
+    const Moments exact = moments_in_double(group, p.shape, static_cast<const T*>(p.x), exists ? channel : 0);
     if (overflowed) total = exact;
   }
-  if (!exists || lane != 0) return;
+  if (!exists || group.lane != 0) return;
 
   const double momentum =
       p.cumulative && p.num_batches_tracked != nullptr ? 1.0 / double(load_one(p.num_batches_tracked)) : p.momentum;
@@ -123,9 +135,9 @@ __global__ void __launch_bounds__(kMaxThreads) finalise_statistics_kernel(
     write_param(running, p.params_dtype, channel, momentum * value + (1 - momentum) * old);
   };
   update(p.running_mean, total.mean);
-  update(p.running_var, total.m2 / (total.count - 1));
+  update(p.running_var, total.m2 / (count - 1));
   const A mean = static_cast<A>(total.mean);
-  const double rstd = 1 / sqrt(total.m2 / total.count + p.eps);
+  const double rstd = 1 / sqrt(total.m2 / count + p.eps);
   store_one(static_cast<A*>(p.mean) + channel, mean);
   store_one(static_cast<A*>(p.rstd) + channel, static_cast<A>(rstd));
   // Makes up for the mean's rounding.
@@ -234,9 +246,9 @@ cudaError_t launch_kernels(const ForwardParams& p, const Plan& plan, const Works
                    kMaxThreads,
                    0,
                    stream,
+                   plan,
                    p,
                    workspace.partials,
-                   plan.segments,
                    lanes,
                    offsets);
     if (error != cudaSuccess) return error;

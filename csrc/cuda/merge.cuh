@@ -6,9 +6,8 @@
 
 namespace bn_ext::cuda {
 
-// Number of values, their mean, and the sum of squared deviations from it.
+// Mean and sum of squared deviations from it, of a number of values that the plan tells.
 struct Moments {
-  double count;
   double mean;
   double m2;
 };
@@ -21,78 +20,76 @@ struct GradSums {
 // Sums in global memory, which an earlier kernel or another block wrote.
 template <typename Sums>
 __device__ Sums load_sums(const Sums* p) {
-  Sums sums;
-  const double* from = reinterpret_cast<const double*>(p);
-  double* to = reinterpret_cast<double*>(&sums);
-#pragma unroll
-  for (int i = 0; i < int(sizeof(Sums) / sizeof(double)); ++i) to[i] = load_one(from + i);
-  return sums;
+  using V = Vector<double, 2>;
+  static_assert(sizeof(Sums) == sizeof(V), "two doubles, moved at once");
+  const V pair = load<2>(reinterpret_cast<const double*>(p));
+  return {pair.values[0], pair.values[1]};
 }
 
-template <typename Sums>
-__device__ void store_sums(Sums* p, const Sums& sums) {
-  const double* from = reinterpret_cast<const double*>(&sums);
-#pragma unroll
-  for (int i = 0; i < int(sizeof(Sums) / sizeof(double)); ++i) store_one(reinterpret_cast<double*>(p) + i, from[i]);
+inline __device__ void store_sums(Moments* p, const Moments& m) {
+  store_pair(reinterpret_cast<double*>(p), m.mean, m.m2);
+}
+inline __device__ void store_sums(GradSums* p, const GradSums& s) {
+  store_pair(reinterpret_cast<double*>(p), s.dy, s.dy_centred);
 }
 
-// A group is `lanes` adjacent threads of a warp, a power of two; all threads of the warp must call these together.
-// Every lane of the group gets the result.
-inline __device__ double group_sum(double value, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
-}
+// Adjacent threads of a warp that merge together: `lanes` of them, a power of two. All threads of the warp must call
+// these functions together; every lane of a group gets the result.
+struct Group {
+  int lanes;
+  int lane;
 
-// Merges get(0) ... get(count - 1): means about the common mean, and squares that make up for the distance from it
-// (Chan, Golub and LeVeque 1979, for all parts at once).
-template <typename Get>
-__device__ Moments merge(int lane, int lanes, int64_t count, const Get& get, Moments) {
-  double values = 0;
-  double sum = 0;
-  for (int64_t i = lane; i < count; i += lanes) {
-    const Moments part = get(i);
-    values += part.count;
-    sum += part.count * part.mean;
+  explicit __device__ Group(int lanes) : lanes(lanes), lane(static_cast<int>(threadIdx.x) % lanes) {}
+
+  __device__ double sum(double value) const {
+    for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+    return value;
   }
-  values = group_sum(values, lanes);
-  const double mean = group_sum(sum, lanes) / values;
+};
+
+// Merges get(0) ... get(parts - 1), of count_of(i) values each, `count` in all: means about the common mean, and
+// squares that make up for the distance from it (Chan, Golub and LeVeque 1979, for all parts at once).
+template <typename Get, typename CountOf>
+__device__ Moments merge(const Group& group, int64_t parts, const Get& get, const CountOf& count_of, double count) {
+  double sum = 0;
+  for (int64_t i = group.lane; i < parts; i += group.lanes) sum += count_of(i) * get(i).mean;
+  const double mean = group.sum(sum) / count;
   double m2 = 0;
-  for (int64_t i = lane; i < count; i += lanes) {
+  for (int64_t i = group.lane; i < parts; i += group.lanes) {
     const Moments part = get(i);
     const double delta = part.mean - mean;
-    m2 += part.m2 + part.count * (delta * delta);
+    m2 += part.m2 + count_of(i) * (delta * delta);
   }
-  return {values, mean, group_sum(m2, lanes)};
+  return {mean, group.sum(m2)};
 }
 
 template <typename Get>
-__device__ GradSums merge(int lane, int lanes, int64_t count, const Get& get, GradSums) {
+__device__ GradSums merge(const Group& group, int64_t parts, const Get& get) {
   GradSums total = {0, 0};
-  for (int64_t i = lane; i < count; i += lanes) {
+  for (int64_t i = group.lane; i < parts; i += group.lanes) {
     const GradSums part = get(i);
     total.dy += part.dy;
     total.dy_centred += part.dy_centred;
   }
-  return {group_sum(total.dy, lanes), group_sum(total.dy_centred, lanes)};
+  return {group.sum(total.dy), group.sum(total.dy_centred)};
 }
 
-// The sums of one thread's vectors, of equally many values each, in one.
+// The sums of one thread's vectors, of equally many values each, `count`, in one.
 template <int kCount>
-__device__ Moments merge_own(const Moments (&parts)[kCount]) {
-  Moments total = {0, 0, 0};
+__device__ Moments merge_own(const Moments (&parts)[kCount], double count) {
+  Moments total = {0, 0};
 #pragma unroll
   for (const Moments& part : parts) total.mean += part.mean / kCount;
 #pragma unroll
   for (const Moments& part : parts) {
     const double delta = part.mean - total.mean;
-    total.count += part.count;
-    total.m2 += part.m2 + part.count * (delta * delta);
+    total.m2 += part.m2 + count * (delta * delta);
   }
   return total;
 }
 
 template <int kCount>
-__device__ GradSums merge_own(const GradSums (&parts)[kCount]) {
+__device__ GradSums merge_own(const GradSums (&parts)[kCount], double) {
   GradSums total = {0, 0};
 #pragma unroll
   for (const GradSums& part : parts) {
@@ -108,34 +105,33 @@ __device__ void leave_sums(const Plan& plan, const Walk& walk, const Sums (&sums
   if (walk.row_lane >= plan.row_lanes) return;
   const int thread = walk.row_lane * plan.columns + walk.column;
   if constexpr (kOneChannel) {
-    shared_memory<Sums>()[thread] = merge_own(sums);
+    shared_memory<Sums>()[thread] = merge_own(sums, walk.rows);
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) shared_memory<Sums>()[thread * kVector + i] = sums[i];
   }
 }
 
-// After every thread has left its sums in shared memory (leave_sums): merges them by channel, into
-// partials[channel * segments + segment].
-template <typename Sums>
-__device__ void merge_block(const Plan& plan, const Block& block, Sums* partials) {
+// Merges by channel what all threads have left, into partials[channel * segments + segment].
+// merge_channel(group, parts, get) merges get(0) ... get(parts - 1); part i is of row lane i / partials_per_row.
+template <typename Sums, typename MergeChannel>
+__device__ void merge_block(const Plan& plan, const Block& block, Sums* partials, const MergeChannel& merge_channel) {
   __syncthreads();
   const Sums* sums = shared_memory<Sums>();
-  const int lanes = plan.merge_lanes;
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const Group group(plan.merge_lanes);
   const int per_row = plan.partials_per_row;
   const int row_stride = plan.block_partials() / plan.row_lanes;
   // All threads stay in the loop until its end: the warps merge together.
-  for (int first = 0; first < plan.slice_channels; first += plan.threads / lanes) {
-    const int in_slice = first + static_cast<int>(threadIdx.x) / lanes;
+  for (int first = 0; first < plan.slice_channels; first += plan.threads / group.lanes) {
+    const int in_slice = first + static_cast<int>(threadIdx.x) / group.lanes;
     const int64_t channel = block.slice * plan.slice_channels + in_slice;
     const bool exists = in_slice < plan.slice_channels && channel < plan.channels;
     const auto get = [&](int64_t i) {
-      const int row_lane = static_cast<int>(i) / per_row;
-      return sums[row_lane * row_stride + in_slice * per_row + static_cast<int>(i) % per_row];
+      const int part = static_cast<int>(i);
+      return sums[part / per_row * row_stride + in_slice * per_row + part % per_row];
     };
-    const Sums total = merge(lane, lanes, exists ? plan.row_lanes * per_row : 0, get, Sums{});
-    if (exists && lane == 0) store_sums(partials + channel * plan.segments + block.segment, total);
+    const Sums total = merge_channel(group, exists ? plan.row_lanes * per_row : 0, get);
+    if (exists && group.lane == 0) store_sums(partials + channel * plan.segments + block.segment, total);
   }
 }
 

@@ -12,7 +12,7 @@ constexpr int kWidestAccess = 16;       // bytes, of one thread
 constexpr int kWarp = 32;               // columns that make whole rows of memory of a warp's accesses
 constexpr int64_t kWidePlane = 512;     // bytes: a warp's 16-byte accesses, so that a plane's end costs little
 constexpr int kMinRowsPerThread = 8;    // fewer do not pay for what a thread does once
-constexpr int kThreadsInFlight = 2048;  // of a multiprocessor, over all waves of blocks
+constexpr int kThreadsInFlight = 1024;  // of a multiprocessor: one wave, so that partial sums are few
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -32,6 +32,7 @@ void choose_wide_planes(Plan& plan, int64_t images, int64_t plane) {
   plan.rows = images * plan.image_rows;
   plan.row_lanes = static_cast<int>(std::min<int64_t>(kMaxThreads, ceil_div(plan.rows, kWarp) * kWarp));
   plan.partials_per_row = 1;
+  plan.partial_values = plan.vector;
   plan.one_channel = true;
 }
 
@@ -50,6 +51,7 @@ void choose_narrow_planes(Plan& plan, int64_t images, int64_t plane, int64_t lea
   plan.rows = images;
   plan.row_lanes = static_cast<int>(std::min<int64_t>(kMaxThreads / plan.columns, images));
   plan.partials_per_row = static_cast<int>(plane);
+  plan.partial_values = 1;
   plan.one_channel = plan.vector == 1;
 }
 

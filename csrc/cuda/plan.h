@@ -43,11 +43,21 @@ struct Plan {
   int slice_channels;    // of a slice; the last one may have fewer
   int plane;             // P; no more than 2^30 is told, which no slice of several channels has
   int partials_per_row;  // of a channel, that one row of threads makes: 1, or P where columns are values
+  int partial_values;    // of a channel in one row, that one such partial sums up
   int merge_lanes;       // threads that together merge the partials of a channel, a power of two <= 32
   bool one_channel;      // all values of a thread belong to one channel
 
   constexpr int64_t blocks() const { return slices * segments; }
-  constexpr int64_t segment_rows() const { return int64_t(row_lanes) * rows_per_thread; }
+  constexpr int64_t segment_rows() const { return int64_t(row_lanes) * rows_per_thread; }  // the last has fewer
+  // How many rows a segment has.
+  constexpr int rows_of(int64_t segment) const {
+    const int64_t left = rows - segment * segment_rows();
+    return static_cast<int>(left < segment_rows() ? left : segment_rows());
+  }
+  // Values of a channel in a segment.
+  constexpr double values_of(int64_t segment) const {
+    return double(rows_of(segment)) * partials_per_row * partial_values;
+  }
   // Partials that a block's threads leave in shared memory.
   constexpr int block_partials() const { return columns * row_lanes * (one_channel ? 1 : vector); }
 };

@@ -112,6 +112,12 @@ __device__ void store_one(T* p, T value) {
   __stwb(reinterpret_cast<typename AccessType<sizeof(T)>::type*>(p), Vector<T, 1>{{value}}.bits());
 }
 
+// Two doubles for a later kernel, at an address that is a multiple of 16.
+inline __device__ void store_pair(double* p, double first, double second) {
+  using V = Vector<double, 2>;
+  __stwb(reinterpret_cast<V::Access*>(p), V{{first, second}}.bits());
+}
+
 // p[i] of a (C,) vector of any type; `otherwise` if there is none.
 template <typename A>
 __device__ A read_param(const void* p, DType dtype, int64_t i, A otherwise) {

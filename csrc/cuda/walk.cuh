@@ -11,14 +11,13 @@ struct Block {
   int64_t slice;
   int64_t segment;
 
-  __device__ Block(const Plan& plan, unsigned index) : slice(index % plan.slices), segment(index / plan.slices) {}
+  __device__ Block(const Plan& plan, unsigned index)
+      : slice(index % static_cast<unsigned>(plan.slices)), segment(index / static_cast<unsigned>(plan.slices)) {}
 };
 
-// How many rows of a segment fall to the `row_lane`-th row of threads.
-inline __device__ int rows_of_lane(const Plan& plan, int64_t segment, int row_lane) {
-  const int64_t first = segment * plan.segment_rows() + row_lane;
-  const int64_t end = min(plan.rows, (segment + 1) * plan.segment_rows());
-  return first < end ? static_cast<int>((end - first + plan.row_lanes - 1) / plan.row_lanes) : 0;
+// How many of a segment's rows fall to the `row_lane`-th row of threads.
+inline __device__ int rows_of_lane(const Plan& plan, int segment_rows, int row_lane) {
+  return (segment_rows - row_lane + plan.row_lanes - 1) / plan.row_lanes;
 }
 
 // The rows of one thread: `rows` of them, the vector of the current one at `offset`.
@@ -33,7 +32,7 @@ class Walk {
       : column(static_cast<int>(threadIdx.x) % plan.columns), row_lane(static_cast<int>(threadIdx.x) / plan.columns) {
     const int64_t in_image = block.slice * plan.slice_width + column * plan.vector;
     const bool inside = row_lane < plan.row_lanes && in_image < plan.pitch;
-    rows = inside ? rows_of_lane(plan, block.segment, row_lane) : 0;
+    rows = inside ? rows_of_lane(plan, plan.rows_of(block.segment), row_lane) : 0;
     const int64_t row = block.segment * plan.segment_rows() + row_lane;
     const int64_t position = row % plan.image_rows;
     offset = row / plan.image_rows * plan.pitch + in_image + position * plan.vector;

@@ -1,0 +1,60 @@
+// The package's kernels on the simulated device, for ctypes (batch_norm.py): plan, workspace, launches.
+#include "../../csrc/cuda/kernels.h"
+#include "../../csrc/cuda/plan.h"
+#include "c_api.h"
+#include "cuda_on_cpu.h"
+
+using namespace bn_ext;
+using cuda_on_cpu::Fault;
+using cuda_on_cpu::reported;
+
+namespace {
+
+void* add_workspace(size_t bytes) {
+  if (bytes == 0) return nullptr;
+  return cuda_on_cpu::add_buffer({"workspace", cuda_on_cpu::Kind::workspace, bytes});
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw Fault(std::string("a launch failed: ") + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+extern "C" {
+
+// So that batch_norm.py can tell whether its copies of the structs are the same.
+int64_t batch_norm_sizes() {
+  return int64_t(sizeof(ForwardParams)) << 32 | int64_t(sizeof(BackwardParams)) << 16 | int64_t(sizeof(cuda::Plan));
+}
+
+const char* batch_norm_make_plan(
+    const Shape* shape, int64_t value_bytes, int64_t alignment, int64_t multiprocessors, cuda::Plan* plan) {
+  return reported([&] {
+    *plan = cuda::make_plan(*shape, static_cast<int>(value_bytes), static_cast<int>(alignment), {int(multiprocessors)});
+  });
+}
+
+const char* batch_norm_plan_forward(const ForwardParams* p, int64_t multiprocessors, cuda::Plan* plan) {
+  return reported([&] { *plan = cuda::plan_forward(*p, {int(multiprocessors)}); });
+}
+
+const char* batch_norm_plan_backward(const BackwardParams* p, int64_t multiprocessors, cuda::Plan* plan) {
+  return reported([&] { *plan = cuda::plan_backward(*p, {int(multiprocessors)}); });
+}
+
+const char* batch_norm_forward(const ForwardParams* p, const cuda::Plan* plan) {
+  return reported([&] {
+    void* workspace = add_workspace(cuda::forward_workspace_bytes(*p, *plan));
+    check(cuda::launch_forward(*p, *plan, workspace, nullptr));
+  });
+}
+
+const char* batch_norm_backward(const BackwardParams* p, const cuda::Plan* plan) {
+  return reported([&] {
+    void* workspace = add_workspace(cuda::backward_workspace_bytes(*p, *plan));
+    check(cuda::launch_backward(*p, *plan, workspace, nullptr));
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,119 @@
+"""Compiles CUDA sources and the harness with g++ into a shared library, once for each state of the inputs."""
+
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+FOLDER = ROOT / "build" / "cuda_on_cpu"
+HARNESS = [
+    HERE / f"{name}.cpp" for name in ("c_api", "fibre", "launch", "memory", "ordering", "scheduler", "synchronisation")
+]
+HEADERS = {".h", ".cuh", ".inl"}
+JOBS = 2
+
+# Kernels look at memory through other types than it was written with, as CUDA allows. Without -fno-gnu-unique two
+# loaded variants of one library would share the static variables of their templates.
+FLAGS = ["-std=c++17", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-Wall", "-Wextra"]
+FLAGS += ["-Wno-unused-parameter", "-Wno-unknown-pragmas", f"-I{HERE / 'include'}"]
+VARIANTS = {
+    # The sanitizers' checks themselves set off warnings, so errors are the plain variant's.
+    "plain": (["-O1", "-Werror"], ["-Wl,-z,defs"]),
+    "sanitized": (
+        ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        ["-fsanitize=address,undefined"],
+    ),
+}
+
+
+class BuildError(RuntimeError):
+    """The compiler's words."""
+
+
+def compiler() -> list[str] | None:
+    """The command $CXX or g++, if there is one that is GCC."""
+    command = shlex.split(os.environ.get("CXX") or "g++")
+    return command if shutil.which(command[0]) and "gcc version" in _version(*command) else None
+
+
+def library(sources: Sequence[Path], variant: str = "plain", defines: Iterable[str] = ()) -> Path:
+    """The shared library of these sources and the harness.
+
+    ``defines`` are given to the sources only ("FAULT=1"). What was built before from the same inputs (sources, headers
+    of csrc and tests/cuda_on_cpu, flags, compiler) is found again, object by object.
+    """
+    compile_flags, link_flags = VARIANTS[variant]
+    own = FLAGS + compile_flags
+    jobs = [(source, own) for source in HARNESS] + [(Path(s), own + [f"-D{d}" for d in defines]) for s in sources]
+    with ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(lambda job: _object(*job), jobs))
+    target = FOLDER / f"{_key(*(o.name for o in objects), *link_flags)}.so"
+    return _made(target, [*objects, "-shared", *link_flags])
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """What a Python that loads a sanitized library must be started with."""
+    # libstdc++ too: AddressSanitizer looks for its __cxa_throw when it starts, and Python has not loaded it.
+    names = ("libasan.so", "libstdc++.so")
+    paths = [_run([f"-print-file-name={name}"]).strip() for name in names]
+    return {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def _object(source: Path, flags: list[str]) -> Path:
+    key = _key(str(source), source.read_bytes(), _headers(), *flags)
+    return _made(FOLDER / f"{source.stem}-{key}.o", [*flags, "-c", "-x", "c++", source])
+
+
+def _made(target: Path, arguments: list[str | Path]) -> Path:
+    """The file at target, made by the compiler if it is not there; others may be making the same one."""
+    if target.exists():
+        return target
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        made = Path(folder) / target.name
+        _run([*arguments, "-o", made])
+        made.replace(target)
+    return target
+
+
+def _run(arguments: Sequence[str | Path]) -> str:
+    command = [*_required_compiler(), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise BuildError(f"{' '.join(map(str, command))}\n{result.stderr}")
+    return result.stdout
+
+
+def _required_compiler() -> list[str]:
+    command = compiler()
+    if command is None:
+        raise BuildError("kernels are run on the CPU by g++, which is not installed (CXX names another one)")
+    return command
+
+
+@functools.cache
+def _version(*command: str) -> str:
+    result = subprocess.run([*command, "-v"], capture_output=True, text=True, check=False)
+    return result.stdout + result.stderr
+
+
+def _headers() -> str:
+    """One digest of all headers that a source may include."""
+    files = (f for folder in (ROOT / "csrc", HERE) for f in sorted(folder.rglob("*")) if f.suffix in HEADERS)
+    return _key(*(part for file in files for part in (str(file), file.read_bytes())))
+
+
+def _key(*parts: str | bytes) -> str:
+    digest = hashlib.sha256(_version(*_required_compiler()).encode())
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:20]

@@ -1,0 +1,38 @@
+// Stands in for CUDA's header of this name: errors, and what describes a launch. For host code and kernels.
+#pragma once
+
+#include <cstddef>
+
+#include "vector_types.h"
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+};
+
+using cudaStream_t = struct CUstream_st*;
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0 };
+
+union cudaLaunchAttributeValue {
+  char pad[64];
+};
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  std::size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+// The last error of a launch; asking clears it.
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);

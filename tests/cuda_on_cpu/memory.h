@@ -1,0 +1,99 @@
+// Memory between guard zones, the device's buffers, and the count of what warps move.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda_on_cpu.h"
+#include "include/device_operations.h"
+
+namespace cuda_on_cpu {
+
+class GuardedMemory {
+ public:
+  // The address is `misalignment` bytes past a multiple of 256. All bytes are zero.
+  explicit GuardedMemory(std::size_t bytes, std::size_t misalignment = 0);
+  ~GuardedMemory();
+  GuardedMemory(const GuardedMemory&) = delete;
+  GuardedMemory& operator=(const GuardedMemory&) = delete;
+
+  unsigned char* data() const { return data_; }
+  std::size_t bytes() const { return bytes_; }
+  void fill_poison();
+
+  // Where a guard zone has changed, in words ("at byte 64, past its end"); empty if nowhere. Mends the zones.
+  std::string damage();
+
+ private:
+  std::size_t bytes_;
+  std::size_t mapped_bytes_;
+  unsigned char* mapped_;
+  unsigned char* data_;
+};
+
+// The sectors of a warp's accesses to one buffer in one direction.
+//
+// Lanes come one after another, with all their accesses, so all accesses of the warp are open at once: each is a bit
+// per sector near the first one it met, and a list for those far away.
+class SectorRecord {
+ public:
+  void add(std::uint32_t access, std::uint64_t sector);
+  std::uint64_t count();  // of sectors, each once per access
+  void clear();
+
+ private:
+  struct Window {
+    std::uint64_t first = 0;
+    std::uint64_t touched = 0;  // bit i: sector first + i
+  };
+  struct Stray {
+    std::uint32_t access;
+    std::uint64_t sector;
+  };
+  std::vector<Window> windows_;
+  std::vector<Stray> strays_;
+};
+
+// For a thread: its accesses so far, by buffer and direction. For a warp: their sectors.
+using AccessCounts = std::vector<std::uint32_t>;
+using SectorRecords = std::vector<SectorRecord>;
+
+class Memory {
+ public:
+  void* add(const BufferOptions& options);
+  void check_guards();
+  void check_written(const void* buffer, std::size_t element_bytes) const;
+
+  // Number of AccessCounts of a thread and of SectorRecords of a warp.
+  std::size_t streams() const { return 2 * buffers_.size(); }
+
+  // What is wrong with an access, in words; empty if nothing is, and then it has been counted.
+  std::string access(Direction direction, const void* address, std::size_t bytes, AccessCounts& counts, SectorRecords&);
+  // A warp has ended: take over its sectors.
+  void count_sectors(SectorRecords& records);
+
+  Counters counters(Kind kind) const { return counters_[static_cast<std::size_t>(kind)]; }
+  void reset_counters() { counters_ = {}; }
+
+ private:
+  struct Buffer {
+    Buffer(const BufferOptions& options)
+        : name(options.name), kind(options.kind), memory(options.bytes, options.misalignment) {}
+    bool holds(std::uintptr_t address, std::size_t bytes) const;
+    std::string name;
+    Kind kind;
+    GuardedMemory memory;
+  };
+  std::string nearest(std::uintptr_t address) const;
+  Counters& counters_of(const Buffer& buffer) { return counters_[static_cast<std::size_t>(buffer.kind)]; }
+
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  std::size_t recent_ = 0;  // the buffer of the last access
+  std::array<Counters, kKinds> counters_;
+};
+
+}  // namespace cuda_on_cpu

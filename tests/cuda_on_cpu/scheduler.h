@@ -1,0 +1,153 @@
+// Threads, warps and blocks of the launch that runs, and the scheduler that chooses which thread goes on.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda_on_cpu.h"
+#include "fibre.h"
+#include "include/device_operations.h"
+#include "memory.h"
+
+namespace cuda_on_cpu {
+
+constexpr unsigned kWarpThreads = 32;
+
+enum class State { ready, at_barrier, at_warp_operation, exited };
+
+struct Warp;
+struct Block;
+
+struct Thread {
+  uint3 index;
+  unsigned rank;  // within the block, x fastest
+  Block* block;
+  Warp* warp;
+  Fibre* fibre;  // from its first step to its exit
+  State state;
+  Place place;          // where it waits
+  WarpRequest request;  // of the warp operation at which it waits
+  std::uint64_t result;
+  AccessCounts accesses;
+
+  unsigned lane() const { return rank % kWarpThreads; }
+};
+
+// Sets of lanes are masks.
+struct Warp {
+  unsigned number;  // within the block
+  unsigned lanes;   // that exist
+  unsigned waiting;
+  unsigned exited;
+  std::uint64_t priority;
+  SectorRecords sectors;
+};
+
+// A block in its slot of the machine.
+struct Block {
+  std::uint64_t number;  // within the grid, x fastest
+  uint3 index;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned at_barrier;
+  Place barrier_place;  // of those at the barrier
+  unsigned exited;
+  std::uint64_t priority;
+  std::unique_ptr<GuardedMemory> shared;
+
+  Thread& thread(const Warp& warp, unsigned lane) { return threads[warp.number * kWarpThreads + lane]; }
+};
+
+struct Launch {
+  std::int64_t number;
+  dim3 grid;
+  dim3 block;
+  std::size_t shared_bytes;
+  void (*kernel)(void*);
+  void* arguments;
+
+  std::uint64_t blocks() const { return std::uint64_t{grid.x} * grid.y * grid.z; }
+  unsigned threads() const { return block.x * block.y * block.z; }
+};
+
+// An order as numbers: of the threads that are ready, the one with the least key runs.
+class Ordering {
+ public:
+  Ordering(const Order& order, const Launch& launch);
+  std::uint64_t block(std::uint64_t turn) const;  // which block of the grid starts as turn-th
+  std::uint64_t priority() { return random() >> 44; }
+  std::uint64_t key(Thread& thread);  // drawn when the thread becomes ready
+  bool preempts();                    // whether a thread is interrupted at an access to global memory
+
+ private:
+  std::uint64_t random();
+
+  Policy policy_;
+  std::uint64_t blocks_;
+  std::uint64_t state_;
+  std::uint64_t step_;  // random orders take the blocks in steps of it, around the grid
+  std::uint64_t start_;
+};
+
+class Scheduler {
+ public:
+  Scheduler();
+
+  // On the main stack: runs a launch to its end, or throws its fault.
+  void run(const Launch& launch, const Machine& machine, const Order& order, Memory& memory);
+
+  // The thread may go on. Until then it has called suspend() of its fibre.
+  void make_ready(Thread& thread);
+
+  // On a thread's stack: lets others go first, now and then.
+  void maybe_preempt();
+
+  // On a thread's stack: ends the launch. The sentence is about this thread.
+  [[noreturn]] void fault(const std::string& sentence, Place place = {nullptr, 0});
+
+ private:
+  struct Ready {
+    std::uint64_t key;
+    Thread* thread;
+  };
+
+  static void run_thread();
+  void start_block(Block& block);
+  void step(Thread& thread);
+  void finish_thread(Thread& thread);
+  void finish_block(Block& block);
+  void abandon();
+
+  FibrePool fibres_;
+  std::vector<std::unique_ptr<Block>> slots_;
+  std::vector<Block*> resident_;
+  std::vector<Ready> ready_;  // a heap
+  std::string fault_;
+
+  // Of the launch that runs.
+  const Launch* launch_ = nullptr;
+  Memory* memory_ = nullptr;
+  Ordering* ordering_ = nullptr;
+  std::uint64_t started_ = 0;
+};
+
+extern Scheduler scheduler;
+extern Thread* current;  // null while no thread runs
+
+inline Thread& running_thread() {
+  if (!current) throw Fault("device code was called outside a kernel");
+  return *current;
+}
+
+// In words, for faults.
+std::string name(const Block& block);    // "block (0,0,0)"
+std::string name(const Thread& thread);  // "thread (5,0,0)"
+std::string name(Place place);           // "file.cu:12"
+
+// Synchronisation's side of the scheduler's events.
+void check_exit(Thread& thread);           // on the thread's stack, when the kernel has returned
+std::string deadlock(const Block& block);  // why none of its threads can go on; empty if this block is not why
+
+}  // namespace cuda_on_cpu
