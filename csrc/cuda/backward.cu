@@ -1,4 +1,6 @@
 // The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed.
+#include <algorithm>
+
 #include "dispatch.cuh"
 #include "kernels.h"
 #include "merge.cuh"
@@ -40,8 +42,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Block block(plan, blockIdx.x);
   Walk walk(plan, block);
   A mean[kOneChannel ? 1 : kVector] = {};
-  for_each_channel<kVector, kOneChannel>(
-      plan, block, walk, [&](int i, int64_t channel) { mean[i] = load_one(static_cast<const A*>(p.mean) + channel); });
+  make_coefficients<kVector, kOneChannel>(plan, block, walk, mean, [&](int64_t channel, bool) {
+    return load_one(static_cast<const A*>(p.mean) + channel);
+  });
 
   const Gradient<T, kVector> dy(p);
   const T* x = static_cast<const T*>(p.x);
@@ -130,10 +133,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   using A = acc_t<T>;
   const Block block(plan, gridDim.x - 1 - blockIdx.x);
   Walk walk(plan, block);
-  if (walk.rows == 0) return;
   GradAffine<A> affine[kOneChannel ? 1 : kVector] = {};
-  for_each_channel<kVector, kOneChannel>(
-      plan, block, walk, [&](int i, int64_t channel) { affine[i] = grad_affine(p, coefficients, channel); });
+  make_coefficients<kVector, kOneChannel>(
+      plan, block, walk, affine, [&](int64_t channel, bool) { return grad_affine(p, coefficients, channel); });
 
   const Gradient<T, kVector> dy(p);
   const T* x = static_cast<const T*>(p.x);
@@ -178,14 +180,15 @@ cudaError_t launch_kernels(const BackwardParams& p, const Plan& plan, const Work
   using A = acc_t<T>;
   A* coefficients = static_cast<A*>(workspace.coefficients);
   if (needs_sums(p)) {
-    cudaError_t error = launch(grad_sums_kernel<T, kVector, kOneChannel>,
-                               plan.blocks(),
-                               plan.threads,
-                               plan.block_partials() * sizeof(GradSums),
-                               stream,
-                               plan,
-                               p,
-                               workspace.partials);
+    cudaError_t error =
+        launch(grad_sums_kernel<T, kVector, kOneChannel>,
+               plan.blocks(),
+               plan.threads,
+               std::max(plan.block_partials() * sizeof(GradSums), plan.block_coefficients() * sizeof(A)),
+               stream,
+               plan,
+               p,
+               workspace.partials);
     if (error != cudaSuccess) return error;
     const int lanes = merge_lanes(plan.segments);
     error = launch(finalise_gradients_kernel<A>,
@@ -201,8 +204,14 @@ cudaError_t launch_kernels(const BackwardParams& p, const Plan& plan, const Work
     if (error != cudaSuccess) return error;
   }
   if (p.dx == nullptr) return cudaSuccess;
-  return launch(
-      grad_input_kernel<T, kVector, kOneChannel>, plan.blocks(), plan.threads, 0, stream, plan, p, coefficients);
+  return launch(grad_input_kernel<T, kVector, kOneChannel>,
+                plan.blocks(),
+                plan.threads,
+                plan.block_coefficients() * sizeof(GradAffine<A>),
+                stream,
+                plan,
+                p,
+                coefficients);
 }
 
 }  // namespace

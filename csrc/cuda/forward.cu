@@ -183,11 +183,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   using A = acc_t<T>;
   const Block block(plan, gridDim.x - 1 - blockIdx.x);
   Walk walk(plan, block);
-  if (walk.rows == 0) return;
   Affine<A> affine[kOneChannel ? 1 : kVector] = {};
-  const bool saves = block.segment == 0 && walk.row_lane == 0;
-  for_each_channel<kVector, kOneChannel>(plan, block, walk, [&](int i, int64_t channel) {
-    affine[i] = p.training ? affine_of_batch<A>(p, offsets, channel) : affine_of_running<A>(p, channel, saves);
+  make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool is_first) {
+    return p.training ? affine_of_batch<A>(p, offsets, channel) : affine_of_running<A>(p, channel, is_first);
   });
 
   const T* x = static_cast<const T*>(p.x);
@@ -253,7 +251,9 @@ cudaError_t launch_kernels(const ForwardParams& p, const Plan& plan, const Works
                    offsets);
     if (error != cudaSuccess) return error;
   }
-  return launch(apply_kernel<T, kVector, kOneChannel>, plan.blocks(), plan.threads, 0, stream, plan, p, offsets);
+  const size_t shared_bytes = plan.block_coefficients() * sizeof(Affine<A>);
+  return launch(
+      apply_kernel<T, kVector, kOneChannel>, plan.blocks(), plan.threads, shared_bytes, stream, plan, p, offsets);
 }
 
 }  // namespace

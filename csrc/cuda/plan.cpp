@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kWidestAccess = 16;       // bytes, of one thread
 constexpr int kWarp = 32;               // columns that make whole rows of memory of a warp's accesses
+constexpr int kSector = 32;             // bytes: the least that memory moves
 constexpr int64_t kWidePlane = 512;     // bytes: a warp's 16-byte accesses, so that a plane's end costs little
 constexpr int kMinRowsPerThread = 8;    // fewer do not pay for what a thread does once
 constexpr int kThreadsInFlight = 1024;  // of a multiprocessor: one wave, so that partial sums are few
@@ -36,9 +37,12 @@ void choose_wide_planes(Plan& plan, int64_t images, int64_t plane) {
   plan.one_channel = true;
 }
 
-void choose_narrow_planes(Plan& plan, int64_t images, int64_t plane, int64_t least_channels) {
-  // About a warp's worth of columns, more where there are few rows, in slices of nearly the same width.
-  const int64_t columns = std::clamp<int64_t>(kMaxThreads / images, kWarp, kMaxThreads);
+void choose_narrow_planes(Plan& plan, int64_t images, int64_t plane, int64_t least_channels, int value_bytes) {
+  // About a warp's worth of columns, in slices of nearly the same width. More where there are few rows, and where rows
+  // begin in the middle of a sector: so that few sectors belong to two slices, or none.
+  const bool starts_at_sectors = plan.pitch * value_bytes % kSector == 0;
+  const int64_t columns =
+      std::clamp<int64_t>(kMaxThreads / images, starts_at_sectors ? kWarp : kMaxThreads, kMaxThreads);
   const int64_t least_columns = least_channels * plane / plan.vector;
   const int64_t units = ceil_div(plan.channels, least_channels);
   const int64_t most_units = std::max<int64_t>(1, columns / least_columns);
@@ -62,7 +66,7 @@ void choose_vector(Plan& plan, int64_t images, int64_t plane, int value_bytes, i
     if (!possible && access != value_bytes) continue;
     const int64_t channels = adjacent_channels(plane, plan.vector);
     const bool narrow = channels > 0 && (plane * value_bytes < kWidePlane || plane % plan.vector != 0);
-    if (narrow) return choose_narrow_planes(plan, images, plane, channels);
+    if (narrow) return choose_narrow_planes(plan, images, plane, channels, value_bytes);
     if (plane % plan.vector == 0) return choose_wide_planes(plan, images, plane);
   }
 }

@@ -60,6 +60,8 @@ struct Plan {
   }
   // Partials that a block's threads leave in shared memory.
   constexpr int block_partials() const { return columns * row_lanes * (one_channel ? 1 : vector); }
+  // Channels whose coefficients they share there.
+  constexpr int block_coefficients() const { return one_channel ? 0 : slice_channels; }
 };
 
 // Threads of a warp that together merge so many partials: a power of two, one each as far as they go round.

@@ -56,20 +56,36 @@ class Walk {
   int image_rows_;
 };
 
-// Calls body(value of the vector, channel) for the first value of a thread's vectors if they all belong to its channel,
-// else for each. A value beyond the last channel is left out.
-template <int kVector, bool kOneChannel, typename Body>
-__device__ void for_each_channel(const Plan& plan, const Block& block, const Walk& walk, const Body& body) {
-  const int first = walk.column * kVector;
-  int64_t channel = block.slice * plan.slice_channels + first / plan.plane;
-  int position = first % plan.plane;
-#pragma unroll
-  for (int i = 0; i < (kOneChannel ? 1 : kVector); ++i) {
-    if (channel < plan.channels) body(i, channel);
-    if (++position == plan.plane) {
-      position = 0;
-      ++channel;
+// Fills `coefficients` with make(channel, is_first) for the channel of each value of a thread's vectors, or of all.
+// Where they are several the block's threads make them together, by way of shared memory, so all must call this.
+// is_first: for one of the calls for a channel in the whole grid, or for several that are alike.
+template <int kVector, bool kOneChannel, typename Coefficients, int kCount, typename Make>
+__device__ void make_coefficients(
+    const Plan& plan, const Block& block, const Walk& walk, Coefficients (&coefficients)[kCount], const Make& make) {
+  static_assert(kCount == (kOneChannel ? 1 : kVector));
+  const int64_t first_channel = block.slice * plan.slice_channels;
+  const int first_value = walk.column * kVector;
+  if constexpr (kOneChannel) {
+    const int64_t channel = first_channel + first_value / plan.plane;
+    if (walk.rows > 0) coefficients[0] = make(channel, block.segment == 0 && walk.row_lane == 0);
+  } else {
+    Coefficients* of_slice = shared_memory<Coefficients>();
+    const int channels = static_cast<int>(min(int64_t(plan.slice_channels), plan.channels - first_channel));
+    for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads) {
+      of_slice[i] = make(first_channel + i, block.segment == 0);
     }
+    __syncthreads();
+    int channel = first_value / plan.plane;
+    int position = first_value % plan.plane;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (walk.rows > 0) coefficients[i] = of_slice[channel];
+      if (++position == plan.plane) {
+        position = 0;
+        ++channel;
+      }
+    }
+    __syncthreads();  // before anything else is put there
   }
 }
 

@@ -40,7 +40,7 @@ class _Struct(ctypes.Structure):
 class Shape(_Struct):
     """params.h: N images, C channels, S positions."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes wants it so)
+    _fields_ = [
         ("n", ctypes.c_int64),
         ("c", ctypes.c_int64),
         ("s", ctypes.c_int64),
@@ -51,7 +51,7 @@ class Shape(_Struct):
 class ForwardParams(_Struct):
     """params.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("shape", Shape),
         ("dtype", ctypes.c_int),
         ("params_dtype", ctypes.c_int),
@@ -74,7 +74,7 @@ class ForwardParams(_Struct):
 class BackwardParams(_Struct):
     """params.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("shape", Shape),
         ("dtype", ctypes.c_int),
         ("params_dtype", ctypes.c_int),
@@ -91,7 +91,7 @@ class BackwardParams(_Struct):
     ]
 
 
-_INT64 = "channels pitch slice_width slices rows image_rows segments step_offset wrap_offset".split()
+_INT64 = ["channels", "pitch", "slice_width", "slices", "rows", "image_rows", "segments", "step_offset", "wrap_offset"]
 _INT = """step_rows vector columns row_lanes rows_per_thread threads slice_channels plane partials_per_row
 partial_values merge_lanes"""
 
@@ -99,7 +99,7 @@ partial_values merge_lanes"""
 class Plan(_Struct):
     """plan.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_int64) for name in _INT64),
         *((name, ctypes.c_int) for name in _INT.split()),
         ("one_channel", ctypes.c_bool),

@@ -1,0 +1,117 @@
+"""The planner of the CUDA kernels, as data: every shape gets a plan that covers it once and fills the device."""
+
+import itertools
+import random
+
+import pytest
+
+from . import build
+from .batch_norm import Plan, Shape, kernels
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs g++")
+
+RESNET50 = [
+    (64, 112),
+    *itertools.product((64, 256), (56,)),
+    *itertools.product((128, 512), (56, 28)),
+    *itertools.product((256, 1024), (28, 14)),
+    *itertools.product((512, 2048), (14, 7)),
+]
+MULTIPROCESSORS = 132
+
+
+def check(plan: Plan, shape: Shape, value_bytes: int, alignment: int) -> None:
+    """What holds for every plan."""
+    plane = 1 if shape.channels_last else shape.s
+    images = shape.n * (shape.s if shape.channels_last else 1)
+    access = plan.vector * value_bytes
+    assert access in {value_bytes, 4, 16}
+    assert alignment % access == 0
+    assert plan.pitch % plan.vector == 0
+    assert plan.slice_width % plan.vector == 0
+
+    assert plan.slice_width == plan.slice_channels * plane
+    assert (plan.slices - 1) * plan.slice_channels < shape.c <= plan.slices * plan.slice_channels
+    wide = plan.partials_per_row == 1 and plane > 1
+    if wide:
+        assert plan.image_rows * plan.vector == plane
+        assert plan.columns == 1
+    else:
+        assert plan.image_rows == 1
+        assert plan.columns * plan.vector == plan.slice_width
+        assert plan.partials_per_row == plane
+    assert plan.rows == images * plan.image_rows
+    assert plan.one_channel == (plan.vector == 1 or wide)
+
+    assert 0 < plan.columns * plan.row_lanes <= plan.threads <= 256
+    assert plan.threads % 32 == 0
+    assert 0 < plan.rows_per_thread <= 256
+    segment_rows = plan.row_lanes * plan.rows_per_thread
+    assert (plan.segments - 1) * segment_rows < plan.rows <= plan.segments * segment_rows
+    assert plan.slices * plan.segments < 2**31
+    assert plan.columns * plan.row_lanes * (1 if plan.one_channel else plan.vector) * 16 <= 48 * 1024
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("value_bytes", [2, 4])
+@pytest.mark.parametrize("n", [1, 8, 32, 128, 256])
+def test_resnet50(n: int, value_bytes: int, channels_last: bool) -> None:
+    """16-byte accesses in every layer; from a few MB on every multiprocessor has a block."""
+    for channels, size in RESNET50:
+        shape = Shape(n, channels, size * size, channels_last)
+        plan = kernels().make_plan(shape, value_bytes, 16, MULTIPROCESSORS)
+        check(plan, shape, value_bytes, 16)
+        assert plan.vector * value_bytes == 16, (channels, size)
+        if n * channels * size * size * value_bytes >= 2**23:
+            assert plan.slices * plan.segments >= 2 * MULTIPROCESSORS, (channels, size)
+        assert plan.columns * plan.row_lanes >= 0.75 * plan.threads
+
+
+def test_a_channel_is_split_over_many_blocks() -> None:
+    """C = 64 fills 132 multiprocessors, in both layouts; so does C = 1."""
+    for channels, channels_last in itertools.product((64, 1), (False, True)):
+        plan = kernels().make_plan(Shape(256, channels, 112 * 112, channels_last), 2, 16, MULTIPROCESSORS)
+        assert plan.slices * plan.segments >= MULTIPROCESSORS
+
+
+def test_any_shape() -> None:
+    """Random shapes of up to 2^40 values, any alignment."""
+    generator = random.Random(0)
+    for _ in range(20_000):
+        value_bytes = generator.choice([2, 4, 8])
+        alignment = generator.choice([a for a in (2, 4, 8, 16) if a >= value_bytes])
+        n, c, s = (int(2 ** generator.uniform(0, 13.5)) for _ in range(3))
+        if generator.random() < 0.3:
+            s = 1
+        shape = Shape(n, c, s, generator.random() < 0.5 or s == 1)
+        check(
+            kernels().make_plan(shape, value_bytes, alignment, generator.choice([1, 16, 132])),
+            shape,
+            value_bytes,
+            alignment,
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "value_bytes"),
+    [
+        (Shape(1, 2, 2**30 + 8, False), 2),
+        (Shape(2**30 + 8, 2, 1, True), 2),
+        (Shape(1, 1, 2**36 + 1, False), 2),
+        (Shape(880_802, 3, 1, True), 4),
+        (Shape(65_536 * 3, 4, 4, False), 4),
+        (Shape(2, 2**28, 1, True), 4),
+        (Shape(2, 70_000, 49, False), 2),
+    ],
+)
+def test_huge_tensors(shape: Shape, value_bytes: int) -> None:
+    plan = kernels().make_plan(shape, value_bytes, 16, MULTIPROCESSORS)
+    check(plan, shape, value_bytes, 16)
+    assert plan.plane == (1 if shape.channels_last else min(shape.s, 2**30))
+
+
+def test_alignment_narrows_the_accesses() -> None:
+    shape = Shape(32, 64, 56 * 56, False)
+    for alignment, vector in ((16, 8), (8, 2), (4, 2), (2, 1)):
+        assert kernels().make_plan(shape, 2, alignment, MULTIPROCESSORS).vector == vector
+    assert kernels().make_plan(shape, 4, 8, MULTIPROCESSORS).vector == 1
