@@ -117,7 +117,7 @@ def main() -> None:
     cuda = toolkit is not None
     if toolkit is not None:
         cpp_extension.CUDA_HOME = str(toolkit)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
     print(f"bn_ext: torch {torch.__version__}; CUDA kernels: {'yes' if cuda else 'no'}: {reason}", flush=True)
     setup(
         ext_modules=[extension(cuda, reason)],

@@ -81,4 +81,5 @@ def main() -> None:
         made_for.touch()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The kernels' sources include no torch header, directly or through another: nvcc takes half a minute for one."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
+KERNELS = sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), CUDA / "kernels.h", CUDA / "plan.cpp"])
+TORCH = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h", "caffe2/")
+
+
+def included(file: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
+    """Every include of a file and of the project's headers that it includes, with the file that it stands in."""
+    seen.add(file)
+    for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', file.read_text(), re.MULTILINE):
+        yield file, name
+        header = (file.parent / name).resolve()
+        if header.exists() and header not in seen:
+            yield from included(header, seen)
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=lambda file: file.name)
+def test_no_torch_header(file: Path) -> None:
+    found = list(included(file, set()))
+    assert found
+    assert [f"{where.name} includes {name}" for where, name in found if name.startswith(TORCH)] == []
+
+
+def test_kernels_are_found_and_the_host_side_would_be_caught() -> None:
+    assert {"forward.cu", "backward.cu"} <= {file.name for file in KERNELS}
+    assert any(name.startswith(TORCH) for _, name in included(CUDA / "batch_norm_cuda.cpp", set()))
