@@ -1,15 +1,48 @@
 """What all tests share: the devices of this machine, and a fixed seed for each test."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from helpers import devices
 
 from bn_ext import testing
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --device: a run on a GPU need not repeat what the CPU has passed."""
+    words = "only what runs on this device; a test that asks for no device belongs to the CPU"
+    parser.addoption("--device", choices=("cpu", "cuda"), help=words)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register markers, and refuse a device that is not there instead of running nothing."""
+    config.addinivalue_line("markers", "large_memory: needs tens of GB of memory, of the GPU where it runs on one")
+    chosen = config.getoption("--device")
+    if chosen is not None and chosen not in testing.devices():
+        raise pytest.UsageError(f"--device={chosen}: bn_ext has no kernels for it, or torch sees no such device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what belongs to another device than --device."""
+    chosen = config.getoption("--device")
+    if chosen is None:
+        return
+
+    def belongs(item: pytest.Item) -> bool:
+        callspec = getattr(item, "callspec", None)
+        return (callspec.params.get("device", "cpu") if callspec else "cpu") == chosen
+
+    others = [item for item in items if not belongs(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if belongs(item)]
+
+
 @pytest.fixture(params=testing.devices())
-def device(request: pytest.FixtureRequest) -> str:
-    """A device that bn_ext has kernels for."""
-    return str(request.param)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A device that bn_ext has kernels for; what helpers make is on it too."""
+    with devices.use(str(request.param)):
+        yield str(request.param)
 
 
 @pytest.fixture(autouse=True)

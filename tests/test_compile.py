@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.compiling import INPUTS, KINDS, LAYOUTS, assert_same_steps, fitting, laid_out, models, step
-from helpers.derivatives import compare, leaf, loss, modules, normal
+from helpers.derivatives import compare, leaf, loss, modules, normal, uniform
 from torch import Tensor, func, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import bn_ext
+
+pytestmark = pytest.mark.usefixtures("device")
 
 OPTIONS = {
     "default": {},
@@ -122,7 +124,7 @@ def arguments(training: bool, **changed: Any) -> dict[str, Any]:
     """Of bn_ext::batch_norm."""
     values = {name: normal(3) for name in ("running_mean", "weight", "bias")}
     values |= {"input": normal(4, 3, 2, 2), "running_var": normal(3).abs() + 0.5, "eps": 1e-3}
-    return values | {"training": training, "num_batches_tracked": torch.tensor(2)} | changed
+    return values | {"training": training, "num_batches_tracked": normal().fill_(2).long()} | changed
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -156,7 +158,7 @@ SAMPLES: dict[str, Any] = {
     "cumulative": lambda: {"momentum": None},
     "needs_gradient": lambda: {name: leaf(arguments(True)[name]) for name in ("input", "weight", "bias")},
     "bfloat16": lambda: (
-        {name: torch.rand(3) + 0.5 for name in ("weight", "bias", "running_mean", "running_var")}
+        {name: uniform(3) + 0.5 for name in ("weight", "bias", "running_mean", "running_var")}
         | {"input": normal(4, 3, 2, 2, dtype=torch.bfloat16)}
     ),
 }
@@ -264,7 +266,7 @@ def test_traced_model_is_saved_and_loaded() -> None:
 def test_fake_and_meta_tensors(name: str, layout: str, dtype: torch.dtype, training: bool) -> None:
     x = laid_out(INPUTS[name], layout, dtype)
     params = torch.float64 if dtype == torch.float64 else torch.float32
-    module = getattr(bn_ext, KINDS[x.dim()])(x.shape[1], dtype=params).train(training)
+    module = getattr(bn_ext, KINDS[x.dim()])(x.shape[1], dtype=params, device=x.device).train(training)
 
     def describe(module: nn.Module, x: Tensor) -> Any:
         y = module(x.requires_grad_())
@@ -279,11 +281,11 @@ def test_fake_and_meta_tensors(name: str, layout: str, dtype: torch.dtype, train
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast(training: bool, compiled: bool) -> None:
+def test_autocast(device: str, training: bool, compiled: bool) -> None:
     ours, stock = (model.train(training) for model in models(torch.float32))
     run = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
     x = normal(4, 3, 5, 6, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         actual, expected = run(x), stock(x)
         assert [ours.norm(t).dtype for t in (x, x.bfloat16())] == [torch.float32, torch.bfloat16]
         stock.norm(x), stock.norm(x.bfloat16())

@@ -31,8 +31,8 @@ class Renamed(nn.BatchNorm2d):
     """A subclass whose behaviour nobody knows."""
 
 
-def test_the_same_objects_do_the_same_and_are_ours() -> None:
-    model = Net()
+def test_the_same_objects_do_the_same_and_are_ours(device: str) -> None:
+    model = Net().to(device)
     twin = copy.deepcopy(model)
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
     assert bn_ext.convert(model) is model
@@ -43,7 +43,7 @@ def test_the_same_objects_do_the_same_and_are_ours() -> None:
     for name, value in model.state_dict(keep_vars=True).items():
         assert value is state[name]
     for _ in range(3):
-        x = torch.randn(5, 3, 8, 8)
+        x = torch.randn(5, 3, 8, 8, device=device)
         y, expected = model(x), twin(x)
         torch.testing.assert_close(y, expected)
         y.sum().backward(), expected.sum().backward()

@@ -1,4 +1,9 @@
-"""Bad input gets one clear error, torch's where torch has one, and nothing is lost by it."""
+"""Bad input gets one clear error, torch's where torch has one, and nothing is lost by it.
+
+The words are those of torch on the CPU, whichever device bn_ext runs on: on a GPU they depend on the kernel.
+"""
+
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +17,14 @@ X = torch.randn(4, 3, 2, 2)
 
 def vector(size: int = 3, **options: object) -> torch.Tensor:
     return torch.ones(size, **options)
+
+
+def on(device: str, arguments: Any) -> Any:
+    """The same arguments with the CPU's tensors on a device."""
+    if isinstance(arguments, torch.Tensor):
+        leaf = arguments.detach().to(device) if arguments.device.type == "cpu" else arguments
+        return leaf.requires_grad_(arguments.requires_grad)
+    return tuple(on(device, a) for a in arguments) if isinstance(arguments, tuple) else arguments
 
 
 # name: (arguments, keyword arguments); torch raises for each, ours must raise the same type with the same words.
@@ -58,10 +71,10 @@ def raised(function: object, *args: object, **kwargs: object) -> Exception:
 
 
 @pytest.mark.parametrize("name", AS_TORCH)
-def test_as_torch(name: str) -> None:
+def test_as_torch(device: str, name: str) -> None:
     args, kwargs = AS_TORCH[name]
     theirs = raised(F.batch_norm, *args, **kwargs)
-    ours = raised(bn_ext.batch_norm, *args, **kwargs)
+    ours = raised(bn_ext.batch_norm, *on(device, args), **kwargs)
     assert type(ours) is type(theirs)
     assert WORDS.get(name, str(theirs).split("\n")[0]) in str(ours)
     assert WORDS.get(f"{name} (torch)", WORDS.get(name, "")) in str(theirs)
@@ -69,14 +82,14 @@ def test_as_torch(name: str) -> None:
 
 
 @pytest.mark.parametrize(("training", "eps"), [(True, 0.0), (True, -1.0), (False, -1.0)])
-def test_eps_out_of_range(training: bool, eps: float) -> None:
+def test_eps_out_of_range(device: str, training: bool, eps: float) -> None:
     with pytest.raises(ValueError, match=r"batch_norm eps must be (positive during training|non-negative), but got"):
-        bn_ext.batch_norm(X, vector(), vector(), training=training, eps=eps)
+        bn_ext.batch_norm(*on(device, (X, vector(), vector())), training=training, eps=eps)
 
 
-def test_eps_zero_is_fine_in_eval() -> None:
-    y = bn_ext.batch_norm(X, vector(), vector(), eps=0)
-    torch.testing.assert_close(y, X - 1)
+def test_eps_zero_is_fine_in_eval(device: str) -> None:
+    y = bn_ext.batch_norm(*on(device, (X, vector(), vector())), eps=0)
+    torch.testing.assert_close(y.cpu(), X - 1)
 
 
 @pytest.mark.parametrize(
@@ -86,24 +99,27 @@ def test_eps_zero_is_fine_in_eval() -> None:
         ((X.double(), vector(), vector()), "mixed dtype.*scalar type of Double.*running_mean of Float"),
         ((X, vector(), vector(), vector().half()), "mixed dtype.*scalar type of Float.*weight of Half"),
         ((X.half(), vector(), vector(), vector().half()), "expected scalar type Float but found Half.*weight"),
-        ((X, vector(device="meta"), vector(device="meta")), "same device.*input is on cpu and running_mean is on meta"),
-        ((X.to("meta"), vector(), vector()), "same device.*input is on meta and running_mean is on cpu"),
+        (
+            (X, vector(device="meta"), vector(device="meta")),
+            "same device.*input is on DEVICE and running_mean is on meta",
+        ),
+        ((X.to("meta"), vector(), vector()), "same device.*input is on meta and running_mean is on DEVICE"),
         ((X, vector(), vector(), vector(device="meta")), "same device.*weight is on meta"),
         ((torch.randn(3), vector(), vector()), r"at least 2 dimensions \(N, C, ...\), got 1D"),
         ((torch.tensor(1.0), vector(), vector()), "at least 2 dimensions.*got 0D"),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_runtime_errors_with_torchs_type(arguments: tuple, words: str, training: bool) -> None:
+def test_runtime_errors_with_torchs_type(device: str, arguments: tuple, words: str, training: bool) -> None:
     if arguments[0].dim() > 1:
         assert isinstance(raised(F.batch_norm, *arguments, training=training), RuntimeError)
-    with pytest.raises(RuntimeError, match=words):
-        bn_ext.batch_norm(*arguments, training=training)
+    with pytest.raises(RuntimeError, match=words.replace("DEVICE", str(on(device, X).device))):
+        bn_ext.batch_norm(*on(device, arguments), training=training)
 
 
-def test_momentum_none_needs_the_count() -> None:
+def test_momentum_none_needs_the_count(device: str) -> None:
     with pytest.raises(ValueError, match=r"momentum=None .* needs num_batches_tracked"):
-        bn_ext.batch_norm(X, vector(), vector(), training=True, momentum=None)
+        bn_ext.batch_norm(*on(device, (X, vector(), vector())), training=True, momentum=None)
 
 
 def test_count_that_is_no_tensor() -> None:
@@ -128,15 +144,15 @@ def test_a_type_error_of_somebody_else_is_not_ours() -> None:
         bn_ext.BatchNorm2d(3)(X)
 
 
-def test_inference_tensor_in_training() -> None:
+def test_inference_tensor_in_training(device: str) -> None:
     with torch.inference_mode():
-        x = torch.randn(2, 3, 4, 4)
-    module = bn_ext.BatchNorm2d(3)
-    for norm in (nn.BatchNorm2d(3), module):
+        x = torch.randn(2, 3, 4, 4, device=device)
+    module = bn_ext.BatchNorm2d(3, device=device)
+    for norm in (nn.BatchNorm2d(3, device=device), module):
         with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
             norm(x)
     assert module.num_batches_tracked == 0
-    assert torch.equal(module.running_mean, torch.zeros(3))
+    assert torch.equal(module.running_mean.cpu(), torch.zeros(3))
 
 
 def test_statistics_that_require_grad_are_fine_without_gradients() -> None:
@@ -170,11 +186,11 @@ BAD_FOR_A_MODULE = {
 
 @pytest.mark.parametrize("name", BAD_FOR_A_MODULE)
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_failed_call_leaves_everything_as_it_was(name: str, momentum: float | None) -> None:
-    module = bn_ext.BatchNorm2d(3, momentum=momentum)
-    module(X)
+def test_a_failed_call_leaves_everything_as_it_was(device: str, name: str, momentum: float | None) -> None:
+    module = bn_ext.BatchNorm2d(3, momentum=momentum, device=device)
+    module(on(device, X))
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    error = raised(module, BAD_FOR_A_MODULE[name])
+    error = raised(module, on(device, BAD_FOR_A_MODULE[name]))
     stock = raised(nn.BatchNorm2d(3), BAD_FOR_A_MODULE[name])
     assert type(error) is type(stock)
     for key, value in module.state_dict().items():
@@ -186,11 +202,19 @@ def test_a_failed_call_leaves_everything_as_it_was(name: str, momentum: float | 
     [
         (X[:2], None, vector(), "grad_output must have the shape of input"),
         (X.double(), None, vector(), "grad_output must have the dtype and device of input"),
-        (X, None, vector(1), "mean must be what batch_norm_forward returned, 3 values of Float on cpu, got 1 of Float"),
+        (
+            X,
+            None,
+            vector(1),
+            "mean must be what batch_norm_forward returned, 3 values of Float on DEVICE, got 1 of Float",
+        ),
         (X, None, vector().double(), "mean must be what .* got 3 of Double"),
         (X, vector(2), vector(), "weight should contain 3 elements not 2"),
     ],
 )
-def test_inner_backward(dy: torch.Tensor, weight: torch.Tensor | None, mean: torch.Tensor, words: str) -> None:
-    with pytest.raises(RuntimeError, match=words):
-        torch.ops.bn_ext.batch_norm_backward(dy, X, weight, mean, vector(), True, [True, False, False])
+def test_inner_backward(
+    device: str, dy: torch.Tensor, weight: torch.Tensor | None, mean: torch.Tensor, words: str
+) -> None:
+    tensors = on(device, (dy, X, weight, mean, vector()))
+    with pytest.raises(RuntimeError, match=words.replace("DEVICE", str(tensors[1].device))):
+        torch.ops.bn_ext.batch_norm_backward(*tensors, True, [True, False, False])

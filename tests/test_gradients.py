@@ -20,12 +20,15 @@ from helpers.derivatives import (
     loss,
     modules,
     normal,
+    uniform,
 )
 from helpers.scenarios import SCENARIOS
 from torch import Tensor, func, nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 import bn_ext
+
+pytestmark = pytest.mark.usefixtures("device")
 
 INPUTS = {
     "nc": ((5, 2), "contiguous"),
@@ -200,7 +203,7 @@ def test_only_needed_gradients_are_computed(needed: tuple[bool, ...], mode: str,
 def test_saves_input_weight_and_two_vectors(dtype: torch.dtype, mode: str, layout: str) -> None:
     x = normal(4, 6, 5, 7, dtype=dtype, layout=layout)
     x = (x[:, ::2] if layout == "sliced" else x).requires_grad_()
-    w, b, mean, var = (torch.rand(x.shape[1]).requires_grad_(i < 2) for i in range(4))
+    w, b, mean, var = (uniform(x.shape[1]).requires_grad_(i < 2) for i in range(4))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         statistics = (None, None) if mode == "untracked" else (mean, var)
@@ -239,7 +242,7 @@ def test_bias_and_statistics_changed_in_place(training: bool) -> None:
 def test_layouts_of_gradients(mode: str, layout: str, gradient_layout: str) -> None:
     shape = (4, 5, 6, 7)
     x = leaf(normal(*shape, dtype=torch.float32, layout=layout))
-    w, b, mean, var = (torch.rand(5).add(0.5).requires_grad_(i < 2) for i in range(4))
+    w, b, mean, var = (uniform(5).add(0.5).requires_grad_(i < 2) for i in range(4))
     dy = GRADIENT_LAYOUTS[gradient_layout](*shape)
     gradients = grad(bn_ext.batch_norm(x, mean.clone(), var.clone(), w, b, mode == "train"), (x, w, b), dy)
     y = F.batch_norm(x.double(), mean.double(), var.double(), w.double(), b.double(), mode == "train")
@@ -254,7 +257,7 @@ def test_layouts_of_gradients(mode: str, layout: str, gradient_layout: str) -> N
 def test_half_input_with_float32_parameters(dtype: torch.dtype, mode: str, layout: str) -> None:
     # Stock torch gave wrong gradients for bfloat16 input in training: pytorch#156513.
     x, dy, v = (normal(8, 6, 9, 11, dtype=dtype, layout=layout) for _ in range(3))
-    w, b, mean, var = (torch.rand(6) + 0.5 for _ in range(4))
+    w, b, mean, var = (uniform(6) + 0.5 for _ in range(4))
 
     def derivatives(batch_norm: Callable[..., Tensor], dtype: torch.dtype, params: torch.dtype) -> Any:
         tensors = [leaf(x.to(dtype)), leaf(w.to(params)), leaf(b.to(params)), leaf(dy.to(dtype))]

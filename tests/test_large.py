@@ -1,4 +1,4 @@
-"""More elements than 32 bits can count: every offset is 64 bits wide."""
+"""More elements than 32 bits can count: every offset is 64 bits wide. Of the CPU; test_cuda.py has those of a GPU."""
 
 import os
 

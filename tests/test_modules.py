@@ -39,7 +39,7 @@ def assert_same_state(ours: nn.Module, stock: nn.Module) -> None:
     assert list(mine) == list(theirs)
     for name, value in theirs.items():
         assert mine[name].dtype == value.dtype
-        torch.testing.assert_close(mine[name], value, msg=lambda message, name=name: f"{name}: {message}")
+        torch.testing.assert_close(mine[name].cpu(), value.cpu(), msg=lambda message, name=name: f"{name}: {message}")
 
 
 @pytest.mark.parametrize(("stock_class", "our_class", "shape"), PAIRS)
@@ -78,24 +78,25 @@ def test_constructor_is_that_of_the_torch_in_use() -> None:
 
 @pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_track_running_stats_flipped_later(flag: bool, training: bool) -> None:
-    stock, ours = (module(4, track_running_stats=not flag) for module in (nn.BatchNorm2d, bn_ext.BatchNorm2d))
+def test_track_running_stats_flipped_later(device: str, flag: bool, training: bool) -> None:
+    options = {"track_running_stats": not flag, "device": device}
+    stock, ours = (module(4, **options) for module in (nn.BatchNorm2d, bn_ext.BatchNorm2d))
     for module in (stock, ours):
         module.track_running_stats = flag
         module.train(training)
-    x = torch.randn(3, 4, 5, 5) + 1
+    x = torch.randn(3, 4, 5, 5, device=device) + 1
     torch.testing.assert_close(ours(x), stock(x))
     assert_same_state(ours, stock)
 
 
-def test_statistics_removed_later() -> None:
+def test_statistics_removed_later(device: str) -> None:
     """Without num_batches_tracked, momentum=None leaves the statistics as they are, as in torch."""
-    stock, ours = (module(4, momentum=None) for module in (nn.BatchNorm2d, bn_ext.BatchNorm2d))
+    stock, ours = (module(4, momentum=None, device=device) for module in (nn.BatchNorm2d, bn_ext.BatchNorm2d))
     for module in (stock, ours):
         module.num_batches_tracked = None
-    x = torch.randn(3, 4, 5, 5) + 1
+    x = torch.randn(3, 4, 5, 5, device=device) + 1
     torch.testing.assert_close(ours(x), stock(x))
-    torch.testing.assert_close(ours.running_mean, torch.zeros(4))
+    torch.testing.assert_close(ours.running_mean.cpu(), torch.zeros(4))
     for module in (stock, ours):
         module.running_mean = module.running_var = None
         module.eval()
@@ -116,12 +117,12 @@ def test_num_batches_tracked_stays_the_same_int64_tensor(device: str) -> None:
 
 @pytest.mark.parametrize("count", [torch.tensor(2.0), torch.tensor([2]), torch.tensor(2, dtype=torch.int32)], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_count_of_another_kind(count: torch.Tensor, momentum: float | None) -> None:
+def test_count_of_another_kind(device: str, count: torch.Tensor, momentum: float | None) -> None:
     """Averaging code replaces buffers; torch counts in whatever it finds."""
-    stock, ours = (module(4, momentum=momentum) for module in (nn.BatchNorm2d, bn_ext.BatchNorm2d))
+    stock, ours = (module(4, momentum=momentum, device=device) for module in (nn.BatchNorm2d, bn_ext.BatchNorm2d))
     for module in (stock, ours):
-        module.num_batches_tracked = count.clone()
-    x = torch.randn(3, 4, 5, 5) + 1
+        module.num_batches_tracked = count.to(device, copy=True)
+    x = torch.randn(3, 4, 5, 5, device=device) + 1
     torch.testing.assert_close(ours(x), stock(x))
     assert_same_state(ours, stock)
 
@@ -142,12 +143,12 @@ def test_empty_batch(device: str, shape: tuple[int, ...]) -> None:
     assert ours.eval()(x2).shape == shape
 
 
-def test_checkpoints_load_both_ways_also_old_ones() -> None:
-    stock, ours = nn.BatchNorm2d(4), bn_ext.BatchNorm2d(4)
+def test_checkpoints_load_both_ways_also_old_ones(device: str) -> None:
+    stock, ours = nn.BatchNorm2d(4), bn_ext.BatchNorm2d(4, device=device)
     stock(torch.randn(3, 4, 5, 5))
     ours.load_state_dict(stock.state_dict())
     assert_same_state(ours, stock)
-    ours(torch.randn(3, 4, 5, 5))
+    ours(torch.randn(3, 4, 5, 5, device=device))
     stock.load_state_dict(ours.state_dict())
     assert_same_state(ours, stock)
     assert ours._version == stock._version
@@ -166,15 +167,15 @@ def test_pickle_and_deepcopy(device: str) -> None:
         torch.testing.assert_close(twin.eval()(x), copy.deepcopy(ours).eval()(x))
 
 
-def test_meta_device_and_to_empty() -> None:
+def test_meta_device_and_to_empty(device: str) -> None:
     ours = bn_ext.BatchNorm2d(4, device="meta")
     y = ours(torch.empty(3, 4, 5, 5, device="meta").contiguous(memory_format=torch.channels_last))
     assert y.device.type == "meta"
     assert y.is_contiguous(memory_format=torch.channels_last)
-    ours = ours.to_empty(device="cpu")
+    ours = ours.to_empty(device=device)
     ours.reset_parameters()
-    x = torch.randn(3, 4, 5, 5)
-    torch.testing.assert_close(ours(x), nn.BatchNorm2d(4)(x))
+    x = torch.randn(3, 4, 5, 5, device=device)
+    torch.testing.assert_close(ours(x), nn.BatchNorm2d(4, device=device)(x))
 
 
 def test_model_moved_between_dtypes(device: str) -> None:

@@ -9,15 +9,22 @@ from torch import Tensor, func
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bn_ext
+from helpers import devices
 
 EPS = 1e-3
 Function = Callable[..., Any]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, layout: str = "contiguous") -> Tensor:
-    """Random values; layout "contiguous", "channels_last" or "channels_last_3d", by torch's names."""
+    """Random values, the same on every device; layout "contiguous" or "channels_last", also with "_3d"."""
     memory_format = getattr(torch, layout if layout.startswith("channels") else "contiguous_format")
-    return torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=memory_format)
+    values = torch.randn(shape, dtype=torch.float64).to(devices.current(), dtype)
+    return values.contiguous(memory_format=memory_format)
+
+
+def uniform(*shape: int) -> Tensor:
+    """Random float32 values from 0 to 1, the same on every device."""
+    return torch.rand(shape).to(devices.current())
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -44,7 +51,7 @@ def functions(
 
         return f
 
-    return bind(operator, num_batches_tracked=torch.tensor(3)), bind(F.batch_norm)
+    return bind(operator, num_batches_tracked=torch.tensor(3, device=devices.current())), bind(F.batch_norm)
 
 
 def formula(
@@ -67,18 +74,20 @@ def formula(
 
 def modules(kind: str = "BatchNorm2d", channels: int = 3, **options: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
     """A float64 module of this package and torch's, with the same random parameters and statistics."""
-    stock = getattr(torch.nn, kind)(channels, dtype=torch.float64, **options)
+    options |= {"dtype": torch.float64, "device": devices.current()}
+    stock = getattr(torch.nn, kind)(channels, **options)
     with torch.no_grad():
         for tensor in (*stock.parameters(), *(b for b in stock.buffers() if b.is_floating_point())):
-            tensor.copy_(torch.randn_like(tensor).abs() + 0.5)
-    ours = getattr(bn_ext, kind)(channels, dtype=torch.float64, **options)
+            tensor.copy_(normal(*tensor.shape).abs() + 0.5)
+    ours = getattr(bn_ext, kind)(channels, **options)
     ours.load_state_dict(stock.state_dict())
     return ours, stock
 
 
 def loss(y: Tensor) -> Tensor:
     """A number that depends on y neither linearly nor only through its scale and shift."""
-    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum() + y.pow(3).mean()
+    slope = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+    return (y * slope).sum() + y.pow(3).mean()
 
 
 def compare(run: Function, ours: Any, stock: Any, **tolerance: float) -> Any:
