@@ -3,15 +3,19 @@
 #   make test     builds and runs the whole test suite
 #   make bench    compares with torch.nn on the best device of this machine
 #   make lint     ruff, mypy, clang-format
+#   make test-cuda-on-cpu  the test suite once more, with the CUDA kernels executed on the CPU
+#   make test-cuda-build   builds with CUDA kernels and checks what came of it; needs nvcc and 5.5 GB, no GPU
+#   make test-gpu          all that a GPU can tell, into the folder OUT: build, tests, compute-sanitizer, benchmark
 # TORCH=torch==2.13.0 installs that torch; otherwise one that PYTHON can import is used, else the newest.
 
 PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
+OUT ?= gpu-check
 RUN := $(VENV)/bin/python
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo test test-cuda-on-cpu test-cuda-build test-gpu bench lint format build clean
 
 # The environment, and the extension built in it; again where a source has changed.
 build:
@@ -22,6 +26,17 @@ demo: build
 
 test: build
 	$(RUN) -m pytest $(TEST_OPTIONS)
+
+test-cuda-on-cpu: build
+	$(RUN) tests/cuda_on_cpu/run_suite.py $(TEST_OPTIONS)
+
+# Not in .venv: an environment of its own with the oldest torch, kept in the user's cache folder.
+test-cuda-build:
+	$(PYTHON) scripts/cuda_build_check.py
+
+# With the torch that PYTHON has; installs nothing.
+test-gpu:
+	PYTHON="$(PYTHON)" scripts/gpu_check.sh "$(OUT)"
 
 bench: build
 	$(RUN) -m benchmarks $(BENCH_OPTIONS)
