@@ -1,11 +1,10 @@
 // Takes the place of csrc/cpu/batch_norm_cpu.cpp in a build for tests (run_suite.py): CPU tensors go to the CUDA
 // kernels, on the simulated device. Each pass has another order of threads, and memory aligned as the tensor's.
-#include "../../csrc/cpu/batch_norm_cpu.h"
-
 #include <cstring>
 #include <mutex>
 #include <vector>
 
+#include "../../csrc/cpu/batch_norm_cpu.h"
 #include "../../csrc/cuda/kernels.h"
 #include "cuda_on_cpu.h"
 
