@@ -8,8 +8,6 @@
 namespace bn_ext::cuda {
 namespace {
 
-constexpr int kBatchRows = 4;  // rows that a thread reads before it uses the first: what hides the memory's latency
-
 bool needs_sums(const BackwardParams& p) { return p.dweight || p.dbias || (p.dx && p.training); }
 
 // A thread's vectors of dy, which may be one value for all.
@@ -51,7 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool reads_x = p.dweight != nullptr || (p.training && p.dx != nullptr);
   A sum_dy[kVector] = {};
   A sum_dy_centred[kVector] = {};
-  const auto add_rows = [&](auto count) {
+  in_batches(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows_dy[kRows];
     Vector<T, kVector> rows_x[kRows] = {};
@@ -69,10 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         sum_dy_centred[i] += rows_dy[row][i] * (rows_x[row][i] - mean[kOneChannel ? 0 : i]);
       }
     }
-  };
-  int done = 0;
-  for (; done + kBatchRows <= walk.rows; done += kBatchRows) add_rows(Int<kBatchRows>{});
-  for (; done < walk.rows; ++done) add_rows(Int<1>{});
+  });
 
   GradSums sums[kVector];
 #pragma unroll
@@ -140,7 +135,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Gradient<T, kVector> dy(p);
   const T* x = static_cast<const T*>(p.x);
   T* dx = static_cast<T*>(p.dx);
-  const auto write_rows = [&](auto count) {
+  in_batches(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows_dy[kRows];
     Vector<T, kVector> rows_x[kRows] = {};
@@ -161,10 +156,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
       store_last(dx + offsets[row], rows_dy[row]);
     }
-  };
-  int done = 0;
-  for (; done + kBatchRows <= walk.rows; done += kBatchRows) write_rows(Int<kBatchRows>{});
-  for (; done < walk.rows; ++done) write_rows(Int<1>{});
+  });
 }
 
 struct Workspace {

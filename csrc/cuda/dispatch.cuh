@@ -5,11 +5,9 @@
 
 #include "plan.h"
 #include "vector.cuh"
+#include "walk.cuh"
 
 namespace bn_ext::cuda {
-
-template <int kValue>
-using Int = std::integral_constant<int, kValue>;
 
 // Calls body(T{}, Int<kVector>, std::bool_constant<kOneChannel>) for the widths that plans of T have.
 template <typename T, typename Body>

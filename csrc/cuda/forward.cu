@@ -6,8 +6,6 @@
 namespace bn_ext::cuda {
 namespace {
 
-constexpr int kBatchRows = 4;  // rows that a thread reads before it uses the first: what hides the memory's latency
-
 // Moments of a thread's values of one channel, batch by batch. The mean is kept in two parts: values are taken as
 // deviations from the greater part, so that a large mean does not cancel, and what that part cannot hold is not lost.
 template <typename A>
@@ -51,8 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 
   RunningMoments<A> moments[kVector] = {};
-  int done = 0;
-  const auto add_rows = [&](auto count) {
+  in_batches(walk.rows, [&](auto count, int done) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows[kRows];
 #pragma unroll
@@ -69,10 +66,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (done == 0) moments[i].mean = values[0];
       moments[i].add(values, A(done), share);
     }
-    done += kRows;
-  };
-  while (done + kBatchRows <= walk.rows) add_rows(Int<kBatchRows>{});
-  while (done < walk.rows) add_rows(Int<1>{});
+  });
 
   Moments sums[kVector];
 #pragma unroll
@@ -190,7 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
-  const auto apply_rows = [&](auto count) {
+  in_batches(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows[kRows];
     int64_t offsets_of_rows[kRows];
@@ -209,10 +203,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
       store_last(y + offsets_of_rows[row], rows[row]);
     }
-  };
-  int done = 0;
-  for (; done + kBatchRows <= walk.rows; done += kBatchRows) apply_rows(Int<kBatchRows>{});
-  for (; done < walk.rows; ++done) apply_rows(Int<1>{});
+  });
 }
 
 struct Workspace {

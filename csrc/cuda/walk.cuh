@@ -1,10 +1,25 @@
 // A thread's way through the tensor, as the plan lays it out.
 #pragma once
 
+#include <type_traits>
+
 #include "launch.cuh"
 #include "plan.h"
 
 namespace bn_ext::cuda {
+
+constexpr int kBatchRows = 4;  // rows that a thread reads before it uses the first: what hides the memory's latency
+
+template <int kValue>
+using Int = std::integral_constant<int, kValue>;
+
+// Calls body(number of rows, rows done before) until all are done, the number a constant.
+template <typename Body>
+__device__ void in_batches(int rows, const Body& body) {
+  int done = 0;
+  for (; done + kBatchRows <= rows; done += kBatchRows) body(Int<kBatchRows>{}, done);
+  for (; done < rows; ++done) body(Int<1>{}, done);
+}
 
 // The slice and segment of a block. Neighbours in the grid are neighbours in memory.
 struct Block {
