@@ -34,7 +34,7 @@ class Gradient {
 // partials[channel * segments + segment].
 // Grid: a block per slice and segment. Reads dy once, and x once unless only dbias is wanted.
 template <typename T, int kVector, bool kOneChannel>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_sums_kernel(const Plan plan, const BackwardParams p, GradSums* partials) {
   using A = acc_t<T>;
   const Block block(plan, blockIdx.x);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool reads_x = p.dweight != nullptr || (p.training && p.dx != nullptr);
   A sum_dy[kVector] = {};
   A sum_dy_centred[kVector] = {};
-  in_batches(walk.rows, [&](auto count, int) {
+  in_batches<4>(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows_dy[kRows];
     Vector<T, kVector> rows_x[kRows] = {};
@@ -89,7 +89,7 @@ struct GradAffine {
 // Channel by channel: dweight, dbias, and the slope and offset of grad_input_kernel, in (2, C) coefficients.
 // Grid: a group of `lanes` threads per channel.
 template <typename A>
-__global__ void __launch_bounds__(kMaxThreads) finalise_gradients_kernel(
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_gradients_kernel(
     const Plan plan, const BackwardParams p, const GradSums* partials, int lanes, A* coefficients) {
   const Group group(lanes);
   const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
@@ -123,7 +123,7 @@ __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficie
 // Grid: as grad_sums_kernel, backwards: what that read last is still in the cache. Reads dy once, and in training x
 // once (in eval it is not looked at: an inf in it must not reach dx); writes dx once.
 template <typename T, int kVector, bool kOneChannel>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_input_kernel(const Plan plan, const BackwardParams p, const acc_t<T>* coefficients) {
   using A = acc_t<T>;
   const Block block(plan, gridDim.x - 1 - blockIdx.x);
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Gradient<T, kVector> dy(p);
   const T* x = static_cast<const T*>(p.x);
   T* dx = static_cast<T*>(p.dx);
-  in_batches(walk.rows, [&](auto count, int) {
+  in_batches<2>(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows_dy[kRows];
     Vector<T, kVector> rows_x[kRows] = {};

@@ -39,7 +39,7 @@ struct RunningMoments {
 // Each thread sums over its rows, each block over its threads: partials[channel * segments + segment].
 // Grid: a block per slice and segment. Reads x once. Counts the batch, for finalise_statistics_kernel to see.
 template <typename T, int kVector, bool kOneChannel>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
   using A = acc_t<T>;
   const Block block(plan, blockIdx.x);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 
   RunningMoments<A> moments[kVector] = {};
-  in_batches(walk.rows, [&](auto count, int done) {
+  in_batches<4>(walk.rows, [&](auto count, int done) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows[kRows];
 #pragma unroll
@@ -104,7 +104,7 @@ __device__ Moments moments_in_double(const Group& group, const Shape& shape, con
 // Channel by channel: mean and rstd, the running statistics, and the offset of apply_kernel.
 // Grid: a group of `lanes` threads per channel.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads) finalise_statistics_kernel(
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_statistics_kernel(
     const Plan plan, const ForwardParams p, const Moments* partials, int lanes, acc_t<T>* offsets) {
   using A = acc_t<T>;
   const Group group(lanes);
@@ -172,7 +172,7 @@ __device__ Affine<A> affine_of_running(const ForwardParams& p, int64_t channel, 
 // Normalises. In eval mode it also tells what with, in p.mean and p.rstd.
 // Grid: as statistics_kernel, backwards: what that read last is still in the cache. Reads x once, writes y once.
 template <typename T, int kVector, bool kOneChannel>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     apply_kernel(const Plan plan, const ForwardParams p, const acc_t<T>* offsets) {
   using A = acc_t<T>;
   const Block block(plan, gridDim.x - 1 - blockIdx.x);
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
-  in_batches(walk.rows, [&](auto count, int) {
+  in_batches<4>(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows[kRows];
     int64_t offsets_of_rows[kRows];

@@ -47,20 +47,22 @@ struct Group {
   }
 };
 
-// Merges get(0) ... get(parts - 1), of count_of(i) values each, `count` in all: means about the common mean, and
-// squares that make up for the distance from it (Chan, Golub and LeVeque 1979, for all parts at once).
+// Merges get(0) ... get(parts - 1), of count_of(i) values each, `count` in all (Chan, Golub and LeVeque 1979, for all
+// parts at once, their means taken from the first one's).
 template <typename Get, typename CountOf>
 __device__ Moments merge(const Group& group, int64_t parts, const Get& get, const CountOf& count_of, double count) {
+  const double first_mean = parts > 0 ? get(0).mean : 0;
   double sum = 0;
-  for (int64_t i = group.lane; i < parts; i += group.lanes) sum += count_of(i) * get(i).mean;
-  const double mean = group.sum(sum) / count;
   double m2 = 0;
   for (int64_t i = group.lane; i < parts; i += group.lanes) {
     const Moments part = get(i);
-    const double delta = part.mean - mean;
+    const double delta = part.mean - first_mean;
+    sum += count_of(i) * delta;
     m2 += part.m2 + count_of(i) * (delta * delta);
   }
-  return {mean, group.sum(m2)};
+  sum = group.sum(sum);
+  m2 = group.sum(m2) - sum * sum / count;
+  return {first_mean + sum / count, m2 < 0 ? 0 : m2};  // rounding must not make it negative; NaN stays
 }
 
 template <typename Get>

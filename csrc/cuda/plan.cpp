@@ -8,12 +8,14 @@
 namespace bn_ext::cuda {
 namespace {
 
-constexpr int kWidestAccess = 16;       // bytes, of one thread
-constexpr int kWarp = 32;               // columns that make whole rows of memory of a warp's accesses
-constexpr int kSector = 32;             // bytes: the least that memory moves
-constexpr int64_t kWidePlane = 512;     // bytes: a warp's 16-byte accesses, so that a plane's end costs little
-constexpr int kMinRowsPerThread = 8;    // fewer do not pay for what a thread does once
-constexpr int kThreadsInFlight = 1024;  // of a multiprocessor: one wave, so that partial sums are few
+constexpr int kWidestAccess = 16;  // bytes, of one thread
+constexpr int kWarp = 32;
+constexpr int kLine = 128;            // bytes of a cache line: slices no narrower, so that few channels share a block
+constexpr int kSector = 32;           // bytes: the least that memory moves
+constexpr int64_t kWidePlane = 512;   // bytes: a warp's 16-byte accesses, so that a plane's end costs little
+constexpr int kMinRowsPerThread = 4;  // what a thread reads at once
+constexpr int64_t kMostWaves = 4;
+constexpr int64_t kRowsOfBlock = 4;  // in what time a thread reads them, a block does what it does once; not measured
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -38,11 +40,12 @@ void choose_wide_planes(Plan& plan, int64_t images, int64_t plane) {
 }
 
 void choose_narrow_planes(Plan& plan, int64_t images, int64_t plane, int64_t least_channels, int value_bytes) {
-  // About a warp's worth of columns, in slices of nearly the same width. More where there are few rows, and where rows
-  // begin in the middle of a sector: so that few sectors belong to two slices, or none.
+  // Slices of nearly the same width, and wider ones where there are few rows, and where rows begin in the middle of a
+  // sector: so that few sectors belong to two slices, or none.
   const bool starts_at_sectors = plan.pitch * value_bytes % kSector == 0;
+  const int64_t columns_of_line = kLine / (plan.vector * value_bytes);
   const int64_t columns =
-      std::clamp<int64_t>(kMaxThreads / images, starts_at_sectors ? kWarp : kMaxThreads, kMaxThreads);
+      std::clamp<int64_t>(kMaxThreads / images, starts_at_sectors ? columns_of_line : kMaxThreads, kMaxThreads);
   const int64_t least_columns = least_channels * plane / plan.vector;
   const int64_t units = ceil_div(plan.channels, least_channels);
   const int64_t most_units = std::max<int64_t>(1, columns / least_columns);
@@ -71,13 +74,21 @@ void choose_vector(Plan& plan, int64_t images, int64_t plane, int value_bytes, i
   }
 }
 
+// The GPU runs so many blocks at a time; the last wave takes as long as a full one. Of some numbers of waves, chooses
+// the one that is done first, counting time in rows.
 void choose_segments(Plan& plan, const Machine& machine) {
-  const int64_t threads = int64_t(machine.multiprocessors) * kThreadsInFlight;
-  const int64_t accesses = plan.rows * plan.columns * plan.slices;
-  const int64_t rows_per_thread =
-      std::clamp<int64_t>(ceil_div(accesses, threads), kMinRowsPerThread, kMaxRowsPerThread);
-  plan.segments = ceil_div(plan.rows, plan.row_lanes * rows_per_thread);
-  plan.rows_per_thread = static_cast<int>(ceil_div(ceil_div(plan.rows, plan.segments), plan.row_lanes));
+  const int64_t at_a_time = int64_t(machine.multiprocessors) * (kBlocksAtATime * kMaxThreads / plan.threads);
+  int64_t least_time = INT64_MAX;
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    const int64_t segments = std::max<int64_t>(1, waves * at_a_time / plan.slices);
+    const int64_t rows_per_thread = std::clamp<int64_t>(
+        ceil_div(ceil_div(plan.rows, segments), plan.row_lanes), kMinRowsPerThread, kMaxRowsPerThread);
+    const int64_t blocks = plan.slices * ceil_div(plan.rows, rows_per_thread * plan.row_lanes);
+    const int64_t time = ceil_div(blocks, at_a_time) * (rows_per_thread + kRowsOfBlock);
+    if (time >= least_time) continue;
+    least_time = time;
+    plan.rows_per_thread = static_cast<int>(rows_per_thread);
+  }
   plan.segments = ceil_div(plan.rows, plan.segment_rows());
 }
 

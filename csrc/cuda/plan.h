@@ -8,6 +8,7 @@
 namespace bn_ext::cuda {
 
 constexpr int kMaxThreads = 256;        // of a block
+constexpr int kBlocksAtATime = 3;       // of so many threads, on a multiprocessor: what the kernels' registers allow
 constexpr int kMaxRowsPerThread = 256;  // float32 sums stay short
 
 // What the plan depends on besides the tensor.

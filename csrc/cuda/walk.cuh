@@ -8,16 +8,15 @@
 
 namespace bn_ext::cuda {
 
-constexpr int kBatchRows = 4;  // rows that a thread reads before it uses the first: what hides the memory's latency
-
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
-// Calls body(number of rows, rows done before) until all are done, the number a constant.
-template <typename Body>
+// Calls body(number of rows, rows done before) until all are done: kBatch at a time, which a thread reads before it
+// uses the first one, so that the memory's latency is hidden; then one at a time.
+template <int kBatch, typename Body>
 __device__ void in_batches(int rows, const Body& body) {
   int done = 0;
-  for (; done + kBatchRows <= rows; done += kBatchRows) body(Int<kBatchRows>{}, done);
+  for (; done + kBatch <= rows; done += kBatch) body(Int<kBatch>{}, done);
   for (; done < rows; ++done) body(Int<1>{}, done);
 }
 

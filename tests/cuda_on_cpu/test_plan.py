@@ -63,8 +63,22 @@ def test_resnet50(n: int, value_bytes: int, channels_last: bool) -> None:
         check(plan, shape, value_bytes, 16)
         assert plan.vector * value_bytes == 16, (channels, size)
         if n * channels * size * size * value_bytes >= 2**23:
-            assert plan.slices * plan.segments >= 2 * MULTIPROCESSORS, (channels, size)
+            assert plan.slices * plan.segments >= MULTIPROCESSORS, (channels, size)
         assert plan.columns * plan.row_lanes >= 0.75 * plan.threads
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("n", [32, 256])
+def test_waves_of_blocks_are_full(n: int, channels_last: bool) -> None:
+    """Large layers: of the time that the last block takes, counted in rows, threads work 80 % or more on average."""
+    for channels, size in RESNET50:
+        if n * channels * size * size < 2**24:
+            continue
+        plan = kernels().make_plan(Shape(n, channels, size * size, channels_last), 2, 16, MULTIPROCESSORS)
+        at_a_time = MULTIPROCESSORS * (768 // plan.threads)
+        waves = -(-plan.slices * plan.segments // at_a_time)
+        worked = plan.slices * plan.rows / plan.row_lanes
+        assert worked >= 0.8 * waves * at_a_time * plan.rows_per_thread, (channels, size)
 
 
 def test_a_channel_is_split_over_many_blocks() -> None:

@@ -54,6 +54,20 @@ def test_training_reads_and_writes_no_more_than_it_must(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layer_as_an_h200_runs_it(layout: str) -> None:
+    """132 multiprocessors: 3N and 5N, and a few per cent of N for everything else."""
+    operator = CudaOnCpu(Settings(multiprocessors=132))
+    shape = (32, 64, 112, 112)
+    shares = testing.check(operator, testing.Case(shape, torch.bfloat16, layout))
+    assert max(shares.values()) <= 1, shares
+    size = torch.Size(shape).numel() * 2
+    for call, moved in zip(operator.calls, (3, 5), strict=True):
+        activation = call.counters["activation"]
+        assert activation.bytes_read + activation.bytes_written == moved * size
+        assert small(call) <= 0.05 * size
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", ODD)
 def test_odd_shapes_move_the_same(shape: tuple[int, ...], layout: str) -> None:
     """Where a row is not made of whole vectors, accesses are narrower, not more."""
