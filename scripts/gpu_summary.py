@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STEPS = ["build", "verify", "tests", "memcheck", "racecheck", "benchmark"]
+STEPS = ["build", "verify", "tests", "benchmark", "memcheck", "racecheck"]
 
 
 def commit(sources: Path) -> str:

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_sums_kernel(const Plan plan, const BackwardParams p, GradSums* partials) {
   using A = acc_t<T>;
   const Block block(plan, blockIdx.x);
-  Walk walk(plan, block);
+  Walk<false> walk(plan, block);
   A mean[kOneChannel ? 1 : kVector] = {};
   make_coefficients<kVector, kOneChannel>(plan, block, walk, mean, [&](int64_t channel, bool) {
     return load_one(static_cast<const A*>(p.mean) + channel);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   const bool reads_x = p.dweight != nullptr || (p.training && p.dx != nullptr);
   A sum_dy[kVector] = {};
   A sum_dy_centred[kVector] = {};
-  in_batches<4>(walk.rows, [&](auto count, int) {
+  in_batches<kBatchRows<Vector<T, kVector>>>(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows_dy[kRows];
     Vector<T, kVector> rows_x[kRows] = {};
@@ -120,14 +120,14 @@ __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficie
 }
 
 // The gradient of the input.
-// Grid: as grad_sums_kernel, backwards: what that read last is still in the cache. Reads dy once, and in training x
-// once (in eval it is not looked at: an inf in it must not reach dx); writes dx once.
+// Grid: as grad_sums_kernel; blocks and rows go backwards, for what that read last is still in the cache. Reads dy
+// once, and in training x once (in eval it is not looked at: an inf in it must not reach dx); writes dx once.
 template <typename T, int kVector, bool kOneChannel>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_input_kernel(const Plan plan, const BackwardParams p, const acc_t<T>* coefficients) {
   using A = acc_t<T>;
   const Block block(plan, gridDim.x - 1 - blockIdx.x);
-  Walk walk(plan, block);
+  Walk<true> walk(plan, block);
   GradAffine<A> affine[kOneChannel ? 1 : kVector] = {};
   make_coefficients<kVector, kOneChannel>(
       plan, block, walk, affine, [&](int64_t channel, bool) { return grad_affine(p, coefficients, channel); });
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   const Gradient<T, kVector> dy(p);
   const T* x = static_cast<const T*>(p.x);
   T* dx = static_cast<T*>(p.dx);
-  in_batches<2>(walk.rows, [&](auto count, int) {
+  in_batches<kBatchRows<Vector<T, kVector>> / 2>(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows_dy[kRows];
     Vector<T, kVector> rows_x[kRows] = {};

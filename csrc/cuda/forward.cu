@@ -43,13 +43,13 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
   using A = acc_t<T>;
   const Block block(plan, blockIdx.x);
-  Walk walk(plan, block);
+  Walk<false> walk(plan, block);
   if (num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
   }
 
   RunningMoments<A> moments[kVector] = {};
-  in_batches<4>(walk.rows, [&](auto count, int done) {
+  in_batches<kBatchRows<Vector<T, kVector>>>(walk.rows, [&](auto count, int done) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows[kRows];
 #pragma unroll
@@ -170,13 +170,14 @@ __device__ Affine<A> affine_of_running(const ForwardParams& p, int64_t channel, 
 }
 
 // Normalises. In eval mode it also tells what with, in p.mean and p.rstd.
-// Grid: as statistics_kernel, backwards: what that read last is still in the cache. Reads x once, writes y once.
+// Grid: as statistics_kernel; blocks and rows go backwards, for what that read last is still in the cache. Reads x
+// once, writes y once.
 template <typename T, int kVector, bool kOneChannel>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     apply_kernel(const Plan plan, const ForwardParams p, const acc_t<T>* offsets) {
   using A = acc_t<T>;
   const Block block(plan, gridDim.x - 1 - blockIdx.x);
-  Walk walk(plan, block);
+  Walk<true> walk(plan, block);
   Affine<A> affine[kOneChannel ? 1 : kVector] = {};
   make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool is_first) {
     return p.training ? affine_of_batch<A>(p, offsets, channel) : affine_of_running<A>(p, channel, is_first);
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
 
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
-  in_batches<4>(walk.rows, [&](auto count, int) {
+  in_batches<kBatchRows<Vector<T, kVector>>>(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows[kRows];
     int64_t offsets_of_rows[kRows];

@@ -47,22 +47,22 @@ struct Group {
   }
 };
 
-// Merges get(0) ... get(parts - 1), of count_of(i) values each, `count` in all (Chan, Golub and LeVeque 1979, for all
-// parts at once, their means taken from the first one's).
+// Merges get(0) ... get(parts - 1), of count_of(i) values each, `count` in all: means taken from the first one's, so
+// that a large one does not cancel, and squares that make up for the distance from the common mean (Chan, Golub and
+// LeVeque 1979, for all parts at once).
 template <typename Get, typename CountOf>
 __device__ Moments merge(const Group& group, int64_t parts, const Get& get, const CountOf& count_of, double count) {
   const double first_mean = parts > 0 ? get(0).mean : 0;
   double sum = 0;
+  for (int64_t i = group.lane; i < parts; i += group.lanes) sum += count_of(i) * (get(i).mean - first_mean);
+  const double mean = first_mean + group.sum(sum) / count;
   double m2 = 0;
   for (int64_t i = group.lane; i < parts; i += group.lanes) {
     const Moments part = get(i);
-    const double delta = part.mean - first_mean;
-    sum += count_of(i) * delta;
+    const double delta = part.mean - mean;
     m2 += part.m2 + count_of(i) * (delta * delta);
   }
-  sum = group.sum(sum);
-  m2 = group.sum(m2) - sum * sum / count;
-  return {first_mean + sum / count, m2 < 0 ? 0 : m2};  // rounding must not make it negative; NaN stays
+  return {mean, group.sum(m2)};
 }
 
 template <typename Get>
@@ -101,16 +101,17 @@ __device__ GradSums merge_own(const GradSums (&parts)[kCount], double) {
   return total;
 }
 
-// Leaves a thread's sums, one for each value of its vectors, where merge_block looks for them.
+// Leaves a thread's sums, one for each value of its vectors, where merge_block looks for them. A gap behind those of
+// each thread and each row keeps threads that read or write at a time out of each other's memory banks.
 template <bool kOneChannel, typename Sums, int kVector>
-__device__ void leave_sums(const Plan& plan, const Walk& walk, const Sums (&sums)[kVector]) {
+__device__ void leave_sums(const Plan& plan, const Walk<false>& walk, const Sums (&sums)[kVector]) {
   if (walk.row_lane >= plan.row_lanes) return;
-  const int thread = walk.row_lane * plan.columns + walk.column;
+  Sums* row = shared_memory<Sums>() + walk.row_lane * plan.partials_stride();
   if constexpr (kOneChannel) {
-    shared_memory<Sums>()[thread] = merge_own(sums, walk.rows);
+    row[walk.column] = merge_own(sums, walk.rows);
   } else {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) shared_memory<Sums>()[thread * kVector + i] = sums[i];
+    for (int i = 0; i < kVector; ++i) row[walk.column * (kVector + 1) + i] = sums[i];
   }
 }
 
@@ -122,15 +123,16 @@ __device__ void merge_block(const Plan& plan, const Block& block, Sums* partials
   const Sums* sums = shared_memory<Sums>();
   const Group group(plan.merge_lanes);
   const int per_row = plan.partials_per_row;
-  const int row_stride = plan.block_partials() / plan.row_lanes;
   // All threads stay in the loop until its end: the warps merge together.
   for (int first = 0; first < plan.slice_channels; first += plan.threads / group.lanes) {
     const int in_slice = first + static_cast<int>(threadIdx.x) / group.lanes;
     const int64_t channel = block.slice * plan.slice_channels + in_slice;
     const bool exists = in_slice < plan.slice_channels && channel < plan.channels;
     const auto get = [&](int64_t i) {
-      const int part = static_cast<int>(i);
-      return sums[part / per_row * row_stride + in_slice * per_row + part % per_row];
+      const int row_lane = static_cast<int>(i) / per_row;
+      const int value = in_slice * per_row + static_cast<int>(i) % per_row;
+      const int gaps = plan.one_channel ? 0 : value / plan.vector;
+      return sums[row_lane * plan.partials_stride() + value + gaps];
     };
     const Sums total = merge_channel(group, exists ? plan.row_lanes * per_row : 0, get);
     if (exists && group.lane == 0) store_sums(partials + channel * plan.segments + block.segment, total);

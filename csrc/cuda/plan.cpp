@@ -125,7 +125,10 @@ Plan make_plan(const Shape& shape, int value_bytes, int alignment, const Machine
   plan.step_rows = static_cast<int>(plan.row_lanes % plan.image_rows);
   plan.step_offset = plan.row_lanes / plan.image_rows * plan.pitch + int64_t(plan.step_rows) * plan.vector;
   plan.wrap_offset = plan.pitch - plan.image_rows * plan.vector;
-  plan.merge_lanes = merge_lanes(int64_t(plan.row_lanes) * plan.partials_per_row);
+  // No more of them than there are threads for all channels at once.
+  const int lanes_of_channel = std::max(1, plan.threads / plan.slice_channels);
+  plan.merge_lanes = merge_lanes(plan.row_lanes * plan.partials_per_row);
+  while (plan.merge_lanes > lanes_of_channel) plan.merge_lanes /= 2;
   return plan;
 }
 

@@ -59,8 +59,9 @@ struct Plan {
   constexpr double values_of(int64_t segment) const {
     return double(rows_of(segment)) * partials_per_row * partial_values;
   }
-  // Partials that a block's threads leave in shared memory.
-  constexpr int block_partials() const { return columns * row_lanes * (one_channel ? 1 : vector); }
+  // Partials that a block's threads leave in shared memory, with gaps: of a row of threads, an odd number, and of all.
+  constexpr int partials_stride() const { return columns * (one_channel ? 1 : vector + 1) | 1; }
+  constexpr int block_partials() const { return row_lanes * partials_stride(); }
   // Channels whose coefficients they share there.
   constexpr int block_coefficients() const { return one_channel ? 0 : slice_channels; }
 };

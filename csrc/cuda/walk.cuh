@@ -12,13 +12,16 @@ template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
 // Calls body(number of rows, rows done before) until all are done: kBatch at a time, which a thread reads before it
-// uses the first one, so that the memory's latency is hidden; then one at a time.
+// uses the first one, so that the memory's latency is hidden; then half as many, until there is one left or none.
 template <int kBatch, typename Body>
-__device__ void in_batches(int rows, const Body& body) {
-  int done = 0;
+__device__ void in_batches(int rows, const Body& body, int done = 0) {
   for (; done + kBatch <= rows; done += kBatch) body(Int<kBatch>{}, done);
-  for (; done < rows; ++done) body(Int<1>{}, done);
+  if constexpr (kBatch > 1) in_batches<kBatch / 2>(rows, body, done);
 }
+
+// Rows in a batch: 64 bytes of each tensor, but no more than 16 rows.
+template <typename Vector>
+constexpr int kBatchRows = sizeof(Vector) < 4 ? 16 : 64 / sizeof(Vector);
 
 // The slice and segment of a block. Neighbours in the grid are neighbours in memory.
 struct Block {
@@ -34,7 +37,8 @@ inline __device__ int rows_of_lane(const Plan& plan, int segment_rows, int row_l
   return (segment_rows - row_lane + plan.row_lanes - 1) / plan.row_lanes;
 }
 
-// The rows of one thread: `rows` of them, the vector of the current one at `offset`.
+// The rows of one thread: `rows` of them, the vector of the current one at `offset`. Backwards, the last row is first.
+template <bool kBackwards>
 class Walk {
  public:
   int column;
@@ -47,35 +51,39 @@ class Walk {
     const int64_t in_image = block.slice * plan.slice_width + column * plan.vector;
     const bool inside = row_lane < plan.row_lanes && in_image < plan.pitch;
     rows = inside ? rows_of_lane(plan, plan.rows_of(block.segment), row_lane) : 0;
-    const int64_t row = block.segment * plan.segment_rows() + row_lane;
+    const int64_t first_row = block.segment * plan.segment_rows() + row_lane;
+    const int64_t row = kBackwards && rows > 0 ? first_row + int64_t(rows - 1) * plan.row_lanes : first_row;
     const int64_t position = row % plan.image_rows;
     offset = row / plan.image_rows * plan.pitch + in_image + position * plan.vector;
     // A thread takes few steps: an image's end that is further off than they reach need not be exact.
-    left_ = static_cast<int>(min(plan.image_rows - position, kFar));
+    left_ = static_cast<int>(min(kBackwards ? position + 1 : plan.image_rows - position, kFar));
     image_rows_ = static_cast<int>(min(plan.image_rows, kFar));
   }
 
   __device__ void next(const Plan& plan) {
-    offset += plan.step_offset;
+    offset += kBackwards ? -plan.step_offset : plan.step_offset;
     left_ -= plan.step_rows;
     if (left_ <= 0) {
       left_ += image_rows_;
-      offset += plan.wrap_offset;
+      offset += kBackwards ? -plan.wrap_offset : plan.wrap_offset;
     }
   }
 
  private:
   static constexpr int64_t kFar = 1 << 30;
-  int left_;  // rows until the image's end
+  int left_;  // rows until the image's end, or its beginning
   int image_rows_;
 };
 
 // Fills `coefficients` with make(channel, is_first) for the channel of each value of a thread's vectors, or of all.
 // Where they are several the block's threads make them together, by way of shared memory, so all must call this.
 // is_first: for one of the calls for a channel in the whole grid, or for several that are alike.
-template <int kVector, bool kOneChannel, typename Coefficients, int kCount, typename Make>
-__device__ void make_coefficients(
-    const Plan& plan, const Block& block, const Walk& walk, Coefficients (&coefficients)[kCount], const Make& make) {
+template <int kVector, bool kOneChannel, bool kBackwards, typename Coefficients, int kCount, typename Make>
+__device__ void make_coefficients(const Plan& plan,
+                                  const Block& block,
+                                  const Walk<kBackwards>& walk,
+                                  Coefficients (&coefficients)[kCount],
+                                  const Make& make) {
   static_assert(kCount == (kOneChannel ? 1 : kVector));
   const int64_t first_channel = block.slice * plan.slice_channels;
   const int first_value = walk.column * kVector;

@@ -76,7 +76,7 @@ def test_odd_shapes_move_the_same(shape: tuple[int, ...], layout: str) -> None:
     for call, read in ((forward, 2), (backward, 4)):
         moved = call.counters["activation"]
         assert (moved.bytes_read, moved.bytes_written) == (read * size, size)
-        assert moved.sector_bytes_read <= 1.5 * read * size
+        assert moved.sector_bytes_read <= 1.6 * read * size  # 64 unaligned bytes are three sectors of 32
         assert small(call) <= 0.25 * size
 
 
