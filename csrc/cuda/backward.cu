@@ -1,4 +1,5 @@
-// The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed.
+// The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed. In
+// eval mode the first one gives the gradient of the input too.
 #include <algorithm>
 
 #include "dispatch.cuh"
@@ -30,31 +31,45 @@ class Gradient {
   Vector<T, kVector> all_ = {};
 };
 
+template <typename A>
+struct MeanAndScale {
+  A mean;
+  A scale;
+};
+
+template <typename A>
+__device__ A scale_of(const BackwardParams& p, int64_t channel) {
+  return load_one(static_cast<const A*>(p.rstd) + channel) * read_param<A>(p.weight, p.params_dtype, channel, 1);
+}
+
 // sum(dy) and sum(dy * (x - mean)): each thread over its rows, each block over its threads, into
-// partials[channel * segments + segment].
+// partials[channel * segments + segment]. kWritesDx, in eval mode: also dx = dy * scale, which needs no sums.
 // Grid: a block per slice and segment. Reads dy once, and x once unless only dbias is wanted.
-template <typename T, int kVector, bool kOneChannel>
+template <typename T, int kVector, bool kOneChannel, bool kWritesDx>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_sums_kernel(const Plan plan, const BackwardParams p, GradSums* partials) {
   using A = acc_t<T>;
   const Block block(plan, blockIdx.x);
   Walk<false> walk(plan, block);
-  A mean[kOneChannel ? 1 : kVector] = {};
-  make_coefficients<kVector, kOneChannel>(plan, block, walk, mean, [&](int64_t channel, bool) {
-    return load_one(static_cast<const A*>(p.mean) + channel);
+  MeanAndScale<A> coefficients[kOneChannel ? 1 : kVector] = {};
+  make_coefficients<kVector, kOneChannel>(plan, block, walk, coefficients, [&](int64_t channel, bool) {
+    return MeanAndScale<A>{load_one(static_cast<const A*>(p.mean) + channel), kWritesDx ? scale_of<A>(p, channel) : 0};
   });
 
   const Gradient<T, kVector> dy(p);
   const T* x = static_cast<const T*>(p.x);
+  T* dx = static_cast<T*>(p.dx);
   const bool reads_x = p.dweight != nullptr || (p.training && p.dx != nullptr);
   A sum_dy[kVector] = {};
   A sum_dy_centred[kVector] = {};
-  in_batches<kBatchRows<Vector<T, kVector>>>(walk.rows, [&](auto count, int) {
+  in_batches<kBatchRows<Vector<T, kVector>> / (kWritesDx ? 2 : 1)>(walk.rows, [&](auto count, int) {
     constexpr int kRows = decltype(count)::value;
     Vector<T, kVector> rows_dy[kRows];
     Vector<T, kVector> rows_x[kRows] = {};
+    int64_t offsets[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
+      offsets[row] = walk.offset;
       rows_dy[row] = dy.at(walk.offset);
       if (reads_x) rows_x[row] = load<kVector>(x + walk.offset);
       walk.next(plan);
@@ -63,9 +78,13 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     for (int row = 0; row < kRows; ++row) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        sum_dy[i] += rows_dy[row][i];
-        sum_dy_centred[i] += rows_dy[row][i] * (rows_x[row][i] - mean[kOneChannel ? 0 : i]);
+        const MeanAndScale<A>& c = coefficients[kOneChannel ? 0 : i];
+        const A g = rows_dy[row][i];
+        sum_dy[i] += g;
+        sum_dy_centred[i] += g * (rows_x[row][i] - c.mean);
+        if (kWritesDx) rows_dy[row].set(i, g * c.scale);
       }
+      if (kWritesDx) store_last(dx + offsets[row], rows_dy[row]);
     }
   });
 
@@ -110,8 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_gradient
 
 template <typename A>
 __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficients, int64_t channel) {
-  const A rstd = load_one(static_cast<const A*>(p.rstd) + channel);
-  const A scale = rstd * read_param<A>(p.weight, p.params_dtype, channel, 1);
+  const A scale = scale_of<A>(p, channel);
   if (!p.training) return {0, scale, 0, 0};
   return {load_one(static_cast<const A*>(p.mean) + channel),
           scale,
@@ -171,16 +189,13 @@ template <typename T, int kVector, bool kOneChannel>
 cudaError_t launch_kernels(const BackwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream) {
   using A = acc_t<T>;
   A* coefficients = static_cast<A*>(workspace.coefficients);
+  const bool dx_with_sums = needs_sums(p) && !p.training && p.dx != nullptr;
   if (needs_sums(p)) {
-    cudaError_t error =
-        launch(grad_sums_kernel<T, kVector, kOneChannel>,
-               plan.blocks(),
-               plan.threads,
-               std::max(plan.block_partials() * sizeof(GradSums), plan.block_coefficients() * sizeof(A)),
-               stream,
-               plan,
-               p,
-               workspace.partials);
+    const auto kernel = dx_with_sums ? grad_sums_kernel<T, kVector, kOneChannel, true>
+                                     : grad_sums_kernel<T, kVector, kOneChannel, false>;
+    const size_t shared_bytes =
+        std::max(plan.block_partials() * sizeof(GradSums), plan.block_coefficients() * sizeof(MeanAndScale<A>));
+    cudaError_t error = launch(kernel, plan.blocks(), plan.threads, shared_bytes, stream, plan, p, workspace.partials);
     if (error != cudaSuccess) return error;
     const int lanes = merge_lanes(plan.segments);
     error = launch(finalise_gradients_kernel<A>,
@@ -195,7 +210,7 @@ cudaError_t launch_kernels(const BackwardParams& p, const Plan& plan, const Work
                    coefficients);
     if (error != cudaSuccess) return error;
   }
-  if (p.dx == nullptr) return cudaSuccess;
+  if (p.dx == nullptr || dx_with_sums) return cudaSuccess;
   return launch(grad_input_kernel<T, kVector, kOneChannel>,
                 plan.blocks(),
                 plan.threads,
