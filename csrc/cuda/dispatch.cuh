@@ -9,18 +9,19 @@
 
 namespace bn_ext::cuda {
 
-// Calls body(T{}, Int<kVector>, std::bool_constant<kOneChannel>) for the widths that plans of T have.
+// Calls body(T{}, Int<kVector>, std::bool_constant<kOneChannel>); plans of T have accesses of 16 bytes or less.
+template <typename T, int kVector, typename Body>
+cudaError_t dispatch_plan(const Plan& plan, const Body& body) {
+  if constexpr (kVector > 1) {
+    if (plan.vector != kVector) return dispatch_plan<T, kVector / 2>(plan, body);
+    if (!plan.one_channel) return body(T{}, Int<kVector>{}, std::false_type{});
+  }
+  return body(T{}, Int<kVector>{}, std::true_type{});
+}
+
 template <typename T, typename Body>
 cudaError_t dispatch_plan(const Plan& plan, const Body& body) {
-  constexpr int kWidest = 16 / sizeof(T);
-  const auto with_width = [&](auto width) {
-    return plan.one_channel ? body(T{}, width, std::true_type{}) : body(T{}, width, std::false_type{});
-  };
-  if (plan.vector == kWidest) return with_width(Int<kWidest>{});
-  if constexpr (sizeof(T) == 2) {
-    if (plan.vector == 2) return with_width(Int<2>{});
-  }
-  return body(T{}, Int<1>{}, std::true_type{});
+  return dispatch_plan<T, 16 / sizeof(T)>(plan, body);
 }
 
 template <typename Body>

@@ -63,14 +63,15 @@ void choose_narrow_planes(Plan& plan, int64_t images, int64_t plane, int64_t lea
 }
 
 void choose_vector(Plan& plan, int64_t images, int64_t plane, int value_bytes, int alignment) {
-  for (const int access : {kWidestAccess, 4, value_bytes}) {
+  for (int access = kWidestAccess; access >= value_bytes; access /= 2) {
     plan.vector = access / value_bytes;
-    const bool possible = access >= value_bytes && alignment % access == 0 && plan.pitch % plan.vector == 0;
-    if (!possible && access != value_bytes) continue;
+    if (alignment % access != 0 || plan.pitch % plan.vector != 0) continue;
+    const bool is_whole = plane % plan.vector == 0;
     const int64_t channels = adjacent_channels(plane, plan.vector);
-    const bool narrow = channels > 0 && (plane * value_bytes < kWidePlane || plane % plan.vector != 0);
-    if (narrow) return choose_narrow_planes(plan, images, plane, channels, value_bytes);
-    if (plane % plan.vector == 0) return choose_wide_planes(plan, images, plane);
+    if (channels > 0 && (plane * value_bytes < kWidePlane || !is_whole)) {
+      return choose_narrow_planes(plan, images, plane, channels, value_bytes);
+    }
+    if (is_whole) return choose_wide_planes(plan, images, plane);
   }
 }
 
