@@ -5,7 +5,7 @@
 #   make lint     ruff, mypy, clang-format
 #   make test-cuda-on-cpu  the test suite once more, with the CUDA kernels executed on the CPU
 #   make test-cuda-build   builds with CUDA kernels and checks what came of it; needs nvcc and 5.5 GB, no GPU
-#   make test-gpu          all that a GPU can tell, into the folder OUT: build, tests, compute-sanitizer, benchmark
+#   make test-gpu          all that a GPU can tell, into the folder OUT: build, tests, benchmark, compute-sanitizer
 # TORCH=torch==2.13.0 installs that torch; otherwise one that PYTHON can import is used, else the newest.
 
 PYTHON ?= python3
@@ -53,4 +53,4 @@ format: build
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 clean:
-	rm -rf $(VENV) build *.egg-info bn_ext/_build_config.py bn_ext/*.so demo-output
+	rm -rf $(VENV) build *.egg-info bn_ext/_build_config.py bn_ext/*.so demo-output gpu-check

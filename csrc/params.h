@@ -19,7 +19,7 @@ struct Shape {
 };
 
 // Per-channel vectors are (C,), contiguous. "params" are weight, bias, running_mean and running_var.
-// mean, rstd, dweight and dbias as the kernels see them are float64 for float64 activations, else float32.
+// mean and rstd are float64 for float64 activations, else float32; dweight and dbias have the params dtype.
 struct ForwardParams {
   Shape shape;
   DType dtype;                   // of x and y
@@ -42,7 +42,7 @@ struct ForwardParams {
 struct BackwardParams {
   Shape shape;
   DType dtype;         // of dy, x and dx
-  DType params_dtype;  // of weight
+  DType params_dtype;  // of weight, dweight and dbias
   bool training;       // mean and rstd depend on x
   const void* dy;      // activation, or a single element where dy_is_scalar
   bool dy_is_scalar;   // dy is one value expanded to the whole shape, as y.sum().backward() makes it

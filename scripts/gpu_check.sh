@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that a machine with a GPU can tell, in under 9 minutes on 16 cores: builds bn_ext for this GPU in a copy of the
-# sources, verifies it, runs the tests on the GPU, compute-sanitizer on small shapes, and a short benchmark.
+# sources, verifies it, runs the tests on the GPU, a short benchmark, and compute-sanitizer on small shapes.
 #
 #   scripts/gpu_check.sh [folder]        default: gpu-check
 #
@@ -22,7 +22,7 @@ stop() {
 [ $# -le 1 ] || stop "give at most one folder, got $# arguments"
 python=$(command -v "$python") || stop "there is no ${PYTHON:-python3}"
 case $python in /*) ;; *) python=$PWD/$python ;; esac
-"$python" -c 'import torch' 2>/dev/null || stop "$python cannot import torch; name another Python with PYTHON="
+"$python" -c 'import torch' 2>/dev/null || stop "$python cannot import torch; name another Python with PYTHON=, as PYTHON=.venv/bin/python"
 "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null ||
   stop "torch sees no GPU on this machine; the tests that need none are run by make test"
 if [ -n "${CUDA_HOME:-}" ]; then PATH=$CUDA_HOME/bin:$PATH; fi

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import devices
 
-from bn_ext import testing
+from bn_ext import build_info, testing
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,7 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large_memory: needs tens of GB of memory, of the GPU where it runs on one")
     chosen = config.getoption("--device")
     if chosen is not None and chosen not in testing.devices():
-        raise pytest.UsageError(f"--device={chosen}: bn_ext has no kernels for it, or torch sees no such device")
+        info = build_info()
+        reason = "torch sees no such device" if info.cuda else info.cuda_reason
+        raise pytest.UsageError(f"--device={chosen}: bn_ext cannot run there: {reason}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

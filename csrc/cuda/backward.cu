@@ -1,5 +1,5 @@
 // The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed. In
-// eval mode the first one gives the gradient of the input too.
+// eval mode the first one, where it runs, gives the gradient of the input too.
 #include <algorithm>
 
 #include "dispatch.cuh"
@@ -44,7 +44,7 @@ __device__ A scale_of(const BackwardParams& p, int64_t channel) {
 
 // sum(dy) and sum(dy * (x - mean)): each thread over its rows, each block over its threads, into
 // partials[channel * segments + segment]. kWritesDx, in eval mode: also dx = dy * scale, which needs no sums.
-// Grid: a block per slice and segment. Reads dy once, and x once unless only dbias is wanted.
+// Grid: a block per slice and segment. Reads dy once, and x once where dweight, or in training dx, is wanted.
 template <typename T, int kVector, bool kOneChannel, bool kWritesDx>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_sums_kernel(const Plan plan, const BackwardParams p, GradSums* partials) {

@@ -1,6 +1,6 @@
 """Runs the package's test suite with the CUDA kernels, on the simulated device, in place of the CPU kernels.
 
-python tests/cuda_on_cpu/run_suite.py [pytest's arguments]
+python tests/cuda_on_cpu/run_suite.py [pytest's arguments; a -k takes the place of the one here]
 
 The package is built once more for that, in a copy of the sources under build/, with backend.cpp as its CPU back-end. A
 fault of the device comes out as a RuntimeError of the call.
