@@ -3,7 +3,7 @@
 from bn_ext._build_info import BuildInfo, build_info, version
 from bn_ext.convert import convert, revert
 from bn_ext.functional import batch_norm
-from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 
 __version__ = version()
 
@@ -12,6 +12,9 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BuildInfo",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "batch_norm",
     "build_info",
     "convert",

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -13,12 +13,15 @@ _FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.BatchNorm1d: BatchNorm1d,
     torch.nn.BatchNorm2d: BatchNorm2d,
     torch.nn.BatchNorm3d: BatchNorm3d,
+    torch.nn.LazyBatchNorm1d: LazyBatchNorm1d,
+    torch.nn.LazyBatchNorm2d: LazyBatchNorm2d,
+    torch.nn.LazyBatchNorm3d: LazyBatchNorm3d,
 }
 _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 
 
 def convert(model: Model) -> Model:
-    """Make every torch.nn.BatchNorm1d, 2d and 3d in a model this package's, in place.
+    """Make every torch.nn.BatchNorm1d, 2d and 3d in a model this package's, in place; lazy ones too.
 
     The modules stay the same objects, of another class: parameters, buffers, hooks, training flag, device,
     requires_grad and references from elsewhere stay as they are. Converting twice does nothing more.

@@ -1,4 +1,4 @@
-"""Modules that drop in for torch.nn.BatchNorm1d, 2d and 3d: they differ in the operator that does the work."""
+"""Modules that drop in for torch.nn's batch norms: they differ in the operator that does the work."""
 
 import torch
 from torch import Tensor
@@ -57,3 +57,21 @@ class BatchNorm3d(_FusedForward, torch.nn.BatchNorm3d):
     Same arguments, parameters, buffers, state_dict, numbers and errors as the torch in use; see
     :func:`bn_ext.batch_norm` for the operation, its dtypes and its numerics.
     """
+
+
+class LazyBatchNorm1d(_FusedForward, torch.nn.LazyBatchNorm1d):
+    """Drop-in for :class:`torch.nn.LazyBatchNorm1d`: becomes a :class:`BatchNorm1d` at its first forward pass."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_FusedForward, torch.nn.LazyBatchNorm2d):
+    """Drop-in for :class:`torch.nn.LazyBatchNorm2d`: becomes a :class:`BatchNorm2d` at its first forward pass."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_FusedForward, torch.nn.LazyBatchNorm3d):
+    """Drop-in for :class:`torch.nn.LazyBatchNorm3d`: becomes a :class:`BatchNorm3d` at its first forward pass."""
+
+    cls_to_become = BatchNorm3d

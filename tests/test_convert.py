@@ -95,11 +95,26 @@ def test_unknown_subclasses_are_left_alone_and_named() -> None:
     assert [type(m) for m in model] == [Renamed, nn.BatchNorm2d, nn.Sequential]
 
 
-def test_lazy_modules_are_converted_once_they_know_their_size() -> None:
-    model = bn_ext.convert(nn.Sequential(nn.LazyBatchNorm2d()))
-    assert type(model[0]) is nn.LazyBatchNorm2d
-    model(torch.randn(2, 3, 4, 4))
-    assert type(bn_ext.convert(model)[0]) is bn_ext.BatchNorm2d
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_lazy_modules_become_ours(dims: int) -> None:
+    """At the first forward pass, which is ours too."""
+    stock, ours = (getattr(library, f"LazyBatchNorm{dims}d") for library in (nn, bn_ext))
+    becomes = getattr(bn_ext, f"BatchNorm{dims}d")
+    model = bn_ext.convert(nn.Sequential(stock(momentum=None)))
+    assert type(model[0]) is ours
+    assert type(bn_ext.revert(model)[0]) is stock
+    bn_ext.convert(model)
+    twin = nn.Sequential(stock(momentum=None))
+    x = torch.randn(4, 3, *[5] * dims)
+    y = model(x)
+    assert "BatchNormFunction" in y.grad_fn.name()
+    torch.testing.assert_close(y, twin(x))
+    assert type(model[0]) is becomes
+    assert type(model[0]) is type(bn_ext.convert(twin)[0])
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+    with pytest.raises(ValueError, match="expected"):
+        ours()(torch.randn(2, 3, 4, 4, 4, 4))
 
 
 def test_other_modules_are_not_warned_about() -> None:
