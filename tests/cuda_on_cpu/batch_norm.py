@@ -13,7 +13,8 @@ from . import build
 from .device import Buffer, Device
 
 CUDA = build.ROOT / "csrc" / "cuda"
-SOURCES = [build.HERE / "batch_norm.cpp", *sorted(CUDA.glob("*.cu")), CUDA / "plan.cpp"]
+KERNELS = [*sorted(CUDA.glob("*.cu")), CUDA / "plan.cpp"]
+SOURCES = [build.HERE / "batch_norm.cpp", *KERNELS]
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 """In the order of DType in params.h. Memory of bfloat16 is uint16."""
@@ -29,15 +30,7 @@ def statistics_dtype(name: str) -> str:
     return "float64" if name == "float64" else "float32"
 
 
-class _Struct(ctypes.Structure):
-    """A struct of csrc, with values as attributes."""
-
-    def items(self) -> dict[str, Any]:
-        """Every field and its value."""
-        return {name: getattr(self, name) for name, _ in self._fields_}
-
-
-class Shape(_Struct):
+class Shape(ctypes.Structure):
     """params.h: N images, C channels, S positions."""
 
     _fields_ = [
@@ -48,7 +41,7 @@ class Shape(_Struct):
     ]
 
 
-class ForwardParams(_Struct):
+class ForwardParams(ctypes.Structure):
     """params.h."""
 
     _fields_ = [
@@ -71,7 +64,7 @@ class ForwardParams(_Struct):
     ]
 
 
-class BackwardParams(_Struct):
+class BackwardParams(ctypes.Structure):
     """params.h."""
 
     _fields_ = [
@@ -92,16 +85,16 @@ class BackwardParams(_Struct):
 
 
 _INT64 = ["channels", "pitch", "slice_width", "slices", "rows", "image_rows", "segments", "step_offset", "wrap_offset"]
-_INT = """step_rows vector columns row_lanes rows_per_thread threads slice_channels plane partials_per_row
-partial_values merge_lanes"""
+_INT = ["step_rows", "vector", "columns", "row_lanes", "rows_per_thread", "threads", "slice_channels", "plane"]
+_INT += ["partials_per_row", "partial_values", "merge_lanes"]
 
 
-class Plan(_Struct):
+class Plan(ctypes.Structure):
     """plan.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _INT64),
-        *((name, ctypes.c_int) for name in _INT.split()),
+        *((name, ctypes.c_int) for name in _INT),
         ("one_channel", ctypes.c_bool),
     ]
 

@@ -1,7 +1,6 @@
 """The kernels on the simulated device as a differentiable operator on CPU tensors, for bn_ext.testing.check."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,11 +154,6 @@ def _laid_out_as(x: Tensor, values: Tensor) -> Tensor:
     if values.stride() == x.stride():
         return values
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(values)
-
-
-def operator(**settings: Any) -> Callable[..., Tensor]:
-    """The kernels on a device with these settings."""
-    return CudaOnCpu(Settings(**settings))
 
 
 def bits(values: Tensor) -> NDArray[np.uint8]:

@@ -18,10 +18,10 @@ import torch
 from torch.utils import cpp_extension
 
 from cuda_on_cpu import build
+from cuda_on_cpu.batch_norm import KERNELS
 
 FOLDER = build.FOLDER / "suite"
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "*.so", "__pycache__", "*.egg-info")
-CUDA = build.ROOT / "csrc" / "cuda"
 
 # These look at the build, at the CPU kernels, or at the simulated device itself; or they are too large for it.
 WITHOUT = ["tests/cuda_on_cpu", "tests/test_build.py", "tests/test_cuda_sources.py", "tests/test_large.py"]
@@ -32,7 +32,7 @@ EXCEPT = "not instruction_set and not 16_bit_value and not inf_and_nan"
 def build_package() -> None:
     """Copy the sources and build the extension in them, or bring both up to date."""
     shutil.copytree(build.ROOT, FOLDER, ignore=NOT_COPIED, dirs_exist_ok=True)
-    kernels = build.library([*sorted(CUDA.glob("*.cu")), CUDA / "plan.cpp"])
+    kernels = build.library(KERNELS)
     sources = [path for folder in ("csrc", "csrc/cpu") for path in sorted((FOLDER / folder).glob("*.cpp"))]
     sources = [path for path in sources if path.name != "batch_norm_cpu.cpp"]
     sources += [FOLDER / "csrc/cuda/unavailable.cpp", FOLDER / "tests/cuda_on_cpu/backend.cpp"]

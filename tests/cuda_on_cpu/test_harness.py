@@ -11,7 +11,7 @@ import pytest
 from cuda_on_cpu import build
 from cuda_on_cpu.device import POLICIES, Buffer, Device, Fault
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="kernels are run on the CPU by g++: there is none")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 HERE = Path(__file__).parent
 ORDERS = list(product(POLICIES, range(4)))

@@ -16,7 +16,7 @@ from .batch_norm import Settings, kernels
 from .device import POLICIES
 from .operators import CudaOnCpu, bits, memory_of, shape_of
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 DTYPES = list(testing.TOLERANCE)
 # Planes of 1, 3, 49, 65 and 127 values and of 392 bytes, wide odd ones; C = 1, 7, 64, 65, more than threads; N = 1.

@@ -13,7 +13,7 @@ from cuda_on_cpu import build
 from cuda_on_cpu.batch_norm import DTYPES, SOURCES, Kernels, Settings, Shape, kernels, memory_dtype, statistics_dtype
 from cuda_on_cpu.device import POLICIES
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="kernels are run on the CPU by g++: there is none")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 SHAPES = [(3, 65, 7), (2, 5, 49), (1, 3, 300), (2, 4, 289), (9, 300, 1), (2, 64, 128), (4, 16, 12)]
 

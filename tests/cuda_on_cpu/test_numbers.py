@@ -8,7 +8,7 @@ import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.device import Device
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="kernels are run on the CPU by g++: there is none")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 FAULTY = Path(__file__).parent / "faulty.cu"
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -8,7 +8,7 @@ import pytest
 from . import build
 from .batch_norm import Plan, Shape, kernels
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 RESNET50 = [
     (64, 112),

@@ -9,7 +9,7 @@ import pytest
 
 from cuda_on_cpu import build
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="kernels are run on the CPU by g++: there is none")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 FAULTY = Path(__file__).parent / "faulty.cu"
 

@@ -9,7 +9,7 @@ from . import build
 from .batch_norm import Settings
 from .operators import Call, CudaOnCpu
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 # Layers of ResNet-50 in small batches, and channels that do not fill a vector, on a device that they fill.
 SHAPES = [(2, 64, 112, 112), (8, 64, 56, 56), (8, 128, 28, 28), (32, 128, 14, 14), (128, 64, 7, 7)]
@@ -76,8 +76,10 @@ def test_odd_shapes_move_the_same(shape: tuple[int, ...], layout: str) -> None:
     for call, read in ((forward, 2), (backward, 4)):
         moved = call.counters["activation"]
         assert (moved.bytes_read, moved.bytes_written) == (read * size, size)
-        assert moved.sector_bytes_read <= 1.6 * read * size  # 64 unaligned bytes are three sectors of 32
-        assert small(call) <= 0.25 * size
+        # Of single 16-bit values a warp reads 64 bytes, three sectors of 32 where they begin within one.
+        single = call.plan.vector == 1
+        assert moved.sector_bytes_read <= (1.51 if single else 1.25) * read * size
+        assert small(call) <= (0.22 if single else 0.12) * size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
