@@ -1,6 +1,7 @@
 """The operator as a function: `batch_norm`."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
 from bn_ext import _extension, _fake
+from bn_ext.activations import Activation, resolve
 
 
 def _not_loaded(*_: object) -> Tensor:
@@ -36,13 +38,15 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     num_batches_tracked: Tensor | None = None,
+    activation: Activation = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Normalise each channel of a batch; a drop-in for :func:`torch.nn.functional.batch_norm`.
 
     Equivalent to::
 
         mean, var = input.mean(dims), input.var(dims, correction=0)  # training; else the running statistics
-        output = (input - mean) / sqrt(var + eps) * weight + bias
+        output = activation((input - mean) / sqrt(var + eps) * weight + bias + residual)
 
     where `dims` are all dimensions but the second, and in training, in place::
 
@@ -62,6 +66,10 @@ def batch_norm(
             (1 / num_batches_tracked), which needs `num_batches_tracked`.
         eps: Added to the variance; positive in training.
         num_batches_tracked: One value, int64 as a rule, or None. Raised by one in training.
+        activation: Applied to the result: None, one of "relu", "leaky_relu", "relu6", "elu", "silu", "gelu",
+            "gelu_tanh", "hardswish", "sigmoid", "tanh", "mish", a pair of a name and its parameter, as ("leaky_relu", 0.2), or a
+            module of one of these kinds, as torch.nn.LeakyReLU(0.2).
+        residual: Added before the activation: shape, dtype and device of input, any strides; or None.
 
     The (C,) vectors share one dtype: that of input, or float32 beside a float16 or bfloat16 input.
 
@@ -82,6 +90,19 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), with torch's conventions.
     """
+    if activation is not None or residual is not None:  # for now: separate operators
+        y = batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked=num_batches_tracked,
+        )
+        return _activate(y if residual is None else y + residual, resolve(activation))
     arguments = (input, running_mean, running_var, weight, bias)
     if is_compiling() or has_torch_function_variadic(*arguments):
         through_dispatcher: Callable[..., Tensor] = torch.ops.bn_ext.batch_norm
@@ -104,3 +125,14 @@ def _type_error(tensors: Mapping[str, object], training: object, momentum: objec
         if not isinstance(value, int | float) and (value is not None or name == "eps"):
             return TypeError(f"batch_norm(): argument '{name}' must be float, not {type(value).__name__}")
     return None
+
+
+def _activate(y: Tensor, activation: tuple[str, float] | None) -> Any:
+    if activation is None:
+        return y
+    name, parameter = activation
+    if name in ("leaky_relu", "elu"):
+        return getattr(torch.nn.functional, name)(y, parameter)
+    if name == "gelu_tanh":
+        return torch.nn.functional.gelu(y, approximate="tanh")
+    return getattr(torch.nn.functional, name)(y)

@@ -1,38 +1,69 @@
 """Modules that drop in for torch.nn's batch norms: they differ in the operator that does the work."""
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from bn_ext.activations import Activation, describe, resolve
 from bn_ext.functional import batch_norm
 
 
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
-    """torch.nn's forward with this package's operator."""
+    """torch.nn's constructor and forward with this package's operator, an activation and a residual."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise `input`; in training, update running_mean, running_var and num_batches_tracked."""
+    activation: Activation = None
+    """What forward() applies to its result; it may be set later, to all that :func:`bn_ext.batch_norm` takes."""
+
+    def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation = resolve(activation)
+
+    def __init_subclass__(cls) -> None:
+        """Show the constructor's arguments: those of the torch in use, and activation."""
+        super().__init_subclass__()
+        shown = list(inspect.signature(super(_FusedForward, cls).__init__).parameters.values())[1:]
+        shown.append(inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default=None))
+        cls.__signature__ = inspect.Signature(shown)
+
+    def extra_repr(self) -> str:
+        """torch.nn's, and the activation if there is one."""
+        shown = "" if self.activation is None else f", activation={describe(resolve(self.activation))}"
+        return f"{super().extra_repr()}{shown}"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: Activation = None) -> Tensor:
+        """Normalise `input`, add `residual` and apply the activation; in training, update the running statistics.
+
+        Args:
+            input: (N, C, ...); see :func:`bn_ext.batch_norm`.
+            residual: Added before the activation; like input, or None.
+            activation: In place of the module's own, where that is None; what :func:`bn_ext.fuse` calls it with.
+        """
         if not isinstance(input, Proxy):  # torch.fx.symbolic_trace: there are no dimensions to look at
             self._check_input_dim(input)
-        momentum = self.momentum
-        if self.training:
-            if not self.track_running_stats:
-                return batch_norm(input, None, None, self.weight, self.bias, True, momentum, self.eps)
-            count = self.num_batches_tracked
-            return batch_norm(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                True,
-                0.0 if momentum is None and count is None else momentum,
-                self.eps,
-                num_batches_tracked=count,
-            )
+        if activation is None:
+            activation = self.activation
+        elif self.activation is not None:
+            raise ValueError(f"forward() was given activation={activation!r}, but the module has one: {self}")
+        momentum, count = self.momentum, None
         mean, var = self.running_mean, self.running_var
-        use_batch = mean is None and var is None
-        return batch_norm(input, mean, var, self.weight, self.bias, use_batch, momentum, self.eps)
+        training = self.training
+        if training:
+            if self.track_running_stats:
+                count = self.num_batches_tracked
+                momentum = 0.0 if momentum is None and count is None else momentum
+            else:
+                mean = var = None
+        else:
+            training = mean is None and var is None
+        return batch_norm(
+            *(input, mean, var, self.weight, self.bias, training, momentum, self.eps),
+            num_batches_tracked=count,
+            activation=activation,
+            residual=residual,
+        )
 
 
 class BatchNorm1d(_FusedForward, torch.nn.BatchNorm1d):
