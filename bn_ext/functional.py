@@ -67,8 +67,8 @@ def batch_norm(
         eps: Added to the variance; positive in training.
         num_batches_tracked: One value, int64 as a rule, or None. Raised by one in training.
         activation: Applied to the result: None, one of "relu", "leaky_relu", "relu6", "elu", "silu", "gelu",
-            "gelu_tanh", "hardswish", "sigmoid", "tanh", "mish", a pair of a name and its parameter, as ("leaky_relu", 0.2), or a
-            module of one of these kinds, as torch.nn.LeakyReLU(0.2).
+            "gelu_tanh", "hardswish", "sigmoid", "tanh", "mish", a pair of a name and its parameter, as
+            ("leaky_relu", 0.2), or a module of one of these kinds, as torch.nn.LeakyReLU(0.2).
         residual: Added before the activation: shape, dtype and device of input, any strides; or None.
 
     The (C,) vectors share one dtype: that of input, or float32 beside a float16 or bfloat16 input.
@@ -102,7 +102,9 @@ def batch_norm(
             eps,
             num_batches_tracked=num_batches_tracked,
         )
-        return _activate(y if residual is None else y + residual, resolve(activation))
+        return _activate(  # type: ignore[no-any-return]
+            y if residual is None else y + residual, resolve(activation)
+        )
     arguments = (input, running_mean, running_var, weight, bias)
     if is_compiling() or has_torch_function_variadic(*arguments):
         through_dispatcher: Callable[..., Tensor] = torch.ops.bn_ext.batch_norm

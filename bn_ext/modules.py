@@ -24,9 +24,9 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     def __init_subclass__(cls) -> None:
         """Show the constructor's arguments: those of the torch in use, and activation."""
         super().__init_subclass__()
-        shown = list(inspect.signature(super(_FusedForward, cls).__init__).parameters.values())[1:]
+        shown = list(inspect.signature(super().__init__).parameters.values())[1:]
         shown.append(inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default=None))
-        cls.__signature__ = inspect.Signature(shown)
+        cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
         """torch.nn's, and the activation if there is one."""
