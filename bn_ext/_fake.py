@@ -4,13 +4,18 @@ import torch
 from torch import Tensor
 
 
-def _statistics(input: Tensor) -> Tensor:
-    """A (C,) vector of the dtype that statistics have."""
+def _saved(input: Tensor) -> Tensor:
+    """Mean, rstd, scale and offset, of the dtype that statistics have."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty((input.shape[1],), dtype=dtype)
+    return input.new_empty((4, input.shape[1]), dtype=dtype)
 
 
-def _activation(input: Tensor) -> Tensor:
+def _mask(input: Tensor, wanted: bool) -> Tensor:
+    """One bit per value, and a few bytes behind them: mask_bytes of csrc/params.h."""
+    return input.new_empty((input.numel() // 8 + 4 if wanted else 0,), dtype=torch.uint8)
+
+
+def _like(input: Tensor) -> Tensor:
     """A tensor like input, in the memory format that the kernels write."""
     return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
 
@@ -22,10 +27,14 @@ def _forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
     momentum: float | None,
     eps: float,
+    activation: str | None = None,
+    activation_parameter: float = 0.0,
+    save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _activation(input), _statistics(input), _statistics(input)
+    return _like(input), _saved(input), _mask(input, save_mask)
 
 
 def _inference(
@@ -34,26 +43,44 @@ def _inference(
     bias: Tensor | None,
     running_mean: Tensor,
     running_var: Tensor,
+    residual: Tensor | None,
     eps: float,
+    activation: str | None = None,
+    activation_parameter: float = 0.0,
+    save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _activation(input), _statistics(input), _statistics(input)
+    return _like(input), _saved(input), _mask(input, save_mask)
+
+
+def _repeat(
+    input: Tensor,
+    saved: Tensor,
+    residual: Tensor | None,
+    activation: str | None = None,
+    activation_parameter: float = 0.0,
+) -> Tensor:
+    return _like(input)
 
 
 def _backward(
     dy: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    saved: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
     training: bool,
+    activation: str | None,
+    activation_parameter: float,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    parameter = mean if weight is None else weight
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parameter = saved if weight is None else weight
     channels = input.shape[1]
     return (
-        _activation(input) if output_mask[0] else input.new_empty((0,)),
+        _like(input) if output_mask[0] else input.new_empty((0,)),
         parameter.new_empty((channels if output_mask[1] else 0,)),
         parameter.new_empty((channels if output_mask[2] else 0,)),
+        _like(input) if output_mask[3] else input.new_empty((0,)),
     )
 
 
@@ -61,4 +88,5 @@ def register() -> None:
     """Tell torch about them; once, after the extension has been loaded."""
     torch.library.register_fake("bn_ext::batch_norm_forward", _forward)
     torch.library.register_fake("bn_ext::batch_norm_inference", _inference)
+    torch.library.register_fake("bn_ext::batch_norm_repeat", _repeat)
     torch.library.register_fake("bn_ext::batch_norm_backward", _backward)

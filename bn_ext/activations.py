@@ -4,7 +4,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-Activation: TypeAlias = "str | tuple[str, float] | torch.nn.Module | None"
+Activation: TypeAlias = "str | tuple[str | None, float] | torch.nn.Module | None"
 """A name of `NAMES`, a name with its parameter, a module of torch.nn of one of these kinds, or None."""
 
 PARAMETERS: dict[str, tuple[str, float]] = {"leaky_relu": ("negative_slope", 0.01), "elu": ("alpha", 1.0)}
@@ -30,17 +30,19 @@ _OF_MODULES: dict[type[torch.nn.Module], str] = {
 }
 
 
-def resolve(activation: Activation) -> tuple[str, float] | None:
-    """The name and parameter (0 where there is none) of an activation; None for none.
+def resolve(activation: Activation) -> tuple[str | None, float]:
+    """The name, None for none, and the parameter, 0 where there is none.
 
     Raises:
         ValueError: An activation of another kind, or a parameter for one that has none.
     """
     if activation is None:
-        return None
+        return None, 0.0
     if isinstance(activation, torch.nn.Module):
         return _of_module(activation)
-    name, *given = (activation,) if isinstance(activation, str) else activation
+    name, *given = activation if isinstance(activation, tuple) else (activation,)
+    if name is None and given:  # as this function returns it
+        return None, 0.0
     if name not in NAMES or len(given) > 1:
         raise _unknown(activation)
     if name in PARAMETERS:
@@ -50,11 +52,11 @@ def resolve(activation: Activation) -> tuple[str, float] | None:
     return name, 0.0
 
 
-def describe(activation: tuple[str, float] | None) -> str:
+def describe(activation: Activation) -> str:
     """Readable: `relu`, `leaky_relu(negative_slope=0.2)`."""
-    if activation is None:
+    name, value = resolve(activation)
+    if name is None:
         return "None"
-    name, value = activation
     return f"{name}({PARAMETERS[name][0]}={value})" if name in PARAMETERS else name
 
 

@@ -1,7 +1,6 @@
 """The operator as a function: `batch_norm`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ if _extension.module is not None:
     _fake.register()
     _direct = _extension.module.batch_norm
 
-_TENSORS = ("input", "running_mean", "running_var", "weight", "bias", "num_batches_tracked")
+_TENSORS = ("input", "running_mean", "running_var", "weight", "bias", "num_batches_tracked", "residual")
 
 
 def batch_norm(
@@ -78,41 +77,36 @@ def batch_norm(
         where input is not dense.
 
     Raises:
-        ValueError: One value per channel in training; eps out of range; only one running statistic given.
-        RuntimeError: Wrong number of elements, dtypes that do not go together, devices mixed.
+        ValueError: One value per channel in training; eps out of range; only one running statistic given; an unknown
+            activation.
+        RuntimeError: Wrong number of elements, dtypes that do not go together, devices mixed; a residual of another
+            shape, dtype or device than input.
         NotImplementedError: Integer or complex input.
         TypeError: An argument that is no tensor or number.
         A failed call leaves running statistics and num_batches_tracked as they were.
 
     Numerics: sums are taken in float32 around a shift (in float64 for float64 input), merged in float64 and in a
-    fixed order: results are bit-equal from run to run and for any number of threads. Differentiable to any order in
-    input, weight and bias.
+    fixed order: results are bit-equal from run to run and for any number of threads. The activation sees the float32
+    value also where output is float16 or bfloat16. Differentiable to any order in input, weight, bias and residual; at
+    an activation's kinks with torch's subgradient.
 
     Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), with torch's conventions.
     """
-    if activation is not None or residual is not None:  # for now: separate operators
-        y = batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked=num_batches_tracked,
-        )
-        return _activate(  # type: ignore[no-any-return]
-            y if residual is None else y + residual, resolve(activation)
-        )
+    name, parameter = (None, 0.0) if activation is None else resolve(activation)
     arguments = (input, running_mean, running_var, weight, bias)
-    if is_compiling() or has_torch_function_variadic(*arguments):
+    if is_compiling() or has_torch_function_variadic(*arguments, residual):
         through_dispatcher: Callable[..., Tensor] = torch.ops.bn_ext.batch_norm
-        return through_dispatcher(*arguments, training, momentum, eps, num_batches_tracked=num_batches_tracked)
+        return through_dispatcher(
+            *(*arguments, training, momentum, eps),
+            num_batches_tracked=num_batches_tracked,
+            residual=residual,
+            activation=name,
+            activation_parameter=parameter,
+        )
     try:
-        return _direct(*arguments, training, momentum, eps, num_batches_tracked)
+        return _direct(*arguments, training, momentum, eps, num_batches_tracked, residual, name, parameter)
     except TypeError as error:
-        tensors = dict(zip(_TENSORS, (*arguments, num_batches_tracked), strict=True))
+        tensors = dict(zip(_TENSORS, (*arguments, num_batches_tracked, residual), strict=True))
         raise (_type_error(tensors, training, momentum, eps) or error) from None
 
 
@@ -127,14 +121,3 @@ def _type_error(tensors: Mapping[str, object], training: object, momentum: objec
         if not isinstance(value, int | float) and (value is not None or name == "eps"):
             return TypeError(f"batch_norm(): argument '{name}' must be float, not {type(value).__name__}")
     return None
-
-
-def _activate(y: Tensor, activation: tuple[str, float] | None) -> Any:
-    if activation is None:
-        return y
-    name, parameter = activation
-    if name in ("leaky_relu", "elu"):
-        return getattr(torch.nn.functional, name)(y, parameter)
-    if name == "gelu_tanh":
-        return torch.nn.functional.gelu(y, approximate="tanh")
-    return getattr(torch.nn.functional, name)(y)

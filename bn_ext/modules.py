@@ -19,7 +19,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.activation = resolve(activation)
+        self.activation = None if activation is None else resolve(activation)
 
     def __init_subclass__(cls) -> None:
         """Show the constructor's arguments: those of the torch in use, and activation."""
@@ -30,7 +30,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """torch.nn's, and the activation if there is one."""
-        shown = "" if self.activation is None else f", activation={describe(resolve(self.activation))}"
+        shown = "" if self.activation is None else f", activation={describe(self.activation)}"
         return f"{super().extra_repr()}{shown}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: Activation = None) -> Tensor:

@@ -21,80 +21,153 @@ c10::TypedOperatorHandle<Signature> operator_handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-ThreeTensors dispatch_forward(const BatchNormArguments& a) {
+ThreeTensors dispatch_forward(const BatchNormArguments& a, bool save_mask) {
+  const auto& [name, parameter] = a.activation;
   if (a.training) {
     static const auto op = operator_handle<decltype(batch_norm_forward)>("bn_ext::batch_norm_forward");
-    return op.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked, a.momentum, a.eps);
+    return op.call(a.input,
+                   a.weight,
+                   a.bias,
+                   a.running_mean,
+                   a.running_var,
+                   a.num_batches_tracked,
+                   a.residual,
+                   a.momentum,
+                   a.eps,
+                   name,
+                   parameter,
+                   save_mask);
   }
   static const auto op = operator_handle<decltype(batch_norm_inference)>("bn_ext::batch_norm_inference");
-  return op.call(a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.eps);
+  return op.call(
+      a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.residual, a.eps, name, parameter, save_mask);
 }
 
-ThreeTensors dispatch_backward(const at::Tensor& dy,
-                               const at::Tensor& input,
-                               const OptionalTensor& weight,
-                               const at::Tensor& mean,
-                               const at::Tensor& rstd,
-                               bool training,
-                               std::array<bool, 3> output_mask) {
+OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+FourTensors dispatch_backward(const at::Tensor& dy, const SavedForBackward& s, std::array<bool, 4> output_mask) {
   static const auto op = operator_handle<decltype(batch_norm_backward)>("bn_ext::batch_norm_backward");
-  return op.call(dy, input, weight, mean, rstd, training, output_mask);
+  return op.call(dy,
+                 s.input,
+                 optional(s.weight),
+                 s.saved,
+                 optional(s.residual),
+                 optional(s.mask),
+                 s.training,
+                 s.activation.name,
+                 s.activation.parameter,
+                 output_mask);
 }
 
-// Saved for backward: input, weight and two vectors of statistics.
-void save(AutogradContext* ctx, const BatchNormArguments& args, const at::Tensor& mean, const at::Tensor& rstd) {
-  ctx->save_for_backward({args.input, args.weight.value_or(at::Tensor()), mean, rstd});
+bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// With a residual, one bit per value is all that relu, leaky_relu and relu6 need of it.
+bool wants_mask(const BatchNormArguments& args) {
+  return is_defined(args.residual) && parse(args.activation).kind == ActivationKind::kReluLike;
+}
+
+// Saved for backward: input, weight and vectors of statistics; behind an activation, bias, for derivatives of higher
+// order; and of a residual the mask, or else the residual itself.
+void save(AutogradContext* ctx, const BatchNormArguments& args, const at::Tensor& saved, const at::Tensor& mask) {
+  const bool has_activation = args.activation.name.has_value();
+  const bool has_mask = mask.numel() > 0;
+  const auto if_needed = [](bool needed, const OptionalTensor& tensor) {
+    return needed ? tensor.value_or(at::Tensor()) : at::Tensor();
+  };
+  ctx->save_for_backward({args.input,
+                          args.weight.value_or(at::Tensor()),
+                          if_needed(has_activation && !has_mask, args.bias),
+                          if_needed(has_activation && !has_mask, args.residual),
+                          saved,
+                          has_mask ? mask : at::Tensor()});
   ctx->saved_data["training"] = args.training;
   ctx->saved_data["eps"] = args.eps;
-  ctx->saved_data["has_bias"] = args.bias.has_value() && args.bias->defined();
+  ctx->saved_data["has_bias"] = is_defined(args.bias);
+  ctx->saved_data["has_residual"] = is_defined(args.residual);
+  if (has_activation) {
+    ctx->saved_data["activation"] = std::string(*args.activation.name);
+    ctx->saved_data["activation_parameter"] = args.activation.parameter;
+  }
   ctx->set_materialize_grads(false);
 }
 
-// Gradients of input, weight and bias, followed by undefined ones: `arguments` in all.
+// Gradients of input, weight, bias and residual, followed by undefined ones: `arguments` in all.
 variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size_t arguments) {
   variable_list result(arguments);
   if (!dy.defined()) return result;
   const variable_list saved = ctx->get_saved_variables();
-  const at::Tensor& input = saved[0];
-  const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
-  const bool training = ctx->saved_data["training"].toBool();
+  std::string name;
+  NamedActivation activation{std::nullopt, 0};
+  if (ctx->saved_data.count("activation") > 0) {
+    name = ctx->saved_data["activation"].toStringRef();
+    activation = {name, ctx->saved_data["activation_parameter"].toDouble()};
+  }
+  const SavedForBackward s{saved[0],
+                           saved[1],
+                           saved[2],
+                           saved[3],
+                           saved[4],
+                           saved[5],
+                           ctx->saved_data["training"].toBool(),
+                           ctx->saved_data["eps"].toDouble(),
+                           activation};
   // Absent tensors have no edge.
-  const bool has_bias = ctx->saved_data["has_bias"].toBool();
-  const std::array<bool, 3> mask{ctx->needs_input_grad(0),
-                                 weight.has_value() && ctx->needs_input_grad(1),
-                                 has_bias && ctx->needs_input_grad(weight.has_value() ? 2 : 1)};
-  const bool is_differentiated = at::GradMode::is_enabled() || has_forward_gradient(dy);
-  const auto [dx, dweight, dbias] =
-      is_differentiated
-          ? composed_backward(dy, input, weight, saved[2], saved[3], training, ctx->saved_data["eps"].toDouble(), mask)
-          : dispatch_backward(dy, input, weight, saved[2], saved[3], training, mask);
-  if (mask[0]) result[0] = dx;
-  if (mask[1]) result[1] = dweight.view_as(*weight);
-  if (mask[2]) result[2] = dbias;
+  size_t edge = 0;
+  const auto is_wanted = [&](bool exists) { return exists && ctx->needs_input_grad(edge++); };
+  std::array<bool, 4> wanted{};
+  wanted[0] = is_wanted(true);
+  wanted[1] = is_wanted(s.weight.defined());
+  wanted[2] = is_wanted(ctx->saved_data["has_bias"].toBool());
+  wanted[3] = is_wanted(ctx->saved_data["has_residual"].toBool());
+  std::array<bool, 4> computed = wanted;
+  if (!activation.name.has_value()) computed[3] = false;  // it is dy
+  if (computed != std::array<bool, 4>{}) {
+    const bool is_differentiated = at::GradMode::is_enabled() || has_forward_gradient(dy);
+    const auto [dx, dweight, dbias, dresidual] =
+        is_differentiated ? composed_backward(dy, s, computed) : dispatch_backward(dy, s, computed);
+    if (computed[0]) result[0] = dx;
+    if (computed[1]) result[1] = dweight.view_as(s.weight);
+    if (computed[2]) result[2] = dbias;
+    if (computed[3]) result[3] = dresidual;
+  }
+  if (wanted[3] && !computed[3]) result[3] = dy;
   return result;
 }
 
+// y, and what batch_norm_repeat needs.
 struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
-  static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& input,
-                            const OptionalTensor& weight,
-                            const OptionalTensor& bias,
-                            const OptionalTensor& running_mean,
-                            const OptionalTensor& running_var,
-                            const OptionalTensor& num_batches_tracked,
-                            bool training,
-                            std::optional<double> momentum,
-                            double eps) {
+  static variable_list forward(AutogradContext* ctx,
+                               const at::Tensor& input,
+                               const OptionalTensor& weight,
+                               const OptionalTensor& bias,
+                               const OptionalTensor& residual,
+                               const OptionalTensor& running_mean,
+                               const OptionalTensor& running_var,
+                               const OptionalTensor& num_batches_tracked,
+                               bool training,
+                               std::optional<double> momentum,
+                               double eps,
+                               NamedActivation activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const BatchNormArguments args{
-        input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked};
-    const auto [y, mean, rstd] = dispatch_forward(args);
-    save(ctx, args, mean, rstd);
-    return y;
+    const BatchNormArguments args{input,
+                                  running_mean,
+                                  running_var,
+                                  weight,
+                                  bias,
+                                  training,
+                                  momentum,
+                                  eps,
+                                  num_batches_tracked,
+                                  residual,
+                                  activation};
+    const auto [y, saved, mask] = dispatch_forward(args, wants_mask(args));
+    save(ctx, args, saved, mask);
+    ctx->mark_non_differentiable({saved});
+    return {y, saved};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return backward_of_saved(ctx, grads[0], 9);
+    return backward_of_saved(ctx, grads[0], 11);
   }
 };
 
@@ -104,20 +177,26 @@ struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
                                const at::Tensor& input,
                                const OptionalTensor& weight,
                                const OptionalTensor& bias,
+                               const OptionalTensor& residual,
                                const at::Tensor& running_mean,
                                const at::Tensor& running_var,
-                               double eps) {
+                               double eps,
+                               NamedActivation activation,
+                               bool save_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const OptionalTensor mean_given(running_mean), var_given(running_var), no_count;
-    const BatchNormArguments args{input, mean_given, var_given, weight, bias, false, 0.0, eps, no_count};
-    const auto [y, mean, rstd] = dispatch_forward(args);
-    save(ctx, args, mean, rstd);
-    ctx->mark_non_differentiable({mean, rstd});
-    return {y, mean, rstd};
+    const BatchNormArguments args{
+        input, mean_given, var_given, weight, bias, false, 0.0, eps, no_count, residual, activation};
+    const bool needs_mask = wants_mask(args);
+    const auto [y, saved, mask] = dispatch_forward(args, save_mask || needs_mask);
+    save(ctx, args, saved, needs_mask ? mask : at::empty({0}, mask.options()));
+    const at::Tensor mask_asked_for = save_mask ? mask : at::empty({0}, mask.options());
+    ctx->mark_non_differentiable({saved, mask_asked_for});
+    return {y, saved, mask_asked_for};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return backward_of_saved(ctx, grads[0], 6);
+    return backward_of_saved(ctx, grads[0], 9);
   }
 };
 
@@ -126,8 +205,20 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
                                       const OptionalTensor& bias,
                                       const at::Tensor& running_mean,
                                       const at::Tensor& running_var,
-                                      double eps) {
-  const variable_list result = InferenceFunction::apply(input, weight, bias, running_mean, running_var, eps);
+                                      const OptionalTensor& residual,
+                                      double eps,
+                                      OptionalName activation,
+                                      double activation_parameter,
+                                      bool save_mask) {
+  const variable_list result = InferenceFunction::apply(input,
+                                                        weight,
+                                                        bias,
+                                                        residual,
+                                                        running_mean,
+                                                        running_var,
+                                                        eps,
+                                                        NamedActivation{activation, activation_parameter},
+                                                        save_mask);
   return {result[0], result[1], result[2]};
 }
 
@@ -140,6 +231,42 @@ void count_as_changed(const OptionalTensor& tensor) {
   }
 }
 
+// y, and what batch_norm_repeat needs to compute it again, where that is at hand.
+std::tuple<at::Tensor, at::Tensor> run(const BatchNormArguments& a) {
+  check_arguments(a);
+  if (needs_composed(a)) return {composed_batch_norm(a), at::Tensor()};
+  if (at::GradMode::is_enabled()) {
+    check_not_differentiable(a.running_mean, "running_mean");
+    check_not_differentiable(a.running_var, "running_var");
+  }
+  std::tuple<at::Tensor, at::Tensor> result;
+  if (at::GradMode::is_enabled() &&
+      (a.input.requires_grad() || requires_grad(a.weight) || requires_grad(a.bias) || requires_grad(a.residual))) {
+    check_can_be_saved(a.input, "input");
+    check_can_be_saved(a.weight, "weight");
+    check_can_be_saved(a.bias, "bias");
+    check_can_be_saved(a.residual, "residual");
+    const variable_list outputs = BatchNormFunction::apply(a.input,
+                                                           a.weight,
+                                                           a.bias,
+                                                           a.residual,
+                                                           a.running_mean,
+                                                           a.running_var,
+                                                           a.num_batches_tracked,
+                                                           a.training,
+                                                           a.momentum,
+                                                           a.eps,
+                                                           a.activation);
+    result = {outputs[0], outputs[1]};
+  } else {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [y, saved, mask] = dispatch_forward(a, /*save_mask=*/false);
+    result = {y, saved};
+  }
+  if (a.training) count_as_changed(a.num_batches_tracked);
+  return result;
+}
+
 }  // namespace
 
 at::Tensor batch_norm(const at::Tensor& input,
@@ -150,27 +277,46 @@ at::Tensor batch_norm(const at::Tensor& input,
                       bool training,
                       std::optional<double> momentum,
                       double eps,
-                      const OptionalTensor& num_batches_tracked) {
-  const BatchNormArguments args{
-      input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked};
-  check_arguments(args);
-  if (needs_composed(args)) return composed_batch_norm(args);
-  if (at::GradMode::is_enabled()) {
-    check_not_differentiable(running_mean, "running_mean");
-    check_not_differentiable(running_var, "running_var");
-  }
-  at::Tensor y;
-  if (at::GradMode::is_enabled() && (input.requires_grad() || requires_grad(weight) || requires_grad(bias))) {
-    check_can_be_saved(input, "input");
-    check_can_be_saved(weight, "weight");
-    y = BatchNormFunction::apply(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps);
-  } else {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    y = std::get<0>(dispatch_forward(args));
-  }
-  if (training) count_as_changed(num_batches_tracked);
-  return y;
+                      const OptionalTensor& num_batches_tracked,
+                      const OptionalTensor& residual,
+                      OptionalName activation,
+                      double activation_parameter) {
+  return std::get<0>(run({input,
+                          running_mean,
+                          running_var,
+                          weight,
+                          bias,
+                          training,
+                          momentum,
+                          eps,
+                          num_batches_tracked,
+                          residual,
+                          {activation, activation_parameter}}));
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_and_saved(const at::Tensor& input,
+                                                        const OptionalTensor& running_mean,
+                                                        const OptionalTensor& running_var,
+                                                        const OptionalTensor& weight,
+                                                        const OptionalTensor& bias,
+                                                        bool training,
+                                                        std::optional<double> momentum,
+                                                        double eps,
+                                                        const OptionalTensor& num_batches_tracked,
+                                                        const OptionalTensor& residual,
+                                                        OptionalName activation,
+                                                        double activation_parameter) {
+  return run({input,
+              running_mean,
+              running_var,
+              weight,
+              bias,
+              training,
+              momentum,
+              eps,
+              num_batches_tracked,
+              residual,
+              {activation, activation_parameter}});
 }
 
 at::Tensor batch_norm_from_python(const at::Tensor& input,
@@ -181,13 +327,38 @@ at::Tensor batch_norm_from_python(const at::Tensor& input,
                                   bool training,
                                   std::optional<double> momentum,
                                   double eps,
-                                  const OptionalTensor& num_batches_tracked) {
+                                  const OptionalTensor& num_batches_tracked,
+                                  const OptionalTensor& residual,
+                                  OptionalName activation,
+                                  double activation_parameter) {
   if (!torch::jit::tracer::isTracing()) {
-    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked);
+    return batch_norm(input,
+                      running_mean,
+                      running_var,
+                      weight,
+                      bias,
+                      training,
+                      momentum,
+                      eps,
+                      num_batches_tracked,
+                      residual,
+                      activation,
+                      activation_parameter);
   }
   // The tracer records what the dispatcher sees.
   static const auto op = operator_handle<decltype(batch_norm)>("bn_ext::batch_norm");
-  return op.call(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked);
+  return op.call(input,
+                 running_mean,
+                 running_var,
+                 weight,
+                 bias,
+                 training,
+                 momentum,
+                 eps,
+                 num_batches_tracked,
+                 residual,
+                 activation,
+                 activation_parameter);
 }
 
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) { m.impl("batch_norm", &batch_norm); }

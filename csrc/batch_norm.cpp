@@ -5,6 +5,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include "activation.h"
 #include "checks.h"
 #include "cpu/batch_norm_cpu.h"
 #include "cuda/batch_norm_cuda.h"
@@ -87,47 +88,77 @@ bool kernels_can_count(const at::Tensor& count, const at::Tensor& x) {
   return count.scalar_type() == at::kLong && count.numel() == 1 && count.device() == x.device();
 }
 
-// Both forward passes. What can fail for a bad argument comes before the back-end writes anything.
-ThreeTensors forward(const at::Tensor& input,
-                     const ChannelVector& weight,
-                     const ChannelVector& bias,
-                     const ChannelVector& running_mean,
-                     const ChannelVector& running_var,
-                     const OptionalTensor& num_batches_tracked,
-                     bool training,
-                     std::optional<double> momentum,
-                     double eps) {
-  const at::MemoryFormat format = input.suggest_memory_format();
-  const at::Tensor x = input.contiguous(format);
-  const at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
-  const auto options = x.options().dtype(accumulate_type_of(x.scalar_type()));
-  const at::Tensor mean = at::empty({x.size(1)}, options);
-  const at::Tensor rstd = at::empty({x.size(1)}, options);
-  const bool is_tracked = num_batches_tracked.has_value() && num_batches_tracked->defined();
-  const bool counted_by_torch =
-      training && is_tracked && (x.numel() == 0 || !kernels_can_count(*num_batches_tracked, x));
-  if (counted_by_torch && !momentum.has_value()) momentum = 1.0 / (num_batches_tracked->item<double>() + 1);
-  if (counted_by_torch) num_batches_tracked->add_(1);
-  if (x.numel() == 0) return {y, mean.zero_(), rstd.zero_()};
+// (4, C) of the accumulate type, see batch_norm.h.
+struct Saved {
+  at::Tensor tensor;
+
+  void* row(int64_t i) const {
+    return static_cast<char*>(tensor.data_ptr()) + i * tensor.size(1) * int64_t(tensor.element_size());
+  }
+};
+
+// Shape, types, and the tensors that every forward pass reads and writes.
+ForwardParams forward_params(const at::Tensor& x,
+                             at::MemoryFormat format,
+                             const at::Tensor& z,
+                             const Activation& activation,
+                             const at::Tensor& y,
+                             const Saved& saved) {
   ForwardParams p{};
   p.shape = shape_of(x, format);
   p.dtype = dtype_of(x.scalar_type());
-  p.params_dtype = dtype_of(params_type_of(x, {&weight, &bias, &running_mean}));
-  p.training = training;
+  p.activation = activation;
   p.x = x.const_data_ptr();
+  p.z = z.defined() ? z.const_data_ptr() : nullptr;
+  p.y = y.data_ptr();
+  p.mean = saved.row(0);
+  p.rstd = saved.row(1);
+  p.scale = saved.row(2);
+  p.offset = saved.row(3);
+  return p;
+}
+
+at::Tensor contiguous_or_none(const OptionalTensor& tensor, at::MemoryFormat format) {
+  return tensor.has_value() && tensor->defined() ? tensor->contiguous(format) : at::Tensor();
+}
+
+// Both forward passes, of checked arguments. What can fail comes before the back-end writes anything.
+ThreeTensors forward(const BatchNormArguments& a, bool save_mask) {
+  const c10::DeviceGuard guard(a.input.device());  // kernels are launched on the current device
+  const at::MemoryFormat format = a.input.suggest_memory_format();
+  const at::Tensor x = a.input.contiguous(format);
+  const at::Tensor z = contiguous_or_none(a.residual, format);
+  const ChannelVector weight(a.weight), bias(a.bias), running_mean(a.running_mean), running_var(a.running_var);
+  const at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
+  const Saved saved{at::empty({4, x.size(1)}, x.options().dtype(accumulate_type_of(x.scalar_type())))};
+  const at::Tensor mask = at::empty({save_mask ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
+
+  const bool is_tracked = a.num_batches_tracked.has_value() && a.num_batches_tracked->defined();
+  const bool counted_by_torch =
+      a.training && is_tracked && (x.numel() == 0 || !kernels_can_count(*a.num_batches_tracked, x));
+  std::optional<double> momentum = a.momentum;
+  if (counted_by_torch && !momentum.has_value()) momentum = 1.0 / (a.num_batches_tracked->item<double>() + 1);
+  if (counted_by_torch) a.num_batches_tracked->add_(1);
+  if (x.numel() == 0) return {y, saved.tensor.zero_(), mask.zero_()};
+
+  ForwardParams p = forward_params(x, format, z, parse(a.activation), y, saved);
+  p.params_dtype = dtype_of(params_type_of(x, {&weight, &bias, &running_mean}));
+  p.training = a.training;
   p.weight = weight.data();
   p.bias = bias.data();
   p.running_mean = running_mean.data();
   p.running_var = running_var.data();
-  p.num_batches_tracked = is_tracked && !counted_by_torch ? num_batches_tracked->data_ptr<int64_t>() : nullptr;
+  p.num_batches_tracked = is_tracked && !counted_by_torch ? a.num_batches_tracked->data_ptr<int64_t>() : nullptr;
   p.cumulative = !momentum.has_value();
   p.momentum = momentum.value_or(0);
-  p.eps = eps;
-  p.y = y.data_ptr();
-  p.mean = mean.data_ptr();
-  p.rstd = rstd.data_ptr();
+  p.eps = a.eps;
+  p.mask = save_mask ? mask.data_ptr<uint8_t>() : nullptr;
   run_forward(x, p);
-  return {y, mean, rstd};
+  if (a.training) {
+    running_mean.write_back();
+    running_var.write_back();
+  }
+  return {y, saved.tensor, mask};
 }
 
 }  // namespace
@@ -138,17 +169,26 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 const OptionalTensor& running_mean,
                                 const OptionalTensor& running_var,
                                 const OptionalTensor& num_batches_tracked,
+                                const OptionalTensor& residual,
                                 std::optional<double> momentum,
-                                double eps) {
-  check_arguments({input, running_mean, running_var, weight, bias, true, momentum, eps, num_batches_tracked});
-  const c10::DeviceGuard guard(input.device());  // kernels are launched on the current device
-  const ChannelVector mean(running_mean);
-  const ChannelVector var(running_var);
-  const ThreeTensors result =
-      forward(input, ChannelVector(weight), ChannelVector(bias), mean, var, num_batches_tracked, true, momentum, eps);
-  mean.write_back();
-  var.write_back();
-  return result;
+                                double eps,
+                                OptionalName activation,
+                                double activation_parameter,
+                                bool save_mask) {
+  const BatchNormArguments args{input,
+                                running_mean,
+                                running_var,
+                                weight,
+                                bias,
+                                true,
+                                momentum,
+                                eps,
+                                num_batches_tracked,
+                                residual,
+                                {activation, activation_parameter}};
+  check_arguments(args);
+  check_mask(args, save_mask);
+  return forward(args, save_mask);
 }
 
 ThreeTensors batch_norm_inference(const at::Tensor& input,
@@ -156,72 +196,108 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   const OptionalTensor& bias,
                                   const at::Tensor& running_mean,
                                   const at::Tensor& running_var,
-                                  double eps) {
-  check_arguments({input, running_mean, running_var, weight, bias, false, 0.0, eps, std::nullopt});
-  const c10::DeviceGuard guard(input.device());
-  return forward(input,
-                 ChannelVector(weight),
-                 ChannelVector(bias),
-                 ChannelVector(running_mean),
-                 ChannelVector(running_var),
-                 std::nullopt,
-                 false,
-                 0.0,
-                 eps);
+                                  const OptionalTensor& residual,
+                                  double eps,
+                                  OptionalName activation,
+                                  double activation_parameter,
+                                  bool save_mask) {
+  const OptionalTensor mean(running_mean), var(running_var), no_count;
+  const BatchNormArguments args{
+      input, mean, var, weight, bias, false, 0.0, eps, no_count, residual, {activation, activation_parameter}};
+  check_arguments(args);
+  check_mask(args, save_mask);
+  return forward(args, save_mask);
 }
 
-ThreeTensors batch_norm_backward(const at::Tensor& dy,
-                                 const at::Tensor& input,
-                                 const OptionalTensor& weight,
-                                 const at::Tensor& mean,
-                                 const at::Tensor& rstd,
-                                 bool training,
-                                 std::array<bool, 3> output_mask) {
-  check_backward(dy, input, weight, mean, rstd);
+at::Tensor batch_norm_repeat(const at::Tensor& input,
+                             const at::Tensor& saved,
+                             const OptionalTensor& residual,
+                             OptionalName activation,
+                             double activation_parameter) {
+  check_saved(input, saved);
+  check_residual(input, residual);
   const c10::DeviceGuard guard(input.device());
   const at::MemoryFormat format = input.suggest_memory_format();
   const at::Tensor x = input.contiguous(format);
-  const at::Tensor saved_mean = mean.contiguous();
-  const at::Tensor saved_rstd = rstd.contiguous();
+  const at::Tensor z = contiguous_or_none(residual, format);
+  const at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
+  if (x.numel() == 0) return y;
+  ForwardParams p =
+      forward_params(x, format, z, parse({activation, activation_parameter}), y, Saved{saved.contiguous()});
+  p.repeats = true;
+  run_forward(x, p);
+  return y;
+}
+
+FourTensors batch_norm_backward(const at::Tensor& dy,
+                                const at::Tensor& input,
+                                const OptionalTensor& weight,
+                                const at::Tensor& saved,
+                                const OptionalTensor& residual,
+                                const OptionalTensor& mask,
+                                bool training,
+                                OptionalName activation_name,
+                                double activation_parameter,
+                                std::array<bool, 4> output_mask) {
+  const Activation activation = parse({activation_name, activation_parameter});
+  check_backward(dy, input, weight, saved, residual, mask);
+  const c10::DeviceGuard guard(input.device());
+  const at::MemoryFormat format = input.suggest_memory_format();
+  const at::Tensor x = input.contiguous(format);
+  const Saved s{saved.contiguous()};
   const ChannelVector w(weight);
-  const auto options = x.options().dtype(w.defined() ? w.scalar_type() : mean.scalar_type());
+  const auto options = x.options().dtype(w.defined() ? w.scalar_type() : saved.scalar_type());
   const auto vector = [&](bool wanted) { return at::empty({wanted ? x.size(1) : 0}, options); };
-  const at::Tensor dx =
-      output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : at::empty({0}, x.options());
+  const auto like_x = [&](bool wanted) {
+    return wanted ? at::empty(x.sizes(), x.options().memory_format(format)) : at::empty({0}, x.options());
+  };
+  const at::Tensor dx = like_x(output_mask[0]);
   const at::Tensor dweight = vector(output_mask[1]);
   const at::Tensor dbias = vector(output_mask[2]);
-  if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_()};
+  const at::Tensor dz = like_x(output_mask[3]);
+  if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_(), dz};
 
+  const bool is_none = activation.kind == ActivationKind::kNone;
+  const bool has_mask = mask.has_value() && mask->defined();
+  if (is_none && output_mask[3]) dz.copy_(dy);
   const bool is_scalar = is_expanded_scalar(dy);
   const at::Tensor g = is_scalar ? dy : dy.contiguous(format);
+  const at::Tensor z = is_none || has_mask ? at::Tensor() : contiguous_or_none(residual, format);
   BackwardParams p{};
   p.shape = shape_of(x, format);
   p.dtype = dtype_of(x.scalar_type());
   p.params_dtype = dtype_of(dweight.scalar_type());
   p.training = training;
+  p.activation = activation;
   p.dy = g.const_data_ptr();
   p.dy_is_scalar = is_scalar;
   p.x = x.const_data_ptr();
-  p.weight = w.data();
-  p.mean = saved_mean.const_data_ptr();
-  p.rstd = saved_rstd.const_data_ptr();
+  p.z = z.defined() ? z.const_data_ptr() : nullptr;
+  p.mask = has_mask && !is_none ? mask->const_data_ptr<uint8_t>() : nullptr;
+  p.mean = s.row(0);
+  p.rstd = s.row(1);
+  p.scale = s.row(2);
+  p.offset = s.row(3);
   p.dx = output_mask[0] ? dx.data_ptr() : nullptr;
+  p.dz = output_mask[3] && !is_none ? dz.data_ptr() : nullptr;
   p.dweight = output_mask[1] ? dweight.data_ptr() : nullptr;
   p.dbias = output_mask[2] ? dbias.data_ptr() : nullptr;
   run_backward(x, p);
-  return {dx, dweight, dbias};
+  return {dx, dweight, dbias, dz};
 }
 
 // The same host code serves both devices; run_forward and run_backward choose the back-end.
 TORCH_LIBRARY_IMPL(bn_ext, CPU, m) {
   m.impl("batch_norm_forward", &batch_norm_forward);
   m.impl("batch_norm_inference", &batch_norm_inference);
+  m.impl("batch_norm_repeat", &batch_norm_repeat);
   m.impl("batch_norm_backward", &batch_norm_backward);
 }
 
 TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {
   m.impl("batch_norm_forward", &batch_norm_forward);
   m.impl("batch_norm_inference", &batch_norm_inference);
+  m.impl("batch_norm_repeat", &batch_norm_repeat);
   m.impl("batch_norm_backward", &batch_norm_backward);
 }
 

@@ -5,23 +5,35 @@
 
 #include <array>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 namespace bn_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using OptionalName = std::optional<std::string_view>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Training: y, and mean and rstd of the batch, (C,), float64 for float64 input, else float32. Updates the running
-// statistics and num_batches_tracked in place. An empty batch only raises num_batches_tracked.
+// Activations are given by name and parameter; see activation.h. `saved` is (4, C), float64 for float64 input, else
+// float32: mean and rstd of what input was normalised with, and scale and offset, with which
+// y = activation((input - mean) * scale + offset + residual).
+
+// Training: y, saved, mask. Updates the running statistics and num_batches_tracked in place. An empty batch only raises
+// num_batches_tracked. mask tells where relu, leaky_relu or relu6 let values pass, one bit each (params.h); it is empty
+// unless save_mask.
 ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 const OptionalTensor& weight,
                                 const OptionalTensor& bias,
                                 const OptionalTensor& running_mean,
                                 const OptionalTensor& running_var,
                                 const OptionalTensor& num_batches_tracked,
+                                const OptionalTensor& residual,
                                 std::optional<double> momentum,
-                                double eps);
+                                double eps,
+                                OptionalName activation,
+                                double activation_parameter,
+                                bool save_mask);
 
 // Eval: the same of the running statistics; writes nothing else.
 ThreeTensors batch_norm_inference(const at::Tensor& input,
@@ -29,16 +41,30 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   const OptionalTensor& bias,
                                   const at::Tensor& running_mean,
                                   const at::Tensor& running_var,
-                                  double eps);
+                                  const OptionalTensor& residual,
+                                  double eps,
+                                  OptionalName activation,
+                                  double activation_parameter,
+                                  bool save_mask);
 
-// dx, dweight, dbias where `output_mask` says so, else an empty tensor. mean and rstd are those that forward returned.
-// dweight and dbias have weight's dtype; without a weight, that of mean.
-ThreeTensors batch_norm_backward(const at::Tensor& dy,
-                                 const at::Tensor& input,
-                                 const OptionalTensor& weight,
-                                 const at::Tensor& mean,
-                                 const at::Tensor& rstd,
-                                 bool training,
-                                 std::array<bool, 3> output_mask);
+// y of either once more, bit-equal, from what it saved.
+at::Tensor batch_norm_repeat(const at::Tensor& input,
+                             const at::Tensor& saved,
+                             const OptionalTensor& residual,
+                             OptionalName activation,
+                             double activation_parameter);
+
+// dx, dweight, dbias, dresidual where `output_mask` says so, else an empty tensor. dweight and dbias have weight's
+// dtype; without a weight, that of saved. With a mask the residual is not needed.
+FourTensors batch_norm_backward(const at::Tensor& dy,
+                                const at::Tensor& input,
+                                const OptionalTensor& weight,
+                                const at::Tensor& saved,
+                                const OptionalTensor& residual,
+                                const OptionalTensor& mask,
+                                bool training,
+                                OptionalName activation,
+                                double activation_parameter,
+                                std::array<bool, 4> output_mask);
 
 }  // namespace bn_ext

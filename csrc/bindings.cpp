@@ -10,26 +10,38 @@ TORCH_LIBRARY(bn_ext, m) {
   m.def(
       "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None, "
       "Tensor? bias=None, bool training=False, float? momentum=0.1, float eps=1e-05, *, "
-      "Tensor(c!)? num_batches_tracked=None) -> Tensor",
+      "Tensor(c!)? num_batches_tracked=None, Tensor? residual=None, str? activation=None, "
+      "float activation_parameter=0.0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
-      "-> (Tensor y, Tensor mean, Tensor rstd)",
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, "
+      "str? activation=None, float activation_parameter=0.0, bool save_mask=False) "
+      "-> (Tensor y, Tensor saved, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+      "Tensor? residual, float eps, str? activation=None, float activation_parameter=0.0, bool save_mask=False) "
+      "-> (Tensor y, Tensor saved, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor mean, Tensor rstd, bool training, "
-      "bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      "batch_norm_repeat(Tensor input, Tensor saved, Tensor? residual, str? activation=None, "
+      "float activation_parameter=0.0) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor saved, Tensor? residual, Tensor? mask, "
+      "bool training, str? activation, float activation_parameter, bool[4] output_mask) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
       {at::Tag::pt2_compliant_tag});
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("batch_norm",
-        torch::wrap_pybind_function_no_gil(bn_ext::batch_norm_from_python),
+namespace {
+
+// The two functions of one signature, called without the dispatcher's search for an overload.
+template <typename Function>
+void define(py::module_& m, const char* name, Function function) {
+  m.def(name,
+        torch::wrap_pybind_function_no_gil(function),
         py::arg("input"),
         py::arg("running_mean"),
         py::arg("running_var"),
@@ -38,6 +50,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("training").noconvert(),
         py::arg("momentum"),
         py::arg("eps"),
-        py::arg("num_batches_tracked"));
+        py::arg("num_batches_tracked"),
+        py::arg("residual"),
+        py::arg("activation"),
+        py::arg("activation_parameter"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  define(m, "batch_norm", bn_ext::batch_norm_from_python);
+  define(m, "batch_norm_and_saved", bn_ext::batch_norm_and_saved);
   m.def("instruction_set", &bn_ext::cpu::instruction_set);
 }

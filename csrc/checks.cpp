@@ -103,6 +103,8 @@ void check_arguments(const BatchNormArguments& args) {
   check_channel_vector(args.input, args.running_var, "running_var", shared);
   check_channel_vector(args.input, args.weight, "weight", shared);
   check_channel_vector(args.input, args.bias, "bias", shared);
+  check_residual(args.input, args.residual);
+  parse(args.activation);
 }
 
 void check_not_differentiable(const OptionalTensor& tensor, const char* name) {
@@ -120,32 +122,70 @@ void check_can_be_saved(const OptionalTensor& tensor, const char* name) {
               ")");
 }
 
+void check_residual(const at::Tensor& input, const OptionalTensor& residual) {
+  if (!is_defined(residual)) return;
+  bool is_alike = residual->dim() == input.dim();
+  for (int64_t i = 0; is_alike && i < input.dim(); ++i) {
+    is_alike = TORCH_GUARD_OR_TRUE(residual->sym_size(i).sym_eq(input.sym_size(i)));
+  }
+  TORCH_CHECK(is_alike, "residual must have the shape of input ", input.sym_sizes(), ", got ", residual->sym_sizes());
+  TORCH_CHECK(residual->scalar_type() == input.scalar_type() && residual->device() == input.device(),
+              "residual must have the dtype and device of input (",
+              input.scalar_type(),
+              ", ",
+              input.device(),
+              "), got ",
+              residual->scalar_type(),
+              ", ",
+              residual->device());
+}
+
+void check_mask(const BatchNormArguments& args, bool save_mask) {
+  TORCH_CHECK(!save_mask || parse(args.activation).kind == ActivationKind::kReluLike,
+              "save_mask goes with the activations relu, leaky_relu and relu6, got ",
+              args.activation.name.value_or("None"));
+}
+
+void check_saved(const at::Tensor& input, const at::Tensor& saved) {
+  check_dimensions(input);
+  check_input_dtype(input);
+  const at::ScalarType type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK(saved.dim() == 2 && saved.size(0) == 4 && saved.size(1) == input.size(1) && saved.scalar_type() == type &&
+                  saved.device() == input.device(),
+              "saved must be what the forward pass returned, (4, ",
+              input.size(1),
+              ") of ",
+              type,
+              " on ",
+              input.device(),
+              ", got ",
+              saved.sizes(),
+              " of ",
+              saved.scalar_type(),
+              " on ",
+              saved.device());
+}
+
 void check_backward(const at::Tensor& dy,
                     const at::Tensor& input,
                     const OptionalTensor& weight,
-                    const at::Tensor& mean,
-                    const at::Tensor& rstd) {
-  check_dimensions(input);
-  check_input_dtype(input);
+                    const at::Tensor& saved,
+                    const OptionalTensor& residual,
+                    const OptionalTensor& mask) {
+  check_saved(input, saved);
   std::optional<at::ScalarType> shared;
   check_channel_vector(input, weight, "weight", shared);
-  const at::ScalarType type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  for (const at::Tensor* saved : {&mean, &rstd}) {
-    TORCH_CHECK(saved->numel() == input.size(1) && saved->scalar_type() == type && saved->device() == input.device(),
-                saved == &mean ? "mean" : "rstd",
-                " must be what batch_norm_forward returned, ",
-                input.size(1),
-                " values of ",
-                type,
-                " on ",
-                input.device(),
-                ", got ",
-                saved->numel(),
-                " of ",
-                saved->scalar_type(),
-                " on ",
-                saved->device());
-  }
+  check_residual(input, residual);
+  TORCH_CHECK(!is_defined(mask) || (mask->scalar_type() == at::kByte && mask->is_contiguous() &&
+                                    mask->numel() == mask_bytes(input.numel()) && mask->device() == input.device()),
+              "mask must be what the forward pass returned, ",
+              mask_bytes(input.numel()),
+              " bytes on ",
+              input.device(),
+              ", got ",
+              is_defined(mask) ? mask->numel() : 0,
+              " of ",
+              is_defined(mask) ? mask->scalar_type() : at::kByte);
   TORCH_CHECK(
       dy.sizes() == input.sizes(), "grad_output must have the shape of input ", input.sizes(), ", got ", dy.sizes());
   TORCH_CHECK(dy.scalar_type() == input.scalar_type() && dy.device() == input.device(),

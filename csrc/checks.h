@@ -5,6 +5,8 @@
 
 #include <optional>
 
+#include "activation.h"
+
 namespace bn_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -19,6 +21,8 @@ struct BatchNormArguments {
   std::optional<double> momentum;
   double eps;
   const OptionalTensor& num_batches_tracked;  // one value, int64 as a rule
+  const OptionalTensor& residual;             // as input
+  NamedActivation activation;
 };
 
 // Throws before anything is written. Works on symbolic sizes too.
@@ -30,11 +34,21 @@ void check_not_differentiable(const OptionalTensor& tensor, const char* name);
 // Throws for a tensor made in inference mode where autograd would have to save it.
 void check_can_be_saved(const OptionalTensor& tensor, const char* name);
 
+// Throws for a residual unlike input.
+void check_residual(const at::Tensor& input, const OptionalTensor& residual);
+
+// Throws where a mask is asked for that this activation does not have.
+void check_mask(const BatchNormArguments& args, bool save_mask);
+
+// Throws for what no forward pass of `input` saved.
+void check_saved(const at::Tensor& input, const at::Tensor& saved);
+
 // The arguments of batch_norm_backward.
 void check_backward(const at::Tensor& dy,
                     const at::Tensor& input,
                     const OptionalTensor& weight,
-                    const at::Tensor& mean,
-                    const at::Tensor& rstd);
+                    const at::Tensor& saved,
+                    const OptionalTensor& residual,
+                    const OptionalTensor& mask);
 
 }  // namespace bn_ext

@@ -17,7 +17,8 @@ bool needs_composed(const BatchNormArguments& args) {
   if (device != at::kCPU && device != at::kCUDA && device != at::kMeta) return true;
   if (args.input.layout() != at::kStrided) return true;  // mkldnn; sparse gets torch's error
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return true;
-  return has_forward_gradient(args.input) || has_forward_gradient(args.weight) || has_forward_gradient(args.bias);
+  return has_forward_gradient(args.input) || has_forward_gradient(args.weight) || has_forward_gradient(args.bias) ||
+         has_forward_gradient(args.residual);
 }
 
 at::Tensor composed_batch_norm(const BatchNormArguments& args) {
@@ -26,55 +27,62 @@ at::Tensor composed_batch_norm(const BatchNormArguments& args) {
   if (is_counted) args.num_batches_tracked->add_(1);
   try {
     const bool is_cumulative = is_counted && !args.momentum.has_value();
-    return at::batch_norm(args.input,
-                          args.weight,
-                          args.bias,
-                          args.running_mean,
-                          args.running_var,
-                          args.training,
-                          is_cumulative ? 1.0 / args.num_batches_tracked->item<double>() : args.momentum.value_or(0),
-                          args.eps,
-                          at::globalContext().userEnabledCuDNN());
+    const at::Tensor y =
+        at::batch_norm(args.input,
+                       args.weight,
+                       args.bias,
+                       args.running_mean,
+                       args.running_var,
+                       args.training,
+                       is_cumulative ? 1.0 / args.num_batches_tracked->item<double>() : args.momentum.value_or(0),
+                       args.eps,
+                       at::globalContext().userEnabledCuDNN());
+    const bool has_residual = args.residual.has_value() && args.residual->defined();
+    return composed_activation(has_residual ? y + *args.residual : y, parse(args.activation));
   } catch (...) {
     if (is_counted) args.num_batches_tracked->sub_(1);
     throw;
   }
 }
 
-ThreeTensors composed_backward(const at::Tensor& dy,
-                               const at::Tensor& input,
-                               const OptionalTensor& weight,
-                               const at::Tensor& mean,
-                               const at::Tensor& rstd,
-                               bool training,
-                               double eps,
-                               std::array<bool, 3> output_mask) {
+FourTensors composed_backward(const at::Tensor& dy, const SavedForBackward& s, std::array<bool, 4> output_mask) {
+  const at::Tensor& input = s.input;
+  const at::ScalarType type = s.saved.scalar_type();
   std::vector<int64_t> reduced{0};
   std::vector<c10::SymInt> broadcast(static_cast<size_t>(input.dim()), 1);
   broadcast[1] = input.sym_size(1);
   for (int64_t i = 2; i < input.dim(); ++i) reduced.push_back(i);
+  const auto per_channel = [&](const at::Tensor& t) { return t.to(type).reshape_symint(broadcast); };
 
-  const at::Tensor x = input.to(mean.scalar_type());
-  const at::Tensor g = dy.to(mean.scalar_type());
-  const at::Tensor mu = training ? x.mean(reduced, /*keepdim=*/true) : mean.view_symint(broadcast);
+  const at::Tensor x = input.to(type);
+  const at::Tensor mu = s.training ? x.mean(reduced, /*keepdim=*/true) : per_channel(s.saved[0]);
   const at::Tensor centred = x - mu;
   const at::Tensor r =
-      training ? (centred.square().mean(reduced, /*keepdim=*/true) + eps).rsqrt() : rstd.view_symint(broadcast);
+      s.training ? (centred.square().mean(reduced, /*keepdim=*/true) + s.eps).rsqrt() : per_channel(s.saved[1]);
   const at::Tensor xhat = centred * r;
+
+  const Activation activation = parse(s.activation);
+  at::Tensor g = dy.to(type);
+  if (s.mask.defined()) {
+    g = composed_mask_backward(g, s.mask, input, activation);
+  } else if (activation.kind != ActivationKind::kNone) {
+    at::Tensor u = s.weight.defined() ? xhat * per_channel(s.weight) : xhat;
+    if (s.bias.defined()) u = u + per_channel(s.bias);
+    if (s.residual.defined()) u = u + s.residual.to(type);
+    g = composed_activation_backward(g, u, activation);
+  }
 
   at::Tensor dx;
   if (output_mask[0]) {
-    at::Tensor scaled = training ? g - g.mean(reduced, true) - xhat * (g * xhat).mean(reduced, true) : g;
+    at::Tensor scaled = s.training ? g - g.mean(reduced, true) - xhat * (g * xhat).mean(reduced, true) : g;
     scaled = scaled * r;
-    if (weight.has_value() && weight->defined()) {
-      scaled = scaled * weight->to(mean.scalar_type()).reshape_symint(broadcast);
-    }
+    if (s.weight.defined()) scaled = scaled * per_channel(s.weight);
     dx = scaled.to(input.scalar_type());
   }
-  const auto type = weight.has_value() && weight->defined() ? weight->scalar_type() : mean.scalar_type();
-  const at::Tensor dweight = output_mask[1] ? (g * xhat).sum(reduced).to(type) : at::Tensor();
-  const at::Tensor dbias = output_mask[2] ? g.sum(reduced).to(type) : at::Tensor();
-  return {dx, dweight, dbias};
+  const auto params_type = s.weight.defined() ? s.weight.scalar_type() : type;
+  const at::Tensor dweight = output_mask[1] ? (g * xhat).sum(reduced).to(params_type) : at::Tensor();
+  const at::Tensor dbias = output_mask[2] ? g.sum(reduced).to(params_type) : at::Tensor();
+  return {dx, dweight, dbias, output_mask[3] ? g.to(input.scalar_type()) : at::Tensor()};
 }
 
 }  // namespace bn_ext

@@ -18,15 +18,21 @@ bool has_forward_gradient(const OptionalTensor& tensor);
 bool needs_composed(const BatchNormArguments& args);
 at::Tensor composed_batch_norm(const BatchNormArguments& args);
 
+// What a backward pass knows of its forward pass: undefined where there is none, or it is not needed.
+struct SavedForBackward {
+  at::Tensor input;
+  at::Tensor weight;
+  at::Tensor bias;
+  at::Tensor residual;
+  at::Tensor saved;  // see batch_norm.h
+  at::Tensor mask;
+  bool training;
+  double eps;
+  NamedActivation activation;
+};
+
 // The backward pass in differentiable operators, for create_graph=True: derivatives of any order follow from it.
-// Statistics are computed from input again, so that they are differentiated too. `mean` and `rstd`: eval's.
-ThreeTensors composed_backward(const at::Tensor& dy,
-                               const at::Tensor& input,
-                               const OptionalTensor& weight,
-                               const at::Tensor& mean,
-                               const at::Tensor& rstd,
-                               bool training,
-                               double eps,
-                               std::array<bool, 3> output_mask);
+// Statistics are computed from input again, so that they are differentiated too; eval's are the saved ones.
+FourTensors composed_backward(const at::Tensor& dy, const SavedForBackward& saved, std::array<bool, 4> output_mask);
 
 }  // namespace bn_ext

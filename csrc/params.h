@@ -18,14 +18,43 @@ struct Shape {
   constexpr int64_t numel() const { return n * c * s; }
 };
 
-// Per-channel vectors are (C,), contiguous. "params" are weight, bias, running_mean and running_var.
-// mean and rstd are float64 for float64 activations, else float32; dweight and dbias have the params dtype.
+// What is applied to a normalised value, the residual added. kNone leaves it as it is.
+enum class ActivationKind : int {
+  kNone,
+  kReluLike,  // relu, leaky_relu, relu6: see `slope` and `upper` in activation.inl
+  kElu,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kHardswish,
+  kSigmoid,
+  kTanh,
+  kMish,
+};
+
+struct Activation {
+  ActivationKind kind;
+  double alpha;  // kReluLike: slope where a value does not pass; kElu: its alpha
+  double upper;  // kReluLike: values that great do not pass either; NaN: none is too great
+};
+
+// A mask has one bit per value, in the order in which they lie in memory: bit i % 8 of byte i / 8, one where the value
+// passed. The bytes are as many as this, so that any bit may be read with the three bytes behind it.
+constexpr int64_t mask_bytes(int64_t numel) { return numel / 8 + 4; }
+
+// u = (x - mean) * scale + offset, y = activation(u + z); scale = rstd * weight, and offset is bias, corrected for the
+// rounding of mean. Per-channel vectors are (C,), contiguous. "params" are weight, bias, running_mean and running_var.
+// "saved" are mean, rstd, scale and offset, float64 for float64 activations, else float32. dweight and dbias have the
+// params dtype.
 struct ForwardParams {
   Shape shape;
-  DType dtype;                   // of x and y
-  DType params_dtype;            // of params
-  bool training;                 // statistics of the batch; false: running statistics
-  const void* x;                 // activation
+  DType dtype;         // of x, y and z
+  DType params_dtype;  // of params
+  bool training;       // statistics of the batch; false: running statistics
+  bool repeats;        // y once more, from saved: then they are read, and of params nothing is looked at
+  Activation activation;
+  const void* x;                 // activation tensor
+  const void* z;                 // residual, activation tensor; null: none
   const void* weight;            // params dtype; null: 1
   const void* bias;              // params dtype; null: 0
   void* running_mean;            // params dtype; null: not tracked. Written only in training
@@ -34,25 +63,37 @@ struct ForwardParams {
   bool cumulative;               // running statistics are the mean over all batches (momentum=None)
   double momentum;               // weight of this batch in the running statistics; unused if cumulative
   double eps;
-  void* y;     // activation
-  void* mean;  // (C,), what y was normalised with
-  void* rstd;  // (C,), 1 / sqrt(var + eps)
+  void* y;        // activation tensor
+  void* mean;     // saved
+  void* rstd;     // saved, 1 / sqrt(var + eps)
+  void* scale;    // saved
+  void* offset;   // saved
+  uint8_t* mask;  // mask_bytes(numel), kReluLike; null: not wanted
 };
 
+// g = dy * activation'(u + z), which takes the place of dy in the formulas; dz = g.
 struct BackwardParams {
   Shape shape;
-  DType dtype;         // of dy, x and dx
-  DType params_dtype;  // of weight, dweight and dbias
+  DType dtype;         // of dy, x, z, dx and dz
+  DType params_dtype;  // of dweight and dbias
   bool training;       // mean and rstd depend on x
-  const void* dy;      // activation, or a single element where dy_is_scalar
-  bool dy_is_scalar;   // dy is one value expanded to the whole shape, as y.sum().backward() makes it
-  const void* x;       // activation
-  const void* weight;  // params dtype; null: 1
-  const void* mean;    // (C,), saved by the forward pass
-  const void* rstd;    // (C,), saved by the forward pass
-  void* dx;            // activation; null: not wanted
-  void* dweight;       // params dtype; null: not wanted
-  void* dbias;         // params dtype; null: not wanted
+  Activation activation;
+  const void* dy;       // activation tensor, or a single element where dy_is_scalar
+  bool dy_is_scalar;    // dy is one value expanded to the whole shape, as y.sum().backward() makes it
+  const void* x;        // activation tensor
+  const void* z;        // activation tensor; null: there was no residual, or it is not needed
+  const uint8_t* mask;  // of the forward pass; null: activation' is computed from u + z
+  const void* mean;     // saved
+  const void* rstd;     // saved
+  const void* scale;    // saved
+  const void* offset;   // saved
+  void* dx;             // activation tensor; null: not wanted
+  void* dz;             // activation tensor; null: not wanted
+  void* dweight;        // params dtype; null: not wanted
+  void* dbias;          // params dtype; null: not wanted
+
+  constexpr bool needs_sums() const { return dweight || dbias || (dx && training); }
+  constexpr bool needs_u() const { return activation.kind != ActivationKind::kNone && mask == nullptr; }
 };
 
 }  // namespace bn_ext

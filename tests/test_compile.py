@@ -166,7 +166,7 @@ SAMPLES: dict[str, Any] = {
 
 def inner_arguments(values: dict[str, Any], training: bool) -> dict[str, Any]:
     """Of bn_ext::batch_norm_forward or batch_norm_inference: those of the outer operator that they have."""
-    values = {"momentum": 0.1} | values
+    values = {"momentum": 0.1, "residual": None} | values
     unwanted = ("training",) if training else ("training", "momentum", "num_batches_tracked")
     return {name: value for name, value in values.items() if name not in unwanted}
 
@@ -177,13 +177,25 @@ def test_opcheck(sample: str, training: bool) -> None:
     values = arguments(training, **SAMPLES[sample]())
     ops = torch.ops.bn_ext
     torch.library.opcheck(ops.batch_norm.default, (), values)
+    torch.library.opcheck(
+        ops.batch_norm.default, (), values | {"activation": "relu", "residual": values["input"].cos()}
+    )
     values = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
     inner = ops.batch_norm_forward.default if training else ops.batch_norm_inference.default
     torch.library.opcheck(inner, (), inner_arguments(values, training))
     x, w = values["input"], values["weight"]
-    _, mean, rstd = inner(**inner_arguments(values, training))
-    for mask in ([True, w is not None, True], [True, False, False], [False, False, True]):
-        torch.library.opcheck(ops.batch_norm_backward.default, (torch.rand_like(x), x, w, mean, rstd, training, mask))
+    residual, dy = torch.rand_like(x), torch.rand_like(x)
+    for activation, save_mask in ((None, False), ("relu", False), ("leaky_relu", True), ("silu", False)):
+        named = (activation, 0.2)
+        forward = inner_arguments(values, training) | dict(
+            residual=residual, activation=activation, activation_parameter=0.2, save_mask=save_mask
+        )
+        torch.library.opcheck(inner, (), forward)
+        _, saved, mask = inner(**forward)
+        torch.library.opcheck(ops.batch_norm_repeat.default, (x, saved, residual, *named))
+        for wanted in ([True, w is not None, True, True], [True, False, False, False], [False, False, True, False]):
+            backward = (dy, x, w, saved, residual, mask if save_mask else None, training, *named, wanted)
+            torch.library.opcheck(ops.batch_norm_backward.default, backward)
 
 
 def test_opcheck_without_statistics() -> None:

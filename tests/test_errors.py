@@ -197,24 +197,65 @@ def test_a_failed_call_leaves_everything_as_it_was(device: str, name: str, momen
         assert torch.equal(value, before[key]), key
 
 
+SAVED = torch.ones(4, 3)
+
+
 @pytest.mark.parametrize(
-    ("dy", "weight", "mean", "words"),
+    ("changes", "words"),
     [
-        (X[:2], None, vector(), "grad_output must have the shape of input"),
-        (X.double(), None, vector(), "grad_output must have the dtype and device of input"),
+        ({"dy": X[:2]}, "grad_output must have the shape of input"),
+        ({"dy": X.double()}, "grad_output must have the dtype and device of input"),
         (
-            X,
-            None,
-            vector(1),
-            "mean must be what batch_norm_forward returned, 3 values of Float on DEVICE, got 1 of Float",
+            {"saved": torch.ones(4, 1)},
+            r"saved must be what the forward pass returned, \(4, 3\) of Float on DEVICE, got \[4, 1\] of Float",
         ),
-        (X, None, vector().double(), "mean must be what .* got 3 of Double"),
-        (X, vector(2), vector(), "weight should contain 3 elements not 2"),
+        ({"saved": SAVED.double()}, "saved must be what .* of Double"),
+        ({"weight": vector(2)}, "weight should contain 3 elements not 2"),
+        ({"residual": X[:2]}, "residual must have the shape of input"),
+        ({"mask": torch.zeros(3, dtype=torch.uint8)}, "mask must be what the forward pass returned, .* got 3 of Byte"),
+        ({"activation": "foo"}, "activation must be relu, .*, got foo"),
     ],
 )
-def test_inner_backward(
-    device: str, dy: torch.Tensor, weight: torch.Tensor | None, mean: torch.Tensor, words: str
-) -> None:
-    tensors = on(device, (dy, X, weight, mean, vector()))
-    with pytest.raises(RuntimeError, match=words.replace("DEVICE", str(tensors[1].device))):
-        torch.ops.bn_ext.batch_norm_backward(*tensors, True, [True, False, False])
+def test_inner_backward(device: str, changes: dict[str, Any], words: str) -> None:
+    arguments = {"dy": X, "input": X, "weight": None, "saved": SAVED, "residual": None, "mask": None}
+    arguments |= {
+        "training": True,
+        "activation": None,
+        "activation_parameter": 0.0,
+        "output_mask": [True, *[False] * 3],
+    }
+    arguments |= changes
+    arguments |= zip(("dy", "input"), on(device, (arguments["dy"], arguments["input"])), strict=True)
+    for name in ("weight", "saved", "residual", "mask"):
+        arguments[name] = on(device, (arguments[name],))[0]
+    with pytest.raises((RuntimeError, ValueError), match=words.replace("DEVICE", str(arguments["input"].device))):
+        torch.ops.bn_ext.batch_norm_backward(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"residual": X[:2]}, r"residual must have the shape of input \[.*\], got \[2, "),
+        ({"residual": X[:, :, :1]}, "residual must have the shape of input"),
+        (
+            {"residual": X.bfloat16()},
+            r"residual must have the dtype and device of input \(Float, DEVICE\), got BFloat16",
+        ),
+        ({"residual": 3}, "argument 'residual' must be Tensor, not int"),
+        ({"activation": "foo"}, "activation must be None, one of relu, .* got 'foo'"),
+        ({"activation": nn.Softmax(1)}, "activation must be .* got 'torch.nn.modules.activation.Softmax'"),
+        ({"activation": ("relu", 1.0)}, "activation 'relu' has no parameter, got 1.0"),
+        ({"activation": 3}, "activation must be None, one of relu, .* got 3"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_activation_and_residual(device: str, changes: dict[str, Any], words: str, training: bool) -> None:
+    """One sentence, and nothing has changed."""
+    module = bn_ext.BatchNorm2d(3, device=device).train(training)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    (x,) = on(device, (X,))
+    arguments = dict(zip(changes, on(device, tuple(changes.values())), strict=True))
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=words.replace("DEVICE", str(x.device))):
+        module(x, **arguments)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <cstring>
 #include <memory>
 
 #include "channel.h"
@@ -88,17 +89,21 @@ void run_stages(const P& p, int64_t numel, const S& stages) {
   });
 }
 
+bool needs_sums(const ForwardParams& p) { return p.training && !p.repeats; }
+
 template <typename T, typename P>
 void forward(const ForwardParams& p, const P& partition) {
   using A = acc_t<T>;
   const auto& kernels = kernels_for<T>(partition);
   const T* x = static_cast<const T*>(p.x);
-  T* y = static_cast<T*>(p.y);
-  Partials<Moments> partials(partition, p.training);
+  const bool has_sums = needs_sums(p);
+  Partials<Moments> partials(partition, has_sums);
   ColumnVectors<A> vectors(partition, 3);
-  const ApplyCoefficients<A> k{vectors[0], vectors[1], vectors[2]};
+  const ApplyArguments<T> arguments{
+      x, static_cast<const T*>(p.z), static_cast<T*>(p.y), p.mask, p.activation, {vectors[0], vectors[1], vectors[2]}};
   // Nothing was written so far, and nothing fails from here on.
-  if (p.training && p.num_batches_tracked != nullptr) ++*p.num_batches_tracked;
+  if (p.mask != nullptr) std::memset(p.mask, 0, static_cast<size_t>(mask_bytes(p.shape.numel())));
+  if (has_sums && p.num_batches_tracked != nullptr) ++*p.num_batches_tracked;
   const double momentum = p.cumulative && p.num_batches_tracked ? 1.0 / double(*p.num_batches_tracked) : p.momentum;
 
   const auto sum = [&](int64_t group, int64_t segment) {
@@ -111,84 +116,87 @@ void forward(const ForwardParams& p, const P& partition) {
   };
   const auto finalise = [&](int64_t c_begin, int64_t c_end) {
     const double count =
-        p.training
-            ? merge_segments(partition, columns_begin(partition, c_begin), columns_end(partition, c_end), partials)
-            : 0;
+        has_sums ? merge_segments(partition, columns_begin(partition, c_begin), columns_end(partition, c_end), partials)
+                 : 0;
     for (int64_t c = c_begin; c < c_end; ++c) {
-      const Affine affine =
-          p.training ? affine_of_batch<A>(p, c, batch_moments(c, count), momentum) : affine_of_running(p, c);
-      static_cast<A*>(p.mean)[c] = static_cast<A>(affine.mean);
-      static_cast<A*>(p.rstd)[c] = static_cast<A>(affine.rstd);
+      const ChannelAffine<A> affine = has_sums    ? affine_of_batch<A>(p, c, batch_moments(c, count), momentum)
+                                      : p.repeats ? affine_of_saved<A>(p, c)
+                                                  : affine_of_running<A>(p, c);
+      if (!p.repeats) {
+        static_cast<A*>(p.mean)[c] = affine.mean;
+        static_cast<A*>(p.rstd)[c] = affine.rstd;
+        static_cast<A*>(p.scale)[c] = affine.scale;
+        static_cast<A*>(p.offset)[c] = affine.offset;
+      }
       for_each_column(partition, c, [&](int64_t column) {
-        vectors[0][column] = static_cast<A>(affine.mean);
-        vectors[1][column] = static_cast<A>(affine.scale);
-        vectors[2][column] = static_cast<A>(affine.offset);
+        vectors[0][column] = affine.mean;
+        vectors[1][column] = affine.scale;
+        vectors[2][column] = affine.offset;
       });
     }
   };
-  const auto write = [&](int64_t group, int64_t segment) {
-    kernels.apply(partition.range(group, segment), x, false, k, y);
-  };
-  run_stages(partition, p.shape.numel(), Stages{p.training, true, sum, finalise, write});
+  const auto write = [&](int64_t group, int64_t segment) { kernels.apply(partition.range(group, segment), arguments); };
+  run_stages(partition, p.shape.numel(), Stages{has_sums, true, sum, finalise, write});
 }
-
-bool needs_sums(const BackwardParams& p) { return p.dweight || p.dbias || (p.dx && p.training); }
 
 template <typename T, typename P>
 void backward(const BackwardParams& p, const P& partition) {
   using A = acc_t<T>;
   const auto& kernels = kernels_for<T>(partition);
-  const T* x = static_cast<const T*>(p.x);
-  T* dx = static_cast<T*>(p.dx);
   const std::vector<T> repeated(p.dy_is_scalar ? kMaxRun : 0, *static_cast<const T*>(p.dy));
-  const T* dy = p.dy_is_scalar ? repeated.data() : static_cast<const T*>(p.dy);
-  const bool has_sums = needs_sums(p);
+  const bool has_sums = p.needs_sums();
   Partials<GradSums> partials(partition, has_sums);
-  ColumnVectors<A> vectors(partition, 4);
-  const GradCoefficients<A> k{vectors[0], vectors[1], vectors[2], vectors[3]};
+  ColumnVectors<A> vectors(partition, 5);
+  const GradArguments<T> arguments{p.dy_is_scalar ? repeated.data() : static_cast<const T*>(p.dy),
+                                   p.dy_is_scalar,
+                                   static_cast<const T*>(p.x),
+                                   static_cast<const T*>(p.z),
+                                   p.mask,
+                                   p.activation,
+                                   {vectors[0], vectors[1], vectors[2]},
+                                   p.training,
+                                   vectors[3],
+                                   vectors[4],
+                                   static_cast<T*>(p.dx),
+                                   static_cast<T*>(p.dz)};
   for (int64_t c = 0; c < partition.channels; ++c) {
-    for_each_column(partition, c, [&](int64_t j) { vectors[0][j] = static_cast<const A*>(p.mean)[c]; });
+    for_each_column(partition, c, [&](int64_t column) {
+      vectors[0][column] = static_cast<const A*>(p.mean)[c];
+      vectors[1][column] = static_cast<const A*>(p.scale)[c];
+      vectors[2][column] = static_cast<const A*>(p.offset)[c];
+    });
   }
 
   const auto sum = [&](int64_t group, int64_t segment) {
     GradSums* out = partials.at(segment) + partition.column_begin(group);
-    kernels.grad_sums(partition.range(group, segment), dy, p.dy_is_scalar, x, k.mean, out);
+    kernels.grad_sums(partition.range(group, segment), arguments, out);
   };
   const auto finalise = [&](int64_t c_begin, int64_t c_end) {
-    if (has_sums) {
-      merge_segments(partition, columns_begin(partition, c_begin), columns_end(partition, c_end), partials);
-    }
+    if (!has_sums) return;
+    merge_segments(partition, columns_begin(partition, c_begin), columns_end(partition, c_end), partials);
     for (int64_t c = c_begin; c < c_end; ++c) {
       const double rstd = static_cast<const A*>(p.rstd)[c];
       double sum_dy = 0;
       double sum_dy_xhat = 0;
-      if (has_sums) {
-        for_each_column(partition, c, [&](int64_t column) {
-          sum_dy += partials.at(0)[column].dy;
-          sum_dy_xhat += partials.at(0)[column].dy_centred * rstd;
-        });
-      }
+      for_each_column(partition, c, [&](int64_t column) {
+        sum_dy += partials.at(0)[column].dy;
+        sum_dy_xhat += partials.at(0)[column].dy_centred * rstd;
+      });
       write_param(p.dweight, p.params_dtype, c, sum_dy_xhat);
       write_param(p.dbias, p.params_dtype, c, sum_dy);
-      const double scale = rstd * read_param(p.weight, p.params_dtype, c, 1);
+      const double scale = static_cast<const A*>(p.scale)[c];
       const double count = double(p.shape.values_per_channel());
       for_each_column(partition, c, [&](int64_t column) {
-        if (!p.training) vectors[0][column] = 0;  // done with the mean: dx = dy * scale
-        vectors[1][column] = static_cast<A>(scale);
-        vectors[2][column] = static_cast<A>(-scale * rstd * sum_dy_xhat / count);
-        vectors[3][column] = p.training ? static_cast<A>(-scale * sum_dy / count) : 0;
+        vectors[3][column] = static_cast<A>(-scale * rstd * sum_dy_xhat / count);
+        vectors[4][column] = static_cast<A>(-scale * sum_dy / count);
       });
     }
   };
   const auto write = [&](int64_t group, int64_t segment) {
-    const auto range = partition.range(group, segment);
-    if (p.training) {
-      kernels.grad_input(range, dy, p.dy_is_scalar, x, k, dx);
-    } else {  // x is not looked at: an inf in it must not reach dx
-      kernels.apply(range, dy, p.dy_is_scalar, {k.mean, k.scale, k.offset}, dx);
-    }
+    kernels.grad_input(partition.range(group, segment), arguments);
   };
-  run_stages(partition, p.shape.numel(), Stages{has_sums, dx != nullptr, sum, finalise, write});
+  const bool has_results = p.dx != nullptr || p.dz != nullptr;
+  run_stages(partition, p.shape.numel(), Stages{has_sums, has_results, sum, finalise, write});
 }
 
 // Calls body(T{}, partition) for the tensor's type and layout.
@@ -216,12 +224,13 @@ void dispatch(DType dtype, const Shape& shape, bool has_sums, const Body& body) 
 }  // namespace
 
 void forward(const ForwardParams& p) {
-  dispatch(
-      p.dtype, p.shape, p.training, [&](auto value, const auto& partition) { forward<decltype(value)>(p, partition); });
+  dispatch(p.dtype, p.shape, needs_sums(p), [&](auto value, const auto& partition) {
+    forward<decltype(value)>(p, partition);
+  });
 }
 
 void backward(const BackwardParams& p) {
-  dispatch(p.dtype, p.shape, needs_sums(p), [&](auto value, const auto& partition) {
+  dispatch(p.dtype, p.shape, p.needs_sums(), [&](auto value, const auto& partition) {
     backward<decltype(value)>(p, partition);
   });
 }

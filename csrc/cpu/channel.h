@@ -64,17 +64,24 @@ Moments moments_in_double(const Shape& shape, const T* x, int64_t c, const ToDou
   return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
 }
 
-// What y is made with: mean as the saved one, and offset making up for its rounding.
-struct Affine {
-  double mean;
-  double rstd;
-  double scale;
-  double offset;
+// What a channel's u is made with, in the accumulate type, as it is saved: u = (x - mean) * scale + offset.
+template <typename A>
+struct ChannelAffine {
+  A mean;
+  A rstd;
+  A scale;
+  A offset;
 };
 
-// Training: updates the running statistics of channel c. `momentum` is this batch's weight in them.
 template <typename A>
-Affine affine_of_batch(const ForwardParams& p, int64_t c, const Moments& moments, double momentum) {
+A scale_of(const ForwardParams& p, int64_t c, A rstd) {
+  return static_cast<A>(rstd * read_param(p.weight, p.params_dtype, c, 1));
+}
+
+// Training: updates the running statistics of channel c. `momentum` is this batch's weight in them. The offset makes up
+// for the mean's rounding.
+template <typename A>
+ChannelAffine<A> affine_of_batch(const ForwardParams& p, int64_t c, const Moments& moments, double momentum) {
   const double count = double(p.shape.values_per_channel());
   const double var = moments.m2 / count;
   if (p.running_mean != nullptr) {
@@ -85,17 +92,26 @@ Affine affine_of_batch(const ForwardParams& p, int64_t c, const Moments& moments
     const double old = read_param(p.running_var, p.params_dtype, c, 1);
     write_param(p.running_var, p.params_dtype, c, momentum * (moments.m2 / (count - 1)) + (1 - momentum) * old);
   }
-  const double rstd = 1 / std::sqrt(var + p.eps);
-  const double scale = rstd * read_param(p.weight, p.params_dtype, c, 1);
-  const double mean = static_cast<A>(moments.mean);
-  return {mean, rstd, scale, read_param(p.bias, p.params_dtype, c, 0) - (moments.mean - mean) * scale};
+  const A mean = static_cast<A>(moments.mean);
+  const A rstd = static_cast<A>(1 / std::sqrt(var + p.eps));
+  const A scale = scale_of(p, c, rstd);
+  const double offset = read_param(p.bias, p.params_dtype, c, 0) - (moments.mean - mean) * scale;
+  return {mean, rstd, scale, static_cast<A>(offset)};
 }
 
 // Eval.
-inline Affine affine_of_running(const ForwardParams& p, int64_t c) {
-  const double mean = read_param(p.running_mean, p.params_dtype, c, 0);
-  const double rstd = 1 / std::sqrt(read_param(p.running_var, p.params_dtype, c, 1) + p.eps);
-  return {mean, rstd, rstd * read_param(p.weight, p.params_dtype, c, 1), read_param(p.bias, p.params_dtype, c, 0)};
+template <typename A>
+ChannelAffine<A> affine_of_running(const ForwardParams& p, int64_t c) {
+  const A mean = static_cast<A>(read_param(p.running_mean, p.params_dtype, c, 0));
+  const A rstd = static_cast<A>(1 / std::sqrt(read_param(p.running_var, p.params_dtype, c, 1) + p.eps));
+  return {mean, rstd, scale_of(p, c, rstd), static_cast<A>(read_param(p.bias, p.params_dtype, c, 0))};
+}
+
+// A repeated forward pass.
+template <typename A>
+ChannelAffine<A> affine_of_saved(const ForwardParams& p, int64_t c) {
+  const auto read = [c](const void* saved) { return static_cast<const A*>(saved)[c]; };
+  return {read(p.mean), read(p.rstd), read(p.scale), read(p.offset)};
 }
 
 }  // namespace bn_ext::cpu

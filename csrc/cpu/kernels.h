@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../params.h"
+
 namespace bn_ext::cpu {
 
 // 16-bit floats as they lie in memory; arithmetic happens in float.
@@ -45,7 +47,7 @@ struct RowRange {
   int64_t row_end;
 };
 
-constexpr int64_t kMaxRun = 2048;      // values of a plane that go together: float sums stay short
+constexpr int64_t kMaxRun = 2048;      // adjacent values that go together: float sums stay short, buffers in L1
 constexpr int64_t kMaxColumns = 1024;  // of a RowRange: the accumulators of one range stay in L1
 constexpr int64_t kMaxGroup = 64;      // channels of a PlaneRange
 
@@ -74,32 +76,51 @@ struct GradSums {
   double dy_centred;
 };
 
-// y = (x - mean) * scale + offset, one value of each per channel (planes) or column (rows), indexed by it.
+// u = (x - mean) * scale + offset, one value of each per channel (planes) or column (rows), indexed by it.
 template <typename A>
-struct ApplyCoefficients {
+struct Affine {
   const A* mean;
   const A* scale;
   const A* offset;
 };
 
-// dx = dy * scale + (x - mean) * slope + offset, indexed alike.
-template <typename A>
-struct GradCoefficients {
-  const A* mean;
-  const A* scale;
-  const A* slope;
-  const A* offset;
+// x, y, dy ... are bases of whole tensors, a range says which part.
+
+// y = activation(u + z)
+template <typename T>
+struct ApplyArguments {
+  const T* x;
+  const T* z;  // null: none
+  T* y;
+  uint8_t* mask;  // zeroed; null: not wanted
+  Activation activation;
+  Affine<acc_t<T>> affine;
 };
 
-// x, y, dy and dx are bases of whole tensors, a range says which part. A `..._repeats` tensor is a single value
-// instead, given as kMaxRun copies. Results per channel go to out[channel - c_begin] or out[column - column_begin].
+// g = dy * activation'(u + z). Training: dx = g * scale + (x - mean) * slope + shift; eval: dx = g * scale
+template <typename T>
+struct GradArguments {
+  const T* dy;
+  bool dy_repeats;  // dy is a single value, given as kMaxRun copies
+  const T* x;
+  const T* z;           // null: none, or not needed
+  const uint8_t* mask;  // null: activation' is computed from u + z
+  Activation activation;
+  Affine<acc_t<T>> affine;
+  bool training;
+  const acc_t<T>* slope;  // indexed as affine
+  const acc_t<T>* shift;
+  T* dx;  // null: not wanted
+  T* dz;  // null: not wanted
+};
+
+// Results per channel go to out[channel - c_begin] or out[column - column_begin].
 template <typename T, typename Range>
 struct KernelsOf {
-  using A = acc_t<T>;
   void (*moments)(const Range& range, const T* x, Moments* out);
-  void (*apply)(const Range& range, const T* x, bool x_repeats, const ApplyCoefficients<A>& k, T* y);
-  void (*grad_sums)(const Range& range, const T* dy, bool dy_repeats, const T* x, const A* mean, GradSums* out);
-  void (*grad_input)(const Range& range, const T* dy, bool dy_repeats, const T* x, const GradCoefficients<A>& k, T* dx);
+  void (*apply)(const Range& range, const ApplyArguments<T>& a);
+  void (*grad_sums)(const Range& range, const GradArguments<T>& a, GradSums* out);
+  void (*grad_input)(const Range& range, const GradArguments<T>& a);
 };
 
 template <typename T>

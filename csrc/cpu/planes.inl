@@ -1,5 +1,5 @@
 // Loops over contiguous (N, C, S) tensors: a channel is N runs of S values.
-#include "vector.inl"
+#include "epilogue.inl"
 
 // A mean of deviations that overflows or is NaN cannot serve as a shift: then the values are taken as they are.
 template <typename A>
@@ -67,7 +67,7 @@ static bool plane_moments_around(const PlaneRange& r, const T* x, const acc_t<T>
 template <typename T>
 static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
   using A = acc_t<T>;
-  A shift[kMaxGroup];
+  A shift[kMaxGroup] = {};
   PlaneRange head = r;
   const int64_t left = r.s - r.m_begin % r.s;
   head.m_end = smaller(r.m_end, r.m_begin + smaller(left, kMaxRun));
@@ -80,56 +80,92 @@ static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
 }
 
 template <typename T>
-static void plane_apply(const PlaneRange& r, const T* x, bool x_repeats, const ApplyCoefficients<acc_t<T>>& k, T* y) {
+static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
   using A = acc_t<T>;
+  const bool is_plain = !has_epilogue(a);
+  Buffers<A> b;
   for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
-    const Vec<A> mean = broadcast(k.mean[c]);
-    const Vec<A> scale = broadcast(k.scale[c]);
-    const Vec<A> shift = broadcast(k.offset[c]);
-    const T* px = x_repeats ? x : x + offset;
-    T* py = y + offset;
-    for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) {
-      store(py + i, (load(px + i, lanes) - mean) * scale + shift, lanes);
-    });
+    const Vec<A> mean = broadcast(a.affine.mean[c]);
+    const Vec<A> scale = broadcast(a.affine.scale[c]);
+    const Vec<A> shift = broadcast(a.affine.offset[c]);
+    const T* x = a.x + offset;
+    T* y = a.y + offset;
+    const auto u_at = [=](int64_t i, const auto& lanes) {
+      return affine_of<A>(load(x + i, lanes), mean, scale, shift);
+    };
+    if (is_plain) {
+      for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) { store(y + i, u_at(i, lanes), lanes); });
+    } else {
+      for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) { store_vector(b.u + i, u_at(i, lanes)); });
+      finish_run(a, offset, length, b);
+    }
   });
 }
 
-template <typename T>
-static void plane_grad_sums(
-    const PlaneRange& r, const T* dy, bool dy_repeats, const T* x, const acc_t<T>* mean, GradSums* out) {
+// Calls body(g) for a run of channel c, where g are the values of dy or, behind an activation, those of b.g.
+template <typename T, typename Body>
+BN_EXT_INLINE void with_plane_gradient(
+    const GradArguments<T>& a, int64_t c, int64_t offset, int64_t length, Buffers<acc_t<T>>& b, const Body& body) {
   using A = acc_t<T>;
+  const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
+  if (!has_epilogue(a)) return body(dy);
+  if (needs_u(a)) {
+    const Vec<A> mean = broadcast(a.affine.mean[c]);
+    const Vec<A> scale = broadcast(a.affine.scale[c]);
+    const Vec<A> shift = broadcast(a.affine.offset[c]);
+    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) {
+      store_vector(b.u + i, affine_of<A>(load(a.x + offset + i, lanes), mean, scale, shift));
+    });
+  }
+  gradient_of_run(a, dy, offset, length, b);
+  body(static_cast<const A*>(b.g));
+}
+
+template <typename T>
+static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, GradSums* out) {
+  using A = acc_t<T>;
+  Buffers<A> b;
   for (int64_t i = 0; i < r.c_end - r.c_begin; ++i) out[i] = {0, 0};
   for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
-    const Vec<A> vmean = broadcast(mean[c]);
-    const T* px = x + offset;
-    const T* pdy = dy_repeats ? dy : dy + offset;
-    Vec<A> s[4] = {};
-    Vec<A> q[4] = {};
-    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int u) {
-      const Vec<A> g = load(pdy + i, lanes);
-      s[u] += keep(g, lanes);
-      q[u] += keep(g * (load(px + i, lanes) - vmean), lanes);
+    const Vec<A> mean = broadcast(a.affine.mean[c]);
+    const T* x = a.x + offset;
+    with_plane_gradient(a, c, offset, length, b, [&](const auto* pg) {
+      Vec<A> s[4] = {};
+      Vec<A> q[4] = {};
+      for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int k) {
+        const Vec<A> g = load(pg + i, lanes);
+        s[k] += keep(g, lanes);
+        q[k] += keep(g * (load(x + i, lanes) - mean), lanes);
+      });
+      out[c - r.c_begin].dy += sum_of_four<A>(s);
+      out[c - r.c_begin].dy_centred += sum_of_four<A>(q);
     });
-    out[c - r.c_begin].dy += sum_of_four<A>(s);
-    out[c - r.c_begin].dy_centred += sum_of_four<A>(q);
   });
 }
 
 template <typename T>
-static void plane_grad_input(
-    const PlaneRange& r, const T* dy, bool dy_repeats, const T* x, const GradCoefficients<acc_t<T>>& k, T* dx) {
+static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
   using A = acc_t<T>;
+  Buffers<A> b;
   for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
-    const Vec<A> mean = broadcast(k.mean[c]);
-    const Vec<A> scale = broadcast(k.scale[c]);
-    const Vec<A> slope = broadcast(k.slope[c]);
-    const Vec<A> shift = broadcast(k.offset[c]);
-    const T* px = x + offset;
-    const T* pdy = dy_repeats ? dy : dy + offset;
-    T* pdx = dx + offset;
-    for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) {
-      const Vec<A> centred = load(px + i, lanes) - mean;
-      store(pdx + i, load(pdy + i, lanes) * scale + (centred * slope + shift), lanes);
+    const T* x = a.x + offset;
+    T* dx = a.dx + offset;
+    with_plane_gradient(a, c, offset, length, b, [&](const auto* g) {
+      if (a.dz != nullptr) store_gradient(b, length, a.dz + offset);
+      if (a.dx == nullptr) return;
+      const Vec<A> mean = broadcast(a.affine.mean[c]);
+      const Vec<A> scale = broadcast(a.affine.scale[c]);
+      if (!a.training) {  // x is not looked at: an inf in it must not reach dx
+        for_each_vector<A>(
+            length, [=](int64_t i, const auto& lanes, int) { store(dx + i, load(g + i, lanes) * scale, lanes); });
+        return;
+      }
+      const Vec<A> slope = broadcast(a.slope[c]);
+      const Vec<A> shift = broadcast(a.shift[c]);
+      for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) {
+        const Vec<A> centred = load(x + i, lanes) - mean;
+        store(dx + i, load(g + i, lanes) * scale + (centred * slope + shift), lanes);
+      });
     });
   });
 }

@@ -22,9 +22,9 @@ struct ColumnSums {
 };
 
 // Calls terms(row, column, lanes, s, q), which adds to the vectors s and q, for all rows of the range and its columns,
-// counted from column_begin on.
-template <typename A, typename Terms>
-BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Terms& terms) {
+// counted from column_begin on; before some rows, prepare(first row, their number), at most kRowsToSum.
+template <typename A, typename Prepare, typename Terms>
+BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Prepare& prepare, const Terms& terms) {
   const int64_t width = r.column_end - r.column_begin;
   // Padded: a vector at the last column may reach beyond it.
   A first[kMaxColumns + kLanes<A>];
@@ -35,6 +35,7 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Terms& te
     __builtin_memset(first, 0, sizeof(A) * (width + kLanes<A>));
     __builtin_memset(second, 0, sizeof(A) * (width + kLanes<A>));
     for_each_rows(begin, end, [&](int64_t row, auto rows) {
+      prepare(row, int64_t(rows));
       for_each_vector<A>(width, [&](int64_t i, const auto& lanes, int) {
         Vec<A> s = {};  // of these rows first: short sums round less
         Vec<A> q = {};
@@ -46,6 +47,11 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Terms& te
     for (int64_t i = 0; i < width; ++i) sums.first[i] += first[i];
     for (int64_t i = 0; i < width; ++i) sums.second[i] += second[i];
   }
+}
+
+template <typename A, typename Terms>
+BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Terms& terms) {
+  sum_rows<A>(r, sums, [](int64_t, int64_t) {}, terms);
 }
 
 // As plane_moments_around, one shift per column, kLanes more readable ones behind them.
@@ -88,58 +94,136 @@ static void row_moments(const RowRange& r, const T* x, Moments* out) {
   row_moments_around(r, x, shift, out);
 }
 
+// The coefficients of a range's columns, counted from column_begin on.
+template <typename A>
+BN_EXT_INLINE Affine<A> affine_from(const Affine<A>& affine, const RowRange& r) {
+  return {affine.mean + r.column_begin, affine.scale + r.column_begin, affine.offset + r.column_begin};
+}
+
+template <typename A, typename Lanes>
+BN_EXT_INLINE Vec<A> row_affine_of(Vec<A> x, const Affine<A>& k, int64_t i, const Lanes& lanes) {
+  return affine_of<A>(x, load(k.mean + i, lanes), load(k.scale + i, lanes), load(k.offset + i, lanes));
+}
+
+// dy of a row, from column_begin on.
 template <typename T>
-static void row_grad_sums(
-    const RowRange& r, const T* dy, bool dy_repeats, const T* x, const acc_t<T>* mean, GradSums* out) {
+BN_EXT_INLINE const T* row_of_dy(const RowRange& r, const GradArguments<T>& a, int64_t row) {
+  return a.dy_repeats ? a.dy : a.dy + row * r.columns + r.column_begin;
+}
+
+// Behind an activation: g of a row, into b.g.
+template <typename T>
+static void row_gradient(const RowRange& r, const GradArguments<T>& a, int64_t row, Buffers<acc_t<T>>& b) {
   using A = acc_t<T>;
-  const T* x_base = x + r.column_begin;
-  const T* dy_base = dy_repeats ? dy : dy + r.column_begin;
-  const int64_t dy_stride = dy_repeats ? 0 : r.columns;
+  const int64_t width = r.column_end - r.column_begin;
+  const int64_t offset = row * r.columns + r.column_begin;
+  const Affine<A> k = affine_from(a.affine, r);
+  if (needs_u(a)) {
+    for_each_vector<A>(width, [&](int64_t i, const auto& lanes, int) {
+      store_vector(b.u + i, row_affine_of<A>(load(a.x + offset + i, lanes), k, i, lanes));
+    });
+  }
+  gradient_of_run(a, row_of_dy(r, a, row), offset, width, b);
+}
+
+// gradient(row): where the values of g begin, from column_begin on.
+template <typename T, typename Prepare, typename Gradient>
+BN_EXT_INLINE void sum_row_gradients(
+    const RowRange& r, const GradArguments<T>& a, GradSums* out, const Prepare& prepare, const Gradient& gradient) {
+  using A = acc_t<T>;
+  const T* x = a.x + r.column_begin;
+  const A* mean = a.affine.mean + r.column_begin;
   ColumnSums sums;
-  sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) {
-    const Vec<A> g = load(dy_base + row * dy_stride + i, lanes);
-    const Vec<A> centred = load(x_base + row * r.columns + i, lanes) - load(mean + r.column_begin + i, lanes);
+  sum_rows<A>(r, sums, prepare, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) {
+    const Vec<A> g = load(gradient(row) + i, lanes);
+    const Vec<A> centred = load(x + row * r.columns + i, lanes) - load(mean + i, lanes);
     s += keep(g, lanes);
     q += keep(g * centred, lanes);
   });
   for (int64_t i = 0; i < r.column_end - r.column_begin; ++i) out[i] = {sums.first[i], sums.second[i]};
 }
 
+template <typename T>
+static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums* out) {
+  using A = acc_t<T>;
+  if (!has_epilogue(a)) {
+    const T* dy = row_of_dy(r, a, 0);
+    const int64_t stride = a.dy_repeats ? 0 : r.columns;
+    const auto gradient = [=](int64_t row) { return dy + row * stride; };
+    return sum_row_gradients(r, a, out, [](int64_t, int64_t) {}, gradient);
+  }
+  constexpr int64_t kStride = kMaxColumns + kLanes<A>;
+  A g[kRowsToSum * kStride];
+  Buffers<A> b;
+  const auto prepare = [&](int64_t first, int64_t rows) {
+    for (int64_t row = first; row < first + rows; ++row) {
+      row_gradient(r, a, row, b);
+      __builtin_memcpy(g + (row % kRowsToSum) * kStride, b.g, sizeof(A) * (r.column_end - r.column_begin));
+    }
+  };
+  sum_row_gradients(r, a, out, prepare, [&](int64_t row) { return g + (row % kRowsToSum) * kStride; });
+}
+
 // Writers go row by row, in memory order: several rows at a time were slower, by up to a third where C is 256 or 512.
 template <typename T>
-static void row_apply(const RowRange& r, const T* x, bool x_repeats, const ApplyCoefficients<acc_t<T>>& k, T* y) {
+static void row_apply(const RowRange& r, const ApplyArguments<T>& a) {
   using A = acc_t<T>;
-  const A* mean = k.mean + r.column_begin;
-  const A* scale = k.scale + r.column_begin;
-  const A* shift = k.offset + r.column_begin;
+  const bool is_plain = !has_epilogue(a);
+  const int64_t width = r.column_end - r.column_begin;
+  const Affine<A> k = affine_from(a.affine, r);
+  Buffers<A> b;
   for (int64_t row = r.row_begin; row < r.row_end; ++row) {
     const int64_t offset = row * r.columns + r.column_begin;
-    const T* px = x_repeats ? x : x + offset;
-    T* py = y + offset;
-    for_each_vector<A>(r.column_end - r.column_begin, [=](int64_t i, const auto& lanes, int) {
-      const Vec<A> centred = load(px + i, lanes) - load(mean + i, lanes);
-      store(py + i, centred * load(scale + i, lanes) + load(shift + i, lanes), lanes);
-    });
+    const T* x = a.x + offset;
+    T* y = a.y + offset;
+    if (is_plain) {
+      for_each_vector<A>(width, [=](int64_t i, const auto& lanes, int) {
+        store(y + i, row_affine_of<A>(load(x + i, lanes), k, i, lanes), lanes);
+      });
+    } else {
+      for_each_vector<A>(width, [&](int64_t i, const auto& lanes, int) {
+        store_vector(b.u + i, row_affine_of<A>(load(x + i, lanes), k, i, lanes));
+      });
+      finish_run(a, offset, width, b);
+    }
   }
 }
 
-template <typename T>
-static void row_grad_input(
-    const RowRange& r, const T* dy, bool dy_repeats, const T* x, const GradCoefficients<acc_t<T>>& k, T* dx) {
+// g: of the row, from column_begin on.
+template <typename T, typename G>
+BN_EXT_INLINE void row_dx(const RowRange& r, const GradArguments<T>& a, int64_t row, const G* g) {
   using A = acc_t<T>;
-  const A* mean = k.mean + r.column_begin;
-  const A* scale = k.scale + r.column_begin;
-  const A* slope = k.slope + r.column_begin;
-  const A* shift = k.offset + r.column_begin;
-  for (int64_t row = r.row_begin; row < r.row_end; ++row) {
-    const int64_t offset = row * r.columns + r.column_begin;
-    const T* px = x + offset;
-    const T* pdy = dy_repeats ? dy : dy + offset;
-    T* pdx = dx + offset;
-    for_each_vector<A>(r.column_end - r.column_begin, [=](int64_t i, const auto& lanes, int) {
-      const Vec<A> centred = load(px + i, lanes) - load(mean + i, lanes);
-      const Vec<A> from_x = centred * load(slope + i, lanes) + load(shift + i, lanes);
-      store(pdx + i, load(pdy + i, lanes) * load(scale + i, lanes) + from_x, lanes);
+  const int64_t width = r.column_end - r.column_begin;
+  const T* x = a.x + row * r.columns + r.column_begin;
+  T* dx = a.dx + row * r.columns + r.column_begin;
+  const A* scale = a.affine.scale + r.column_begin;
+  if (!a.training) {  // x is not looked at: an inf in it must not reach dx
+    for_each_vector<A>(width, [=](int64_t i, const auto& lanes, int) {
+      store(dx + i, load(g + i, lanes) * load(scale + i, lanes), lanes);
     });
+    return;
+  }
+  const A* mean = a.affine.mean + r.column_begin;
+  const A* slope = a.slope + r.column_begin;
+  const A* shift = a.shift + r.column_begin;
+  for_each_vector<A>(width, [=](int64_t i, const auto& lanes, int) {
+    const Vec<A> centred = load(x + i, lanes) - load(mean + i, lanes);
+    const Vec<A> from_x = centred * load(slope + i, lanes) + load(shift + i, lanes);
+    store(dx + i, load(g + i, lanes) * load(scale + i, lanes) + from_x, lanes);
+  });
+}
+
+template <typename T>
+static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
+  if (!has_epilogue(a)) {
+    for (int64_t row = r.row_begin; row < r.row_end; ++row) row_dx(r, a, row, row_of_dy(r, a, row));
+    return;
+  }
+  Buffers<acc_t<T>> b;
+  for (int64_t row = r.row_begin; row < r.row_end; ++row) {
+    row_gradient(r, a, row, b);
+    const int64_t offset = row * r.columns + r.column_begin;
+    if (a.dz != nullptr) store_gradient(b, r.column_end - r.column_begin, a.dz + offset);
+    if (a.dx != nullptr) row_dx(r, a, row, b.g);
   }
 }

@@ -1,7 +1,7 @@
 // Vectors of the compiler's own kind (GCC and Clang vector extensions), as wide as kVectorBytes: one source for every
 // instruction set. Included inside that instruction set's namespace; see isa_*.cpp.
 
-#define BN_EXT_INLINE static inline __attribute__((always_inline))
+#define BN_EXT_INLINE inline __attribute__((always_inline))
 
 template <typename A>
 struct VectorTypes;
