@@ -69,8 +69,8 @@ bool wants_mask(const BatchNormArguments& args) {
 // Saved for backward: input, weight and vectors of statistics; behind an activation, bias, for derivatives of higher
 // order; and of a residual the mask, or else the residual itself.
 void save(AutogradContext* ctx, const BatchNormArguments& args, const at::Tensor& saved, const at::Tensor& mask) {
+  const bool has_mask = wants_mask(args);
   const bool has_activation = args.activation.name.has_value();
-  const bool has_mask = mask.numel() > 0;
   const auto if_needed = [](bool needed, const OptionalTensor& tensor) {
     return needed ? tensor.value_or(at::Tensor()) : at::Tensor();
   };
@@ -189,7 +189,7 @@ struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
         input, mean_given, var_given, weight, bias, false, 0.0, eps, no_count, residual, activation};
     const bool needs_mask = wants_mask(args);
     const auto [y, saved, mask] = dispatch_forward(args, save_mask || needs_mask);
-    save(ctx, args, saved, needs_mask ? mask : at::empty({0}, mask.options()));
+    save(ctx, args, saved, mask);
     const at::Tensor mask_asked_for = save_mask ? mask : at::empty({0}, mask.options());
     ctx->mark_non_differentiable({saved, mask_asked_for});
     return {y, saved, mask_asked_for};

@@ -1,31 +1,17 @@
 // What follows the normalisation: residual, activation, mask; and its gradient. It works on runs of adjacent values in
-// buffers, which stay in L1: so it exists once, whatever the layout.
+// a buffer, which stays in L1: so it exists once, whatever the layout.
 #include "math.inl"
 
-// Runs of values on their way, each step from one buffer to another: a run's last vector overlaps the one before, so
-// that no step may change what it reads.
+// A run on its way from one step to the next. Steps that change it work on whole vectors, also the last one, of which
+// only the beginning counts.
 template <typename A>
-struct Buffers {
-  static constexpr int64_t kLength = kMaxRun + kLanes<A>;  // and the vector that the run's end begins
-  A u[kLength];
-  A sum[kLength];  // u + z
-  A g[kLength];
+struct Buffer {
+  A u[kMaxRun + kLanes<A>];
 };
 
 template <typename A>
 BN_EXT_INLINE Vec<A> affine_of(Vec<A> x, Vec<A> mean, Vec<A> scale, Vec<A> offset) {
   return (x - mean) * scale + offset;
-}
-
-// u + z; u itself where there is no residual. z: of the run.
-template <typename T>
-static acc_t<T>* add_residual(const T* z, int64_t n, Buffers<acc_t<T>>& b) {
-  using A = acc_t<T>;
-  if (z == nullptr) return b.u;
-  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int) {
-    store_vector(b.sum + i, load_vector(b.u + i) + load(z + i, lanes));
-  });
-  return b.sum;
 }
 
 // Changes a buffer's values: change(formula, vector) of all vectors, the one that the end begins too.
@@ -107,65 +93,120 @@ BN_EXT_INLINE Mask<A> read_mask(const uint8_t* mask, int64_t first) {
 
 // ---- forward ----
 
+// How y comes from u: at once, or behind an activation that needs several steps by way of a buffer.
+enum class ApplyForm { kPlain, kReluLike, kBuffered };
+
 template <typename T>
-BN_EXT_INLINE bool has_epilogue(const ApplyArguments<T>& a) {
-  return a.z != nullptr || a.activation.kind != ActivationKind::kNone;
+BN_EXT_INLINE ApplyForm form_of(const ApplyArguments<T>& a) {
+  if (a.activation.kind == ActivationKind::kReluLike) return ApplyForm::kReluLike;
+  return a.activation.kind == ActivationKind::kNone ? ApplyForm::kPlain : ApplyForm::kBuffered;
 }
 
-// y of the run at `offset`, from b.u.
-template <typename T>
-static void finish_run(const ApplyArguments<T>& a, int64_t offset, int64_t n, Buffers<acc_t<T>>& b) {
+// Writes y of the run at `offset`; u_at(i, lanes) gives u of the vector at i of the run.
+template <typename T, typename U>
+BN_EXT_INLINE void apply_run(
+    const ApplyArguments<T>& a, int64_t offset, int64_t n, Buffer<acc_t<T>>& b, const U& u_at) {
   using A = acc_t<T>;
-  A* u = add_residual(a.z == nullptr ? nullptr : a.z + offset, n, b);
+  const T* z = a.z + offset;
   T* y = a.y + offset;
-  const ReluLike<A> formula = relu_like<A>(a.activation);
-  if (a.mask != nullptr) write_mask(formula, u, n, offset, a.mask);
-  if (a.activation.kind == ActivationKind::kReluLike) {
-    for_each_vector<A>(
-        n, [=](int64_t i, const auto& lanes, int) { store(y + i, formula.value(load_vector(u + i)), lanes); });
+  const auto sum_at = [=](int64_t i, const auto& lanes) {
+    return a.z == nullptr ? u_at(i, lanes) : u_at(i, lanes) + load(z + i, lanes);
+  };
+  const ApplyForm form = form_of(a);
+  if (form == ApplyForm::kPlain) {
+    for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) { store(y + i, sum_at(i, lanes), lanes); });
     return;
   }
-  if (a.activation.kind != ActivationKind::kNone) activate(a.activation, n, u);
-  for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) { store(y + i, load_vector(u + i), lanes); });
+  if (form == ApplyForm::kReluLike && a.mask == nullptr) {
+    const ReluLike<A> formula = relu_like<A>(a.activation);
+    for_each_vector<A>(
+        n, [=](int64_t i, const auto& lanes, int) { store(y + i, formula.value(sum_at(i, lanes)), lanes); });
+    return;
+  }
+  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int) { store_vector(b.u + i, sum_at(i, lanes)); });
+  if (a.mask != nullptr) write_mask(relu_like<A>(a.activation), b.u, n, offset, a.mask);
+  activate(a.activation, n, b.u);
+  for_each_vector<A>(n, [=, u = b.u](int64_t i, const auto& lanes, int) { store(y + i, load_vector(u + i), lanes); });
 }
 
 // ---- backward ----
 
+// How g comes from dy: likewise.
+enum class GradientForm { kPlain, kMasked, kReluLike, kBuffered };
+
 template <typename T>
-BN_EXT_INLINE bool has_epilogue(const GradArguments<T>& a) {
-  return a.activation.kind != ActivationKind::kNone;
+BN_EXT_INLINE GradientForm form_of(const GradArguments<T>& a) {
+  if (a.activation.kind == ActivationKind::kNone) return GradientForm::kPlain;
+  if (a.mask != nullptr) return GradientForm::kMasked;
+  const bool is_relu_like = a.activation.kind == ActivationKind::kReluLike && a.z == nullptr;
+  return is_relu_like ? GradientForm::kReluLike : GradientForm::kBuffered;
 }
 
-// Whether gradient_of_run wants u.
-template <typename T>
-BN_EXT_INLINE bool needs_u(const GradArguments<T>& a) {
-  return a.mask == nullptr;
+template <typename A>
+BN_EXT_INLINE Vec<A> relu_gradient(const ReluLike<A>& formula, Vec<A> dy, Mask<A> is_blocked) {
+  const Vec<A> low = formula.slope == 0 ? Vec<A>{} : dy * formula.slope;  // not inf * 0
+  return is_blocked ? low : dy;
 }
 
-// b.g of the run at `offset`, from b.u. dy: of the run.
-template <typename T>
-static void gradient_of_run(const GradArguments<T>& a, const T* dy, int64_t offset, int64_t n, Buffers<acc_t<T>>& b) {
+// Calls body(gradient) where gradient(i, lanes) gives g of the vector at i of the run at `offset`. dy: of the run;
+// u_at(i, lanes): its u.
+template <typename T, typename U, typename Body>
+BN_EXT_INLINE void with_gradient(const GradArguments<T>& a,
+                                 const T* dy,
+                                 int64_t offset,
+                                 int64_t n,
+                                 Buffer<acc_t<T>>& b,
+                                 const U& u_at,
+                                 const Body& body) {
   using A = acc_t<T>;
   const ReluLike<A> formula = relu_like<A>(a.activation);
-  const auto relu_gradient = [&](const auto& is_blocked) {
-    for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int) {
-      const Vec<A> g = load(dy + i, lanes);
-      const Vec<A> low = formula.slope == 0 ? Vec<A>{} : g * formula.slope;  // not inf * 0
-      store_vector(b.g + i, is_blocked(i) ? low : g);
-    });
-  };
-  if (a.mask != nullptr) return relu_gradient([&](int64_t i) { return ~read_mask<A>(a.mask, offset + i); });
-  A* u = add_residual(a.z == nullptr ? nullptr : a.z + offset, n, b);
-  if (a.activation.kind == ActivationKind::kReluLike) {
-    return relu_gradient([&](int64_t i) { return formula.blocked(load_vector(u + i)); });
+  switch (form_of(a)) {
+    case GradientForm::kPlain:
+      return body([=](int64_t i, const auto& lanes) { return load(dy + i, lanes); });
+    case GradientForm::kMasked:
+      return body([=, mask = a.mask](int64_t i, const auto& lanes) {
+        return relu_gradient<A>(formula, load(dy + i, lanes), ~read_mask<A>(mask, offset + i));
+      });
+    case GradientForm::kReluLike:
+      return body([=](int64_t i, const auto& lanes) {
+        return relu_gradient<A>(formula, load(dy + i, lanes), formula.blocked(u_at(i, lanes)));
+      });
+    case GradientForm::kBuffered: {
+      for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int) {
+        const Vec<A> u = u_at(i, lanes);
+        store_vector(b.u + i, a.z == nullptr ? u : u + load(a.z + offset + i, lanes));
+      });
+      differentiate(a.activation, n, b.u);
+      const A* derivatives = b.u;
+      return body([=](int64_t i, const auto& lanes) { return load(dy + i, lanes) * load_vector(derivatives + i); });
+    }
   }
-  differentiate(a.activation, n, u);
-  for_each_vector<A>(
-      n, [&](int64_t i, const auto& lanes, int) { store_vector(b.g + i, load(dy + i, lanes) * load_vector(u + i)); });
 }
 
-// dz of a run, from b.g.
-template <typename T>
-static void store_gradient(const Buffers<acc_t<T>>& b, int64_t n, T* dz) {
-  for_each_vector<acc_t<T>>(n, [&](int64_t i, const auto& lanes, int) { store(dz + i, load_vector(b.g + i), lanes); });
+// Writes dx and dz of the run at `offset`, as they are wanted: dx is dx_of(g, i, lanes) in training, else
+// dx_in_eval(g, i, lanes), which does not look at x: an inf in it must not reach dx.
+template <typename T, typename Gradient, typename Dx, typename DxInEval>
+BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
+                                   int64_t offset,
+                                   int64_t n,
+                                   const Gradient& gradient,
+                                   const Dx& dx_of,
+                                   const DxInEval& dx_in_eval) {
+  using A = acc_t<T>;
+  T* dx = a.dx + offset;
+  T* dz = a.dz + offset;
+  const auto write = [=, wants_dz = a.dz != nullptr](const auto& dx_of_g) {
+    for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) {
+      const Vec<A> g = gradient(i, lanes);
+      store(dx + i, dx_of_g(g, i, lanes), lanes);
+      if (wants_dz) store(dz + i, g, lanes);
+    });
+  };
+  if (a.dx == nullptr) {
+    for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) { store(dz + i, gradient(i, lanes), lanes); });
+  } else if (a.training) {
+    write(dx_of);
+  } else {
+    write(dx_in_eval);
+  }
 }

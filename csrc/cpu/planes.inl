@@ -79,61 +79,38 @@ static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
   plane_moments_around(r, x, shift, out);
 }
 
+// u of a channel's run that begins at x: u(i, lanes) is that of the vector at i.
 template <typename T>
-static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
+BN_EXT_INLINE auto plane_u(const Affine<acc_t<T>>& affine, int64_t c, const T* x) {
   using A = acc_t<T>;
-  const bool is_plain = !has_epilogue(a);
-  Buffers<A> b;
-  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
-    const Vec<A> mean = broadcast(a.affine.mean[c]);
-    const Vec<A> scale = broadcast(a.affine.scale[c]);
-    const Vec<A> shift = broadcast(a.affine.offset[c]);
-    const T* x = a.x + offset;
-    T* y = a.y + offset;
-    const auto u_at = [=](int64_t i, const auto& lanes) {
-      return affine_of<A>(load(x + i, lanes), mean, scale, shift);
-    };
-    if (is_plain) {
-      for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) { store(y + i, u_at(i, lanes), lanes); });
-    } else {
-      for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) { store_vector(b.u + i, u_at(i, lanes)); });
-      finish_run(a, offset, length, b);
-    }
-  });
+  const Vec<A> mean = broadcast(affine.mean[c]);
+  const Vec<A> scale = broadcast(affine.scale[c]);
+  const Vec<A> offset = broadcast(affine.offset[c]);
+  return [=](int64_t i, const auto& lanes) { return affine_of<A>(load(x + i, lanes), mean, scale, offset); };
 }
 
-// Calls body(g) for a run of channel c, where g are the values of dy or, behind an activation, those of b.g.
-template <typename T, typename Body>
-BN_EXT_INLINE void with_plane_gradient(
-    const GradArguments<T>& a, int64_t c, int64_t offset, int64_t length, Buffers<acc_t<T>>& b, const Body& body) {
-  using A = acc_t<T>;
-  const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
-  if (!has_epilogue(a)) return body(dy);
-  if (needs_u(a)) {
-    const Vec<A> mean = broadcast(a.affine.mean[c]);
-    const Vec<A> scale = broadcast(a.affine.scale[c]);
-    const Vec<A> shift = broadcast(a.affine.offset[c]);
-    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) {
-      store_vector(b.u + i, affine_of<A>(load(a.x + offset + i, lanes), mean, scale, shift));
-    });
-  }
-  gradient_of_run(a, dy, offset, length, b);
-  body(static_cast<const A*>(b.g));
+template <typename T>
+static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
+  Buffer<acc_t<T>> b;
+  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
+    apply_run(a, offset, length, b, plane_u(a.affine, c, a.x + offset));
+  });
 }
 
 template <typename T>
 static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, GradSums* out) {
   using A = acc_t<T>;
-  Buffers<A> b;
+  Buffer<A> b;
   for (int64_t i = 0; i < r.c_end - r.c_begin; ++i) out[i] = {0, 0};
   for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
     const Vec<A> mean = broadcast(a.affine.mean[c]);
     const T* x = a.x + offset;
-    with_plane_gradient(a, c, offset, length, b, [&](const auto* pg) {
+    const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
+    with_gradient(a, dy, offset, length, b, plane_u(a.affine, c, x), [&](const auto& gradient) {
       Vec<A> s[4] = {};
       Vec<A> q[4] = {};
       for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int k) {
-        const Vec<A> g = load(pg + i, lanes);
+        const Vec<A> g = gradient(i, lanes);
         s[k] += keep(g, lanes);
         q[k] += keep(g * (load(x + i, lanes) - mean), lanes);
       });
@@ -146,26 +123,25 @@ static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Grad
 template <typename T>
 static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
   using A = acc_t<T>;
-  Buffers<A> b;
+  Buffer<A> b;
   for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
+    const Vec<A> mean = broadcast(a.affine.mean[c]);
+    const Vec<A> scale = broadcast(a.affine.scale[c]);
+    const Vec<A> slope = broadcast(a.slope[c]);
+    const Vec<A> shift = broadcast(a.shift[c]);
     const T* x = a.x + offset;
-    T* dx = a.dx + offset;
-    with_plane_gradient(a, c, offset, length, b, [&](const auto* g) {
-      if (a.dz != nullptr) store_gradient(b, length, a.dz + offset);
-      if (a.dx == nullptr) return;
-      const Vec<A> mean = broadcast(a.affine.mean[c]);
-      const Vec<A> scale = broadcast(a.affine.scale[c]);
-      if (!a.training) {  // x is not looked at: an inf in it must not reach dx
-        for_each_vector<A>(
-            length, [=](int64_t i, const auto& lanes, int) { store(dx + i, load(g + i, lanes) * scale, lanes); });
-        return;
-      }
-      const Vec<A> slope = broadcast(a.slope[c]);
-      const Vec<A> shift = broadcast(a.shift[c]);
-      for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) {
-        const Vec<A> centred = load(x + i, lanes) - mean;
-        store(dx + i, load(g + i, lanes) * scale + (centred * slope + shift), lanes);
-      });
+    const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
+    with_gradient(a, dy, offset, length, b, plane_u(a.affine, c, x), [&](const auto& gradient) {
+      write_gradients(
+          a,
+          offset,
+          length,
+          gradient,
+          [=](Vec<A> g, int64_t i, const auto& lanes) {
+            const Vec<A> centred = load(x + i, lanes) - mean;
+            return g * scale + (centred * slope + shift);
+          },
+          [=](Vec<A> g, int64_t, const auto&) { return g * scale; });
     });
   });
 }

@@ -94,15 +94,16 @@ static void row_moments(const RowRange& r, const T* x, Moments* out) {
   row_moments_around(r, x, shift, out);
 }
 
-// The coefficients of a range's columns, counted from column_begin on.
-template <typename A>
-BN_EXT_INLINE Affine<A> affine_from(const Affine<A>& affine, const RowRange& r) {
-  return {affine.mean + r.column_begin, affine.scale + r.column_begin, affine.offset + r.column_begin};
-}
-
-template <typename A, typename Lanes>
-BN_EXT_INLINE Vec<A> row_affine_of(Vec<A> x, const Affine<A>& k, int64_t i, const Lanes& lanes) {
-  return affine_of<A>(x, load(k.mean + i, lanes), load(k.scale + i, lanes), load(k.offset + i, lanes));
+// u of a row's part that begins at x: u(i, lanes) is that of the vector at i.
+template <typename T>
+BN_EXT_INLINE auto row_u(const Affine<acc_t<T>>& affine, const RowRange& r, const T* x) {
+  using A = acc_t<T>;
+  const A* mean = affine.mean + r.column_begin;
+  const A* scale = affine.scale + r.column_begin;
+  const A* offset = affine.offset + r.column_begin;
+  return [=](int64_t i, const auto& lanes) {
+    return affine_of<A>(load(x + i, lanes), load(mean + i, lanes), load(scale + i, lanes), load(offset + i, lanes));
+  };
 }
 
 // dy of a row, from column_begin on.
@@ -111,22 +112,17 @@ BN_EXT_INLINE const T* row_of_dy(const RowRange& r, const GradArguments<T>& a, i
   return a.dy_repeats ? a.dy : a.dy + row * r.columns + r.column_begin;
 }
 
-// Behind an activation: g of a row, into b.g.
+// Writers go row by row, in memory order: several rows at a time were slower, by up to a third where C is 256 or 512.
 template <typename T>
-static void row_gradient(const RowRange& r, const GradArguments<T>& a, int64_t row, Buffers<acc_t<T>>& b) {
-  using A = acc_t<T>;
-  const int64_t width = r.column_end - r.column_begin;
-  const int64_t offset = row * r.columns + r.column_begin;
-  const Affine<A> k = affine_from(a.affine, r);
-  if (needs_u(a)) {
-    for_each_vector<A>(width, [&](int64_t i, const auto& lanes, int) {
-      store_vector(b.u + i, row_affine_of<A>(load(a.x + offset + i, lanes), k, i, lanes));
-    });
+static void row_apply(const RowRange& r, const ApplyArguments<T>& a) {
+  Buffer<acc_t<T>> b;
+  for (int64_t row = r.row_begin; row < r.row_end; ++row) {
+    const int64_t offset = row * r.columns + r.column_begin;
+    apply_run(a, offset, r.column_end - r.column_begin, b, row_u(a.affine, r, a.x + offset));
   }
-  gradient_of_run(a, row_of_dy(r, a, row), offset, width, b);
 }
 
-// gradient(row): where the values of g begin, from column_begin on.
+// Sums where gradient(row, i, lanes) gives g.
 template <typename T, typename Prepare, typename Gradient>
 BN_EXT_INLINE void sum_row_gradients(
     const RowRange& r, const GradArguments<T>& a, GradSums* out, const Prepare& prepare, const Gradient& gradient) {
@@ -135,7 +131,7 @@ BN_EXT_INLINE void sum_row_gradients(
   const A* mean = a.affine.mean + r.column_begin;
   ColumnSums sums;
   sum_rows<A>(r, sums, prepare, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) {
-    const Vec<A> g = load(gradient(row) + i, lanes);
+    const Vec<A> g = gradient(row, i, lanes);
     const Vec<A> centred = load(x + row * r.columns + i, lanes) - load(mean + i, lanes);
     s += keep(g, lanes);
     q += keep(g * centred, lanes);
@@ -143,87 +139,76 @@ BN_EXT_INLINE void sum_row_gradients(
   for (int64_t i = 0; i < r.column_end - r.column_begin; ++i) out[i] = {sums.first[i], sums.second[i]};
 }
 
+// As with_gradient, for the vectors of several rows at a time.
 template <typename T>
 static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums* out) {
   using A = acc_t<T>;
-  if (!has_epilogue(a)) {
-    const T* dy = row_of_dy(r, a, 0);
-    const int64_t stride = a.dy_repeats ? 0 : r.columns;
-    const auto gradient = [=](int64_t row) { return dy + row * stride; };
-    return sum_row_gradients(r, a, out, [](int64_t, int64_t) {}, gradient);
-  }
-  constexpr int64_t kStride = kMaxColumns + kLanes<A>;
-  A g[kRowsToSum * kStride];
-  Buffers<A> b;
-  const auto prepare = [&](int64_t first, int64_t rows) {
-    for (int64_t row = first; row < first + rows; ++row) {
-      row_gradient(r, a, row, b);
-      __builtin_memcpy(g + (row % kRowsToSum) * kStride, b.g, sizeof(A) * (r.column_end - r.column_begin));
-    }
-  };
-  sum_row_gradients(r, a, out, prepare, [&](int64_t row) { return g + (row % kRowsToSum) * kStride; });
-}
-
-// Writers go row by row, in memory order: several rows at a time were slower, by up to a third where C is 256 or 512.
-template <typename T>
-static void row_apply(const RowRange& r, const ApplyArguments<T>& a) {
-  using A = acc_t<T>;
-  const bool is_plain = !has_epilogue(a);
   const int64_t width = r.column_end - r.column_begin;
-  const Affine<A> k = affine_from(a.affine, r);
-  Buffers<A> b;
-  for (int64_t row = r.row_begin; row < r.row_end; ++row) {
-    const int64_t offset = row * r.columns + r.column_begin;
-    const T* x = a.x + offset;
-    T* y = a.y + offset;
-    if (is_plain) {
-      for_each_vector<A>(width, [=](int64_t i, const auto& lanes, int) {
-        store(y + i, row_affine_of<A>(load(x + i, lanes), k, i, lanes), lanes);
+  const T* dy = row_of_dy(r, a, 0);
+  const int64_t dy_stride = a.dy_repeats ? 0 : r.columns;
+  const auto offset_of = [=](int64_t row) { return row * r.columns + r.column_begin; };
+  const auto nothing = [](int64_t, int64_t) {};
+  const ReluLike<A> formula = relu_like<A>(a.activation);
+  switch (form_of(a)) {
+    case GradientForm::kPlain:
+      return sum_row_gradients(r, a, out, nothing, [=](int64_t row, int64_t i, const auto& lanes) {
+        return load(dy + row * dy_stride + i, lanes);
       });
-    } else {
-      for_each_vector<A>(width, [&](int64_t i, const auto& lanes, int) {
-        store_vector(b.u + i, row_affine_of<A>(load(x + i, lanes), k, i, lanes));
+    case GradientForm::kMasked:
+      return sum_row_gradients(r, a, out, nothing, [=, mask = a.mask](int64_t row, int64_t i, const auto& lanes) {
+        const Vec<A> g = load(dy + row * dy_stride + i, lanes);
+        return relu_gradient<A>(formula, g, ~read_mask<A>(mask, offset_of(row) + i));
       });
-      finish_run(a, offset, width, b);
+    case GradientForm::kReluLike:
+      return sum_row_gradients(
+          r, a, out, nothing, [=, x = a.x, affine = a.affine](int64_t row, int64_t i, const auto& lanes) {
+            const Vec<A> g = load(dy + row * dy_stride + i, lanes);
+            return relu_gradient<A>(formula, g, formula.blocked(row_u(affine, r, x + offset_of(row))(i, lanes)));
+          });
+    case GradientForm::kBuffered: {
+      constexpr int64_t kStride = kMaxColumns + kLanes<A>;
+      A g[kRowsToSum * kStride];
+      Buffer<A> b;
+      const auto prepare = [&](int64_t first, int64_t rows) {
+        for (int64_t row = first; row < first + rows; ++row) {
+          A* g_of_row = g + row % kRowsToSum * kStride;
+          const auto u_at = row_u(a.affine, r, a.x + offset_of(row));
+          with_gradient(a, row_of_dy(r, a, row), offset_of(row), width, b, u_at, [&](const auto& gradient) {
+            for_each_vector<A>(
+                width, [&](int64_t i, const auto& lanes, int) { store_vector(g_of_row + i, gradient(i, lanes)); });
+          });
+        }
+      };
+      return sum_row_gradients(r, a, out, prepare, [&](int64_t row, int64_t i, const auto&) {
+        return load_vector(g + row % kRowsToSum * kStride + i);
+      });
     }
   }
-}
-
-// g: of the row, from column_begin on.
-template <typename T, typename G>
-BN_EXT_INLINE void row_dx(const RowRange& r, const GradArguments<T>& a, int64_t row, const G* g) {
-  using A = acc_t<T>;
-  const int64_t width = r.column_end - r.column_begin;
-  const T* x = a.x + row * r.columns + r.column_begin;
-  T* dx = a.dx + row * r.columns + r.column_begin;
-  const A* scale = a.affine.scale + r.column_begin;
-  if (!a.training) {  // x is not looked at: an inf in it must not reach dx
-    for_each_vector<A>(width, [=](int64_t i, const auto& lanes, int) {
-      store(dx + i, load(g + i, lanes) * load(scale + i, lanes), lanes);
-    });
-    return;
-  }
-  const A* mean = a.affine.mean + r.column_begin;
-  const A* slope = a.slope + r.column_begin;
-  const A* shift = a.shift + r.column_begin;
-  for_each_vector<A>(width, [=](int64_t i, const auto& lanes, int) {
-    const Vec<A> centred = load(x + i, lanes) - load(mean + i, lanes);
-    const Vec<A> from_x = centred * load(slope + i, lanes) + load(shift + i, lanes);
-    store(dx + i, load(g + i, lanes) * load(scale + i, lanes) + from_x, lanes);
-  });
 }
 
 template <typename T>
 static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
-  if (!has_epilogue(a)) {
-    for (int64_t row = r.row_begin; row < r.row_end; ++row) row_dx(r, a, row, row_of_dy(r, a, row));
-    return;
-  }
-  Buffers<acc_t<T>> b;
+  using A = acc_t<T>;
+  const int64_t width = r.column_end - r.column_begin;
+  const A* mean = a.affine.mean + r.column_begin;
+  const A* scale = a.affine.scale + r.column_begin;
+  const A* slope = a.slope + r.column_begin;
+  const A* shift = a.shift + r.column_begin;
+  Buffer<A> b;
   for (int64_t row = r.row_begin; row < r.row_end; ++row) {
-    row_gradient(r, a, row, b);
     const int64_t offset = row * r.columns + r.column_begin;
-    if (a.dz != nullptr) store_gradient(b, r.column_end - r.column_begin, a.dz + offset);
-    if (a.dx != nullptr) row_dx(r, a, row, b.g);
+    const T* x = a.x + offset;
+    with_gradient(a, row_of_dy(r, a, row), offset, width, b, row_u(a.affine, r, x), [&](const auto& gradient) {
+      write_gradients(
+          a,
+          offset,
+          width,
+          gradient,
+          [=](Vec<A> g, int64_t i, const auto& lanes) {
+            const Vec<A> centred = load(x + i, lanes) - load(mean + i, lanes);
+            return g * load(scale + i, lanes) + (centred * load(slope + i, lanes) + load(shift + i, lanes));
+          },
+          [=](Vec<A> g, int64_t i, const auto& lanes) { return g * load(scale + i, lanes); });
+    });
   }
 }
