@@ -13,8 +13,9 @@ from . import allocator, machine
 from .check import WrongResultError, check, reference
 from .inputs import DTYPES, Case, make_inputs
 from .measure import REPLAY, Effort, Graph, Side, Times, Wall, in_turns
+from .operations import least_bytes
 from .providers import PROVIDERS, Subject
-from .shapes import DEFAULT_BATCH, OVERHEAD, RESNET50, least_bytes
+from .shapes import DEFAULT_BATCH, OVERHEAD, RESNET50
 
 # (quick run, overhead case). Many short rounds: another process that takes the CPU for a moment
 # then spoils a few of them and not the median.
@@ -43,8 +44,8 @@ class Bench:
             # One stream for everything; the default one could not be captured into a graph.
             torch.cuda.set_stream(torch.cuda.Stream())
         else:
-            # What checking the largest case takes: about eight float64 tensors of its size.
-            allocator.grow_heap(8 * 8 * max(prod(shape.size(self.batch)) for shape in RESNET50))
+            # What checking the largest case takes: about twelve float64 tensors of its size.
+            allocator.grow_heap(12 * 8 * max(prod(shape.size(self.batch)) for shape in RESNET50))
 
     def take(self, case: Case) -> None:
         """Make a case's inputs and check every provider on them, unless that was done already."""
@@ -60,10 +61,10 @@ class Bench:
 
     def _checked(self, case: Case) -> dict[str, Subject]:
         inputs = make_inputs(case, self.device)
-        expected = reference(inputs)
+        expected = reference(case, inputs)
         subjects = {}
-        for name, module_class in PROVIDERS.items():
-            subjects[name] = Subject(module_class, inputs)
+        for name in PROVIDERS:
+            subjects[name] = Subject(name, case.operation, inputs)
             check(name, case, inputs, subjects[name], expected)
         return subjects
 
@@ -90,10 +91,11 @@ class Bench:
     ) -> None:
         """Fill pytest-benchmark's entry of one provider with its times and extra_info."""
         times = self.times(case, direction)[provider]
-        bytes_min = least_bytes(case.size, DTYPES[case.dtype].itemsize, direction)
-        benchmark.group = f"{case.name} {case.dtype} {case.layout} {direction}"
+        bytes_min = least_bytes(case.operation, case.size, DTYPES[case.dtype].itemsize, direction)
+        benchmark.group = f"{case.label} {direction}"
         benchmark.extra_info |= {
             "provider": provider,
+            "operation": case.operation,
             "case": case.name,
             "shape": list(case.size),
             "dtype": case.dtype,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .operations import OPERATIONS, PLAIN
 from .shapes import OVERHEAD
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -21,6 +22,12 @@ class Case(NamedTuple):
     size: tuple[int, ...]  # (N, C, H, W)
     dtype: str  # a key of DTYPES
     layout: str  # a key of LAYOUTS
+    operation: str = PLAIN  # a key of OPERATIONS
+
+    @property
+    def label(self) -> str:
+        """Name the case in a line; plain batch norm goes without saying."""
+        return " ".join([*[self.operation] * (self.operation != PLAIN), self.name, self.dtype, self.layout])
 
     @property
     def bytes(self) -> int:
@@ -33,11 +40,16 @@ class Inputs:
     """Activations in the case's dtype and layout; the rest in float32, as in mixed precision."""
 
     x: list[Tensor]  # copies of one (N, C, H, W) tensor, each requiring a gradient
+    z: list[Tensor]  # the residual: as x, or nothing where the operation has none
     dy: list[Tensor]  # copies of one (N, C, H, W) tensor
     weight: Tensor  # (C,)
     bias: Tensor  # (C,)
     running_mean: Tensor  # (C,)
     running_var: Tensor  # (C,), positive
+
+    def arguments(self) -> list[tuple[Tensor, ...]]:
+        """Give what the operation is called with, (x,) or (x, z), for each copy."""
+        return list(zip(self.x, self.z, strict=True)) if self.z else [(x,) for x in self.x]
 
 
 def copies_needed(case: Case, device: torch.device) -> int:
@@ -68,11 +80,16 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     deviation = draw(1, channels, 1, 1).abs_().add_(0.5)
     x = activation(draw(*case.size).mul_(deviation).add_(draw(1, channels, 1, 1)))
     dy = activation(draw(*case.size))
+    parameters = {
+        "weight": draw(channels).add_(2.0),
+        "bias": draw(channels),
+        "running_mean": draw(channels),
+        "running_var": draw(channels).abs_().add_(0.5),
+    }
+    z = activation(draw(*case.size)) if OPERATIONS[case.operation].residual else None
     return Inputs(
         x=[x.clone().requires_grad_() for _ in range(count)],
+        z=[] if z is None else [z.clone().requires_grad_() for _ in range(count)],
         dy=[dy.clone() for _ in range(count)],
-        weight=draw(channels).add_(2.0),
-        bias=draw(channels),
-        running_mean=draw(channels),
-        running_var=draw(channels).abs_().add_(0.5),
+        **parameters,
     )

@@ -9,59 +9,87 @@ from torch import Tensor, nn
 import bn_ext
 
 from .inputs import Inputs
+from .operations import OPERATIONS
 
 RIVAL = "torch.nn"
 OURS = "bn_ext"
-PROVIDERS: dict[str, type[nn.BatchNorm2d]] = {RIVAL: nn.BatchNorm2d, OURS: bn_ext.BatchNorm2d}
-DIRECTIONS = ("forward", "backward", "eval")
+PROVIDERS = (RIVAL, OURS)
 OVERHEAD_DIRECTIONS = ("forward", "forward+backward")
 
 Call = Callable[[], object]
 
 
-def make_module(module_class: type[nn.BatchNorm2d], inputs: Inputs) -> nn.BatchNorm2d:
-    """Make a module with parameters and statistics of its own, equal to those of `inputs`."""
-    module = module_class(inputs.weight.numel(), device=inputs.weight.device)
-    with torch.no_grad():
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            getattr(module, name).copy_(getattr(inputs, name))
-    return module
+class SeparateModules(nn.Module):
+    """torch's own modules one after the other, in place where models do it so."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.norm = norm
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise, add, clip."""
+        y: Tensor = self.norm(x)
+        if residual is not None:
+            y += residual
+        return self.relu(y)  # type: ignore[no-any-return]
+
+
+class Layer:
+    """An operation as one provider does it, with parameters and statistics of its own, equal to those of `inputs`."""
+
+    def __init__(self, provider: str, operation: str, inputs: Inputs):
+        channels, device = inputs.weight.numel(), inputs.weight.device
+        activation = OPERATIONS[operation].activation
+        self.norm: nn.BatchNorm2d
+        if provider == OURS:
+            self.norm = bn_ext.BatchNorm2d(channels, activation=activation, device=device)
+        else:
+            self.norm = nn.BatchNorm2d(channels, device=device)
+        # What is called: nothing comes between a batch norm alone and its caller.
+        self.module = self.norm if provider == OURS or activation is None else SeparateModules(self.norm)
+        with torch.no_grad():
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                getattr(self.norm, name).copy_(getattr(inputs, name))
 
 
 @torch.no_grad()
-def evaluate(module: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def evaluate(module: nn.Module, *arguments: Tensor) -> Tensor:
     """Call a module as for inference."""
-    y: Tensor = module(x)
+    y: Tensor = module(*arguments)
     return y
 
 
 class Subject:
     """One provider on one case: a list of calls per direction, one for each copy of the inputs.
 
-    forward            the module in training mode, building a graph (x, weight, bias want grads)
+    forward            the module in training mode, building a graph (x, z, weight, bias want grads)
     backward           torch.autograd.grad through a graph that is kept; .grad stays as it is
     eval               the module in eval mode, without a graph
     forward+backward   both in one call, the graph freed
     """
 
-    def __init__(self, module_class: type[nn.BatchNorm2d], inputs: Inputs):
-        # One module per direction, so that no call changes what another one relies on.
-        self.training = make_module(module_class, inputs)
-        differentiated = make_module(module_class, inputs)
-        evaluated = make_module(module_class, inputs).eval()
+    def __init__(self, provider: str, operation: str, inputs: Inputs):
+        # One layer per direction, so that no call changes what another one relies on.
+        training, differentiated, evaluated = (Layer(provider, operation, inputs) for _ in range(3))
+        evaluated.module.eval()
+        self.trained_norm = training.norm
 
-        def leaves(x: Tensor) -> tuple[Tensor, ...]:
-            return x, differentiated.weight, differentiated.bias
+        def leaves(x: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
+            return x, differentiated.norm.weight, differentiated.norm.bias, *z
 
-        def forward_backward(x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(differentiated(x), leaves(x), dy)
+        def forward_backward(dy: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(differentiated.module(*arguments), leaves(*arguments), dy)
 
-        pairs = list(zip(inputs.x, inputs.dy, strict=True))
+        def backward(dy: Tensor, *arguments: Tensor) -> Call:
+            y = differentiated.module(*arguments)
+            return partial(torch.autograd.grad, y, leaves(*arguments), dy, retain_graph=True)
+
+        arguments = inputs.arguments()
+        pairs = list(zip(inputs.dy, arguments, strict=True))
         self.calls: dict[str, list[Call]] = {
-            "forward": [partial(self.training, x) for x in inputs.x],
-            "backward": [
-                partial(torch.autograd.grad, differentiated(x), leaves(x), dy, retain_graph=True) for x, dy in pairs
-            ],
-            "eval": [partial(evaluate, evaluated, x) for x in inputs.x],
-            "forward+backward": [partial(forward_backward, x, dy) for x, dy in pairs],
+            "forward": [partial(training.module, *each) for each in arguments],
+            "backward": [backward(dy, *each) for dy, each in pairs],
+            "eval": [partial(evaluate, evaluated.module, *each) for each in arguments],
+            "forward+backward": [partial(forward_backward, dy, *each) for dy, each in pairs],
         }

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 RIVAL = "torch.nn"
 OURS = "bn_ext"
 OVERHEAD = "overhead"
+PLAIN = "batch_norm"
 USUAL_ORDER = (
+    "bn+relu",
+    "bn+add+relu",
     "float32",
     "bfloat16",
     "contiguous",
@@ -30,7 +33,8 @@ class ReportError(Exception):
 class Pair(NamedTuple):
     """Both sides of one case."""
 
-    group: tuple[str, str, str]  # dtype, layout, direction
+    operation: str
+    group: tuple[str, ...]  # the operation unless it is PLAIN, dtype, layout, direction
     case: str
     rival: float  # median, s
     ours: float  # median, s
@@ -62,11 +66,12 @@ def pairs(run: dict[str, Any]) -> list[Pair]:
     sides: dict[tuple[str, ...], dict[str, tuple[dict[str, float], dict[str, Any]]]] = {}
     for entry in run["benchmarks"]:
         info = entry["extra_info"]
-        key = (info["dtype"], info["layout"], info["direction"], info["case"])
+        key = (info.get("operation", PLAIN), info["dtype"], info["layout"], info["direction"], info["case"])
         sides.setdefault(key, {})[info["provider"]] = (entry["stats"], info)
     return [
         Pair(
-            group=(dtype, layout, direction),
+            operation=operation,
+            group=(*[operation] * (operation != PLAIN), dtype, layout, direction),
             case=case,
             rival=both[RIVAL][0]["median"],
             ours=both[OURS][0]["median"],
@@ -74,7 +79,7 @@ def pairs(run: dict[str, Any]) -> list[Pair]:
             gb_per_s=both[OURS][1]["gb_per_s"],
             page_faults=max(info["page_faults_per_call"] for _, info in both.values()),
         )
-        for (dtype, layout, direction, case), both in sides.items()
+        for (operation, dtype, layout, direction, case), both in sides.items()
         if both.keys() >= {RIVAL, OURS}
     ]
 
@@ -113,9 +118,9 @@ def speed(pair: Pair, copy: float) -> list[str]:
     return [f"{pair.gb_per_s:.1f}", f"{pair.gb_per_s / copy:.0%}"]
 
 
-def by_group(cases: list[Pair]) -> dict[tuple[str, str, str], list[Pair]]:
-    """Gather the cases of each (dtype, layout, direction), in the usual order."""
-    groups: dict[tuple[str, str, str], list[Pair]] = {}
+def by_group(cases: list[Pair]) -> dict[tuple[str, ...], list[Pair]]:
+    """Gather the cases of each group, in the usual order."""
+    groups: dict[tuple[str, ...], list[Pair]] = {}
     for pair in sorted(cases, key=lambda pair: [USUAL_ORDER.index(word) for word in pair.group]):
         groups.setdefault(pair.group, []).append(pair)
     return groups
@@ -142,13 +147,10 @@ def head(run: dict[str, Any], cases: list[Pair], markdown: bool) -> list[str]:
 
 
 def body(cases: list[Pair], copy: float, markdown: bool) -> list[str]:
-    """Give one table per group, and one of their geometric means."""
+    """Give one table per group."""
     lines: list[str] = []
-    means: list[list[str]] = []
     for group, members in by_group(cases).items():
         mean = geometric_mean([pair.ratio for pair in members])
-        worst = min(members, key=lambda pair: pair.ratio)
-        means.append([", ".join(group), f"{mean:.2f}", f"{worst.ratio:.2f}", worst.case])
         lines += title(", ".join(group), markdown)
         lines += table(
             ["case", "torch ms", "bn_ext ms", "ratio", "of best", "bn_ext GB/s", "of copy"],
@@ -157,11 +159,30 @@ def body(cases: list[Pair], copy: float, markdown: bool) -> list[str]:
         )
         lines += [""] * markdown
         lines += [f"geometric mean of the ratios: {mean:.2f} (cases: {len(members)})"]
-    if means:
-        mean = geometric_mean([pair.ratio for pair in cases])
-        means.append([f"all {len(cases)} cases", f"{mean:.2f}", "", ""])
-        lines += title("Geometric means", markdown)
-        lines += table(["group", "ratio", "least", "in case"], means, markdown)
+    return lines
+
+
+def means(cases: list[Pair], of: str, markdown: bool) -> list[str]:
+    """Give one table of the groups' geometric means, and the mean of all `cases`."""
+    if not cases:
+        return []
+    rows = []
+    for group, members in by_group(cases).items():
+        worst = min(members, key=lambda pair: pair.ratio)
+        mean = geometric_mean([pair.ratio for pair in members])
+        rows.append([", ".join(group), f"{mean:.2f}", f"{worst.ratio:.2f}", worst.case])
+    mean = geometric_mean([pair.ratio for pair in cases])
+    rows.append([f"all {len(cases)} cases{of}", f"{mean:.2f}", "", ""])
+    return title(f"Geometric means{of}", markdown) + table(["group", "ratio", "least", "in case"], rows, markdown)
+
+
+def fused(cases: list[Pair], copy: float, markdown: bool) -> list[str]:
+    """Give the tables of the operations that are more than batch norm, and for each direction the means."""
+    lines = body(cases, copy, markdown)
+    kinds = dict.fromkeys((group[0], group[-1]) for group in by_group(cases))
+    for kind in kinds:
+        members = [pair for pair in cases if (pair.group[0], pair.group[-1]) == kind]
+        lines += means(members, f": {', '.join(kind)}", markdown)
     return lines
 
 
@@ -171,7 +192,7 @@ def overhead(cases: list[Pair], markdown: bool) -> list[str]:
         return []
     return title("Overhead: the module on a (2, 4, 2, 2) float32 input", markdown) + table(
         ["direction", "torch us", "bn_ext us", "ratio", "of best"],
-        [[pair.group[2], *times(pair, 1e6)] for pair in cases],
+        [[pair.group[-1], *times(pair, 1e6)] for pair in cases],
         markdown,
     )
 
@@ -191,7 +212,10 @@ def report(path: Path, markdown: bool) -> str:
         tiny = [pair for pair in everything if pair.case.startswith(OVERHEAD)]
         cases = [pair for pair in everything if pair not in tiny]
         copy = max(run["machine_info"]["run"]["copy_gb_per_s"])
-        lines = head(run, cases, markdown) + body(cases, copy, markdown)
+        plain = [pair for pair in cases if pair.operation == PLAIN]
+        lines = head(run, cases, markdown)
+        lines += body(plain, copy, markdown) + means(plain, "", markdown)
+        lines += fused([pair for pair in cases if pair not in plain], copy, markdown)
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{path} was not written by this suite: {error!r}") from error
     if not everything:

@@ -1,6 +1,5 @@
-"""The twelve BatchNorm shapes of ResNet-50, and the least memory traffic of a direction."""
+"""The twelve BatchNorm shapes of ResNet-50, and one so small that only the call is left."""
 
-from math import prod
 from typing import NamedTuple
 
 DEFAULT_BATCH = 32
@@ -40,13 +39,3 @@ RESNET50 = (
 # So small that only the cost of the call itself is left.
 OVERHEAD = Shape("overhead_4x2x2", 4, 2, 2)
 OVERHEAD_BATCH = 2
-
-# Activation tensors that have to be read or written once at the least: forward and eval read x and
-# write y, backward reads x and dy and writes dx. Vectors of one value per channel are left out, for
-# they count only for tiny tensors.
-LEAST_TENSORS = {"forward": 2, "backward": 3, "eval": 2, "forward+backward": 5}
-
-
-def least_bytes(size: tuple[int, ...], element_bytes: int, direction: str) -> int:
-    """Count the bytes that `direction` must move for an activation of `size`."""
-    return LEAST_TENSORS[direction] * prod(size) * element_bytes

@@ -1,7 +1,7 @@
 """bn_ext against torch.nn: ResNet-50's shapes in all directions, layouts, dtypes; a call's cost.
 
-A test's name reads case-dtype-layout-direction-provider: `-k "stem and bfloat16 and backward"`
-picks one pair for each layout.
+A test's name reads case-dtype-layout-[operation-]direction-provider: `-k "stem and bfloat16 and backward"` picks one
+pair for each layout and operation, `-k fused` all that is more than batch norm.
 """
 
 from operator import attrgetter
@@ -13,7 +13,8 @@ from .bench import Bench
 from .check import WrongResultError
 from .inputs import DTYPES, LAYOUTS, Case
 from .measure import REPLAY
-from .providers import DIRECTIONS, OVERHEAD_DIRECTIONS, PROVIDERS
+from .operations import FUSED, OPERATIONS, PLAIN
+from .providers import OVERHEAD_DIRECTIONS, PROVIDERS
 from .shapes import OVERHEAD, OVERHEAD_BATCH, RESNET50, Shape
 
 
@@ -31,7 +32,7 @@ def record(bench: Bench, benchmark: BenchmarkFixture, case: Case, direction: str
 # The parameters of the topmost mark vary fastest: a case's tests are neighbours, and so are the two
 # sides of a pair.
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", OPERATIONS[PLAIN].directions)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", RESNET50, ids=attrgetter("name"))
@@ -47,6 +48,30 @@ def test_resnet50(
 ) -> None:
     """A BatchNorm input of ResNet-50: how close to the speed of memory?"""
     case = Case(shape.name, shape.size(bench.batch), dtype, layout)
+    record(bench, benchmark, case, direction, provider)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(
+    ("operation", "direction"),
+    [(operation, direction) for operation in FUSED for direction in OPERATIONS[operation].directions],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", RESNET50, ids=attrgetter("name"))
+@pytest.mark.benchmark(timer=REPLAY.read)
+def test_fused(
+    bench: Bench,
+    benchmark: BenchmarkFixture,
+    shape: Shape,
+    dtype: str,
+    layout: str,
+    operation: str,
+    direction: str,
+    provider: str,
+) -> None:
+    """The same inputs with an activation, and a residual before it: bn_ext's one call against torch's modules."""
+    case = Case(shape.name, shape.size(bench.batch), dtype, layout, operation)
     record(bench, benchmark, case, direction, provider)
 
 
