@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import bn_ext
-
 from . import allocator, machine
 from .check import WrongResultError, check, reference
 from .inputs import DTYPES, Case, make_inputs
@@ -118,17 +116,9 @@ class Bench:
 
     def describe(self) -> dict[str, Any]:
         """Collect what the whole run has in common."""
-        build = bn_ext.build_info()
-        return {
-            "device": self.device.type,
-            "name": machine.device_name(self.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "bn_ext": build.version,
-            "instruction_set": build.instruction_set,
+        return machine.describe(self.device) | {
             "batch": self.batch,
             "quick": self.quick,
-            "allocator": allocator.mode(self.device),
             "page_faults_per_64_mib": allocator.faults_per_probe(),
             "copy_gb_per_s": self.copies,
         }

@@ -1,13 +1,16 @@
 """The machine a run is made on: its device, a name for it, and the speed of a plain copy."""
 
+import datetime
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import bn_ext
 
+from . import allocator
 from .measure import Wall
 
 COPY_ROUNDS = 15
@@ -36,6 +39,21 @@ def device_slug(device: torch.device) -> str:
     name = re.sub(r"\((R|TM)\)|\bCPU\b", " ", device_name(device), flags=re.IGNORECASE)
     threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return re.sub(r"[^a-z0-9.]+", "-", f"{device.type} {name}{threads}".lower()).strip("-")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Collect what the figures of a run depend on."""
+    build = bn_ext.build_info()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device.type,
+        "name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "bn_ext": build.version,
+        "instruction_set": build.instruction_set,
+        "allocator": allocator.mode(device),
+    }
 
 
 def last_level_cache_bytes(device: torch.device) -> int:

@@ -48,14 +48,19 @@ class Pair(NamedTuple):
         return self.rival / self.ours
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read the JSON of a run."""
+def read(path: Path) -> Any:
+    """Read a JSON file."""
     try:
-        run = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except OSError as error:
         raise ReportError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ReportError(f"{path} is not JSON: {error}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read the JSON of a run."""
+    run = read(path)
     if not isinstance(run, dict) or "benchmarks" not in run or "run" not in run.get("machine_info", {}):
         raise ReportError(f"{path} is not the JSON of this suite: no benchmarks, or no machine_info.run")
     return run
@@ -126,15 +131,21 @@ def by_group(cases: list[Pair]) -> dict[tuple[str, ...], list[Pair]]:
     return groups
 
 
+def versions(about: dict[str, Any], date: str) -> list[str]:
+    """Name the machine and the software."""
+    return [
+        f"{about['name']}, {about['device']}, {about['threads']} threads",
+        f"torch {about['torch']}, bn_ext {about['bn_ext']} ({about['instruction_set']}), {date}",
+    ]
+
+
 def head(run: dict[str, Any], cases: list[Pair], markdown: bool) -> list[str]:
     """Say what the figures were measured on, and with."""
     about = run["machine_info"]["run"]
     copy = ", ".join(f"{value:.1f}" for value in about["copy_gb_per_s"])
     faults = max((pair.page_faults for pair in cases), default=0.0)
     lines = [
-        f"{about['name']}, {about['device']}, {about['threads']} threads",
-        f"torch {about['torch']}, bn_ext {about['bn_ext']} ({about['instruction_set']}), "
-        f"{run.get('datetime', '')[:10]}",
+        *versions(about, run.get("datetime", "")[:10]),
         f"allocator: {about['allocator']} ({about['page_faults_per_64_mib']} page faults per new "
         f"64 MiB, at most {faults:.0f} per timed call)",
         f"copy_ of large tensors: {copy} GB/s read and written, best at the start and at the end",

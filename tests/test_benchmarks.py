@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import bn_ext
 from benchmarks.check import WrongResultError, check, reference
 from benchmarks.inputs import DTYPES, LAYOUTS, Case, make_inputs
+from benchmarks.memory import LiveBytes
+from benchmarks.models import MODELS
 from benchmarks.operations import OPERATIONS, least_bytes
 from benchmarks.providers import PROVIDERS, Subject
 
@@ -24,7 +27,7 @@ def test_right_results_pass(operation: str, dtype: str, layout: str) -> None:
         check(provider, case, inputs, Subject(provider, operation, inputs), expected)
 
 
-@pytest.mark.parametrize(("index", "name"), enumerate(["dx", "dweight", "dbias", "dz"]))
+@pytest.mark.parametrize(("index", "name"), list(enumerate(["dx", "dweight", "dbias", "dz"])))
 def test_wrong_gradients_are_refused(index: int, name: str) -> None:
     case = Case("small", SIZE, "float32", "contiguous", "bn+add+relu")
     inputs = make_inputs(case, CPU)
@@ -50,3 +53,61 @@ def test_least_bytes() -> None:
     assert least_bytes("bn+relu", size, 2, "forward+backward") == 5 * 2048
     assert least_bytes("bn+add+relu", size, 4, "forward+backward") == 3 * 4096 + 128 + 4 * 4096 + 128
     assert least_bytes("bn+add+relu", size, 2, "eval") == 3 * 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [  # as published, and as torchvision has them
+        ("resnet18", 11_689_512),
+        ("resnet50", 25_557_032),
+        ("densenet121", 7_978_856),
+        ("mobilenet_v3_large", 5_483_032),
+        ("efficientnet_b0", 5_288_548),
+    ],
+)
+def test_parameters_of_the_models(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = MODELS[name]()
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def test_live_bytes() -> None:
+    """By hand: y = relu(conv(x)), a 1x1 convolution of 2 to 3 channels without bias on a plane of 100 values."""
+    x = torch.randn(1, 2, 10, 10)
+    convolution = torch.nn.Conv2d(2, 3, 1, bias=False)
+    with LiveBytes() as memory:
+        y = convolution(x).relu()  # of 1200 bytes, as is what relu was given
+        assert memory.peak == 2 * 1200
+        assert memory.alive() == 1200  # relu keeps its result, convolution x and its weight
+        view = y.view(-1)[3:]  # no memory of its own
+        x.add_(1)
+        y.detach().add_(1)
+        assert memory.alive() == 1200
+        del y
+        assert memory.alive() == 1200
+        del view
+        assert memory.alive() == 0
+
+
+def test_live_bytes_in_backward() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    with LiveBytes() as memory:
+        loss = x.exp().sum()
+        assert memory.alive() == 4000 + 4  # exp keeps its result
+        loss.backward()
+        assert memory.alive() == 4000 + 4  # x.grad and the loss
+        # The results of exp, and of exp's backward; sum's gradient is one value that is expanded.
+        assert memory.peak == 2 * 4000 + 4 + 4
+
+
+@pytest.mark.parametrize("batch_norm", [torch.nn.BatchNorm2d, bn_ext.BatchNorm2d])
+def test_live_bytes_of_batch_norm(batch_norm: type[torch.nn.BatchNorm2d]) -> None:
+    """Both keep their input and two values per channel, and make no other copy of it."""
+    module = batch_norm(5)
+    x = torch.randn(2, 5, 8, 8, requires_grad=True)
+    with LiveBytes() as memory:
+        y = module(x)
+        assert memory.alive() == memory.peak == y.nbytes + 2 * 20
+        del y
+        assert memory.alive() == 0
