@@ -15,7 +15,7 @@ class LiveBytes(TorchDispatchMode):
     """Add up the storages that are made while this is on: each once, until it is freed.
 
     A storage counts from the end of the operator that gives it; what an operator allocates and frees inside is not
-    seen. Storages that were there before are left out, also when an operator returns a view of them or writes into them.
+    seen. Storages that were there before are left out, also when an operator returns a view of them or writes to them.
     Backward counts too on a CPU, where it runs in the thread that calls it.
 
     Nothing is kept alive. This sees what saved-tensor hooks hold as well, which hooks around it would not: only the
