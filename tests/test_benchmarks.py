@@ -1,5 +1,6 @@
 """The benchmarks themselves: that they refuse wrong results, and that they count what they say they count."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bn_ext
-from benchmarks import training, training_report
+from benchmarks import report, training, training_report
 from benchmarks.check import WrongResultError, check, reference
 from benchmarks.inputs import DTYPES, LAYOUTS, Case, make_inputs
 from benchmarks.memory import LiveBytes
@@ -173,3 +174,23 @@ def test_training_refuses_wrong_gradients(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         train_tiny(tmp_path, monkeypatch, "float32")
     assert not (tmp_path / "training.json").exists()
+
+
+def test_report_keeps_operations_apart(tmp_path: Path) -> None:
+    """Plain batch norm has its tables and mean, each other operation its own; without a name it is plain batch norm."""
+
+    def entry(provider: str, seconds: float, **more: str) -> dict[str, object]:
+        info = {"provider": provider, "case": "stem", "dtype": "float32", "layout": "contiguous", "direction": "eval"}
+        numbers = {"gb_per_s": 1.0, "page_faults_per_call": 0.0}
+        return {"stats": {"median": seconds, "min": seconds}, "extra_info": {**info, **numbers, **more}}
+
+    about = {"name": "A", "device": "cpu", "threads": 1, "torch": "2", "bn_ext": "1", "instruction_set": "baseline"}
+    about |= {"allocator": "default", "page_faults_per_64_mib": 0, "copy_gb_per_s": [1.0], "batch": 2, "quick": False}
+    entries = [entry("torch.nn", 3.0), entry("bn_ext", 1.0)]
+    entries += [entry("torch.nn", 1.0, operation="bn+relu"), entry("bn_ext", 2.0, operation="bn+relu")]
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"machine_info": {"run": about}, "benchmarks": entries}))
+    lines = [" ".join(line.split()) for line in report.report(path, markdown=False).splitlines()]
+    for title, mean in {"Geometric means": "all 1 cases 3.00", "Geometric means: bn+relu, eval": "0.50"}.items():
+        assert mean in lines[lines.index(title) + 4]
+    assert lines[-2:] == ["bn_ext is slower in 1 of 2 cases", "- stem bn+relu float32 contiguous eval: 0.50"]
