@@ -178,7 +178,7 @@ def test_opcheck(sample: str, training: bool) -> None:
     ops = torch.ops.bn_ext
     torch.library.opcheck(ops.batch_norm.default, (), values)
     torch.library.opcheck(
-        ops.batch_norm.default, (), values | {"activation": "relu", "residual": values["input"].cos()}
+        ops.batch_norm.default, (), values | {"activation": "relu", "residual": values["input"].detach().cos()}
     )
     values = {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
     inner = ops.batch_norm_forward.default if training else ops.batch_norm_inference.default
