@@ -1,6 +1,7 @@
 """A custom C++/CUDA BatchNorm for PyTorch that drops in for torch.nn.BatchNorm."""
 
 from bn_ext._build_info import BuildInfo, build_info, version
+from bn_ext._recompute import recompute
 from bn_ext.convert import convert, revert
 from bn_ext.functional import batch_norm
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
@@ -18,5 +19,6 @@ __all__ = [
     "batch_norm",
     "build_info",
     "convert",
+    "recompute",
     "revert",
 ]

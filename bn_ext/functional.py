@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-from bn_ext import _extension, _fake
+from bn_ext import _extension, _fake, _recompute
 from bn_ext.activations import Activation, resolve
 
 
@@ -18,10 +18,12 @@ def _not_loaded(*_: object) -> Tensor:
 
 # Without the dispatcher's search for an overload: most of what a small call costs.
 _direct: Callable[..., Tensor] = _not_loaded
+_direct_and_saved: Callable[..., tuple[Tensor, Tensor | None]]
 
 if _extension.module is not None:
     _fake.register()
     _direct = _extension.module.batch_norm
+    _direct_and_saved = _extension.module.batch_norm_and_saved
 
 _TENSORS = ("input", "running_mean", "running_var", "weight", "bias", "num_batches_tracked", "residual")
 
@@ -103,8 +105,16 @@ def batch_norm(
             activation=name,
             activation_parameter=parameter,
         )
+    outputs = _recompute.current()
     try:
-        return _direct(*arguments, training, momentum, eps, num_batches_tracked, residual, name, parameter)
+        if outputs is None:
+            return _direct(*arguments, training, momentum, eps, num_batches_tracked, residual, name, parameter)
+        y, saved = _direct_and_saved(
+            *(*arguments, training, momentum, eps, num_batches_tracked, residual, name, parameter)
+        )
+        if saved is not None and y.requires_grad:
+            outputs.add(y, input, residual, saved, (name, parameter))
+        return y
     except TypeError as error:
         tensors = dict(zip(_TENSORS, (*arguments, num_batches_tracked, residual), strict=True))
         raise (_type_error(tensors, training, momentum, eps) or error) from None
