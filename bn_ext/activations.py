@@ -1,8 +1,10 @@
 """The activations that a batch norm can apply to its result: their names, and torch's modules of the same kind."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 Activation: TypeAlias = "str | tuple[str | None, float] | torch.nn.Module | None"
 """A name of `NAMES`, a name with its parameter, a module of torch.nn of one of these kinds, or None."""
@@ -50,6 +52,17 @@ def resolve(activation: Activation) -> tuple[str | None, float]:
     if given and given[0]:
         raise ValueError(f"activation {name!r} has no parameter, got {given[0]!r}")
     return name, 0.0
+
+
+def apply(u: Tensor, activation: Activation) -> Tensor:
+    """The activation by torch's own operator."""
+    name, parameter = resolve(activation)
+    if name is None:
+        return u
+    if name == "gelu_tanh":
+        return torch.nn.functional.gelu(u, approximate="tanh")
+    function: Callable[..., Tensor] = getattr(torch.nn.functional, name)
+    return function(u, parameter) if name in PARAMETERS else function(u)
 
 
 def describe(activation: Activation) -> str:

@@ -14,12 +14,18 @@ from bn_ext.functional import batch_norm
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     """torch.nn's constructor and forward with this package's operator, an activation and a residual."""
 
-    activation: Activation = None
-    """What forward() applies to its result; it may be set later, to all that :func:`bn_ext.batch_norm` takes."""
+    activation: tuple[str, float] | None = None
+    """Name and parameter of what forward() applies to its result. It may be set to all that `batch_norm` takes."""
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.activation = None if activation is None else resolve(activation)
+        self.activation = activation  # type: ignore[assignment]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take an activation of any kind by its name: a module would become a child."""
+        if name == "activation":
+            value = None if value is None else resolve(value)
+        super().__setattr__(name, value)
 
     def __init_subclass__(cls) -> None:
         """Show the constructor's arguments: those of the torch in use, and activation."""

@@ -13,11 +13,13 @@ An operator is anything that is called like :func:`torch.nn.functional.batch_nor
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bn_ext._build_info import build_info
+from bn_ext.activations import Activation, apply, resolve
 from bn_ext.functional import batch_norm
 
 TOLERANCE = {
@@ -31,7 +33,13 @@ TOLERANCE = {
 """Largest allowed error of a result, in units of its dtype's eps times the magnitude of the terms it is made of."""
 
 QUANTITIES = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
-"""What is compared, in the order of the tables."""
+"""What is compared, in the order of the tables; with a residual, dresidual too."""
+
+STEEPEST = 1.5
+"""No activation, and no activation's derivative, is steeper, up to its parameter."""
+
+KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0)}
+"""Where an activation's derivative jumps."""
 
 _FORMATS = {
     "contiguous": {},
@@ -56,6 +64,9 @@ class Case:
     deviation: float = 2.0
     device: str = "cpu"
     seed: int = 0
+    activation: Activation = None
+    residual: bool = False
+    """Whether one is added."""
 
     @property
     def params_dtype(self) -> torch.dtype:
@@ -73,6 +84,7 @@ class Inputs:
     bias: Tensor
     running_mean: Tensor
     running_var: Tensor
+    residual: Tensor | None = None
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -88,62 +100,85 @@ def make_inputs(case: Case) -> Inputs:
 
     channels = (case.shape[1],)
     values = normal(case.shape, torch.float64) * case.deviation + case.mean
-    return Inputs(
+    inputs = Inputs(
         input=activation(values),
         dy=activation(normal(case.shape, torch.float64)),
         weight=normal(channels, case.params_dtype),
         bias=normal(channels, case.params_dtype),
         running_mean=normal(channels, case.params_dtype),
         running_var=normal(channels, case.params_dtype).abs() + 0.5,
+        residual=activation(normal(case.shape, torch.float64)) if case.residual else None,
     )
+    # At a kink, rounding decides which derivative it is: no gradient comes from there.
+    u = _Exact(case, inputs).u
+    for kink in KINKS.get(resolve(case.activation)[0] or "", ()):
+        inputs.dy[(u - kink).abs() < 1e-3] = 0
+    return inputs
 
 
 def reference(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
     """Compute every quantity in float64 from its formula.
 
     Returns:
-        For each of `QUANTITIES` its value, and its magnitude: the same formula on the absolute values of its terms,
+        For each quantity its value, and its magnitude: the same formula on the absolute values of its terms,
         which is what rounding errors are proportional to.
     """
-    dims = [0, *range(2, len(case.shape))]
-    per_channel = [1, -1] + [1] * (len(case.shape) - 2)
-    count = math.prod(case.shape) // case.shape[1]
-    x, g = inputs.input.double(), inputs.dy.double()
-    w, b = (t.double().view(per_channel) for t in (inputs.weight, inputs.bias))
-    old_mean, old_var = inputs.running_mean.double(), inputs.running_var.double()
-
-    if case.training:
-        mean = x.mean(dims)
-        var = (x - mean.view(per_channel)).square().mean(dims)
-    else:
-        mean, var = old_mean, old_var
-    rstd = (var + case.eps).rsqrt().view(per_channel)
-    xhat = (x - mean.view(per_channel)) * rstd
-    # The mean is kept in float32: its rounding shows in xhat, and so in the gradients.
-    xhat_size = xhat.abs() + (mean.abs().view(per_channel) * rstd)
+    e = _Exact(case, inputs)
+    activation = resolve(case.activation)
+    steepest = STEEPEST * max(1.0, abs(activation[1])) if activation[0] else 1.0
+    u = e.u.clone().requires_grad_()
+    y = apply(u, activation)
+    (g,) = torch.autograd.grad(y, u, inputs.dy.double())
+    # The batch's mean is off by rounding errors of values as large as the mean and the deviation.
+    u_size = (e.xhat_size + (1 if case.training else 0)) * e.weight.abs() + e.bias.abs() + e.residual.abs()
+    g_size = inputs.dy.double().abs() * (1 if activation[0] is None else steepest * (1 + u_size))
 
     def average(t: Tensor) -> Tensor:
-        return t.mean(dims, keepdim=True) if case.training else torch.zeros_like(rstd)
+        return t.mean(e.dims, keepdim=True) if case.training else torch.zeros_like(e.rstd)
 
-    dx = w * rstd * (g - average(g) - xhat * average(g * xhat))
-    dx_size = (w * rstd).abs() * (g.abs() + average(g.abs()) + xhat_size * average(g.abs() * xhat_size))
+    dx = e.weight * e.rstd * (g - average(g) - e.xhat * average(g * e.xhat))
+    dx_size = (e.weight * e.rstd).abs() * (g_size + average(g_size) + e.xhat_size * average(g_size * e.xhat_size))
     momentum = case.momentum if case.training else 0.0
-    unbiased = var * count / max(count - 1, 1)
+    count = math.prod(case.shape) // case.shape[1]
+    unbiased = e.var * count / max(count - 1, 1)
+    old_mean, old_var = inputs.running_mean.double(), inputs.running_var.double()
     return {
-        # The batch's mean is off by rounding errors of values as large as the mean and the deviation.
-        "y": (xhat * w + b, (xhat_size + (1 if case.training else 0)) * w.abs() + b.abs()),
+        "y": (y.detach(), steepest * u_size + (0 if activation[0] is None else y.detach().abs())),
         "dx": (dx, dx_size),
-        "dweight": ((g * xhat).sum(dims), (g.abs() * xhat_size).sum(dims)),
-        "dbias": (g.sum(dims), g.abs().sum(dims)),
+        "dweight": ((g * e.xhat).sum(e.dims), (g_size * e.xhat_size).sum(e.dims)),
+        "dbias": (g.sum(e.dims), g_size.sum(e.dims)),
         "running_mean": (
-            (1 - momentum) * old_mean + momentum * mean,
-            (1 - momentum) * old_mean.abs() + abs(momentum) * (mean.abs() + var.sqrt()),
+            (1 - momentum) * old_mean + momentum * e.mean,
+            (1 - momentum) * old_mean.abs() + abs(momentum) * (e.mean.abs() + e.var.sqrt()),
         ),
         "running_var": (
             (1 - momentum) * old_var + momentum * unbiased,
-            (1 - momentum) * old_var + abs(momentum) * (unbiased + _rounding_of_variance(case, mean, var)),
+            (1 - momentum) * old_var + abs(momentum) * (unbiased + _rounding_of_variance(case, e.mean, e.var)),
         ),
+        **({"dresidual": (g, g_size)} if case.residual else {}),
     }
+
+
+class _Exact:
+    """What a case's formulas have in common, in float64; all but mean and var with the input's dimensions."""
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self.dims = [0, *range(2, len(case.shape))]
+        per_channel = [1, -1] + [1] * (len(case.shape) - 2)
+        x = inputs.input.double()
+        self.weight, self.bias = (t.double().view(per_channel) for t in (inputs.weight, inputs.bias))
+        self.residual = torch.zeros_like(self.bias) if inputs.residual is None else inputs.residual.double()
+        if case.training:
+            self.mean = x.mean(self.dims)
+            self.var = (x - self.mean.view(per_channel)).square().mean(self.dims)
+        else:
+            self.mean, self.var = inputs.running_mean.double(), inputs.running_var.double()
+        mean = self.mean.view(per_channel)
+        self.rstd = (self.var + case.eps).rsqrt().view(per_channel)
+        self.xhat = (x - mean) * self.rstd
+        # The mean is kept in float32: its rounding shows in xhat, and so in the gradients.
+        self.xhat_size = self.xhat.abs() + mean.abs() * self.rstd
+        self.u = self.xhat * self.weight + self.bias + self.residual
 
 
 def _rounding_of_variance(case: Case, mean: Tensor, var: Tensor) -> Tensor:
@@ -159,28 +194,34 @@ def _rounding_of_variance(case: Case, mean: Tensor, var: Tensor) -> Tensor:
 
 def run(operator: Callable[..., Tensor], case: Case, inputs: Inputs) -> dict[str, Tensor]:
     """Call the operator on copies of a case's tensors, forward and backward."""
-    keep = {"memory_format": torch.preserve_format}
-    x, w, b = (t.detach().clone(**keep).requires_grad_() for t in (inputs.input, inputs.weight, inputs.bias))
+    given = [t for t in (inputs.input, inputs.weight, inputs.bias, inputs.residual) if t is not None]
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in given]
+    x, w, b, *residual = leaves
     mean, var = inputs.running_mean.clone(), inputs.running_var.clone()
-    y = operator(x, mean, var, w, b, case.training, case.momentum, case.eps)
-    dx, dweight, dbias = torch.autograd.grad(y, (x, w, b), inputs.dy)
-    return dict(zip(QUANTITIES, (y.detach(), dx, dweight, dbias, mean, var), strict=True))
+    more: dict[str, Any] = {"residual": residual[0]} if residual else {}
+    if case.activation is not None:
+        more["activation"] = case.activation
+    y = operator(x, mean, var, w, b, case.training, case.momentum, case.eps, **more)
+    dx, dweight, dbias, *dresidual = torch.autograd.grad(y, leaves, inputs.dy)
+    results = dict(zip(QUANTITIES, (y.detach(), dx, dweight, dbias, mean, var), strict=True))
+    return results | ({"dresidual": dresidual[0]} if dresidual else {})
 
 
 def check(operator: Callable[..., Tensor], case: Case) -> dict[str, float]:
     """Compare an operator with the float64 reference.
 
     Args:
-        operator: Called like :func:`torch.nn.functional.batch_norm`; differentiable.
+        operator: Called like :func:`torch.nn.functional.batch_norm`; differentiable. Where the case has them, with the
+            keyword arguments activation and residual of :func:`bn_ext.batch_norm`.
         case: What to call it on.
 
     Returns:
-        For each of `QUANTITIES` the largest error as a share of its tolerance: at most 1 if right, inf where a value
-        is not finite or has the wrong shape or dtype.
+        For each of `QUANTITIES`, and for dresidual where there is a residual, the largest error as a share of its
+        tolerance: at most 1 if right, inf where a value is not finite or has the wrong shape or dtype.
     """
     inputs = make_inputs(case)
     results = run(operator, case, inputs)
-    dtypes = dict.fromkeys(QUANTITIES, case.params_dtype) | {"y": case.dtype, "dx": case.dtype}
+    dtypes = dict.fromkeys(QUANTITIES, case.params_dtype) | dict.fromkeys(("y", "dx", "dresidual"), case.dtype)
     shares = {}
     for name, (value, magnitude) in reference(case, inputs).items():
         result = results[name]
