@@ -168,9 +168,13 @@ def _unpack(kept: Any) -> Any:
     return kept.output() if isinstance(kept, Recipe) else kept
 
 
-_local = threading.local()
+class _Local(threading.local):
+    outputs: _Outputs | None = None
+
+
+_local = _Local()
 
 
 def current() -> _Outputs | None:
     """Where this thread's outputs are noted; None outside of :class:`recompute`."""
-    return getattr(_local, "outputs", None)
+    return _local.outputs

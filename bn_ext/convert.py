@@ -59,11 +59,22 @@ def revert(model: Model) -> Model:
 
     Returns:
         `model`.
+
+    Raises:
+        ValueError: A batch norm has an activation, which torch.nn's have not.
     """
     _require_module(model)
-    for module in model.modules():
-        if type(module) in _STOCK:
-            module.__class__ = _STOCK[type(module)]
+    ours = {name: module for name, module in model.named_modules() if type(module) in _STOCK}
+    active = [name or "the model" for name, module in ours.items() if module.activation is not None]
+    if active:
+        raise ValueError(
+            "bn_ext.revert would lose the activation inside "
+            + ", ".join(active)
+            + ": set their `activation` to None and "
+            "apply the activation behind them first; nothing was changed"
+        )
+    for module in ours.values():
+        module.__class__ = _STOCK[type(module)]
     return model
 
 

@@ -1,6 +1,7 @@
 """Modules that drop in for torch.nn's batch norms: they differ in the operator that does the work."""
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -9,6 +10,16 @@ from torch.fx import Proxy
 
 from bn_ext.activations import Activation, describe, resolve
 from bn_ext.functional import batch_norm
+
+# Functions that make something else of whatever is a torch.nn batch norm, from its statistics and parameters, and would
+# lose an activation without a word: of torch, apex and detectron2.
+_LOSING = {
+    "convert_sync_batchnorm",
+    "fuse_conv_bn_eval",
+    "fuse_linear_bn_eval",
+    "convert_syncbn_model",
+    "convert_frozen_batchnorm",
+}
 
 
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
@@ -26,6 +37,17 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         if name == "activation":
             value = None if value is None else resolve(value)
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse statistics to those that would lose the activation (pytorch#187298)."""
+        if name == "running_mean" and self.activation is not None:
+            caller = sys._getframe(1).f_code.co_name
+            if caller in _LOSING:
+                raise RuntimeError(
+                    f"{caller} would lose the activation inside {self}: set its `activation` to None and apply the "
+                    "activation behind it first"
+                )
+        return super().__getattr__(name)
 
     def __init_subclass__(cls) -> None:
         """Show the constructor's arguments: those of the torch in use, and activation."""
@@ -53,23 +75,28 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             activation = self.activation
         elif self.activation is not None:
             raise ValueError(f"forward() was given activation={activation!r}, but the module has one: {self}")
-        momentum, count = self.momentum, None
-        mean, var = self.running_mean, self.running_var
-        training = self.training
+        mean, var, count = self._member("running_mean"), self._member("running_var"), None
+        training, momentum = self.training, self.momentum
         if training:
             if self.track_running_stats:
-                count = self.num_batches_tracked
+                count = self._member("num_batches_tracked")
                 momentum = 0.0 if momentum is None and count is None else momentum
             else:
                 mean = var = None
         else:
             training = mean is None and var is None
         return batch_norm(
-            *(input, mean, var, self.weight, self.bias, training, momentum, self.eps),
+            *(input, mean, var, self._member("weight"), self._member("bias"), training, momentum, self.eps),
             num_batches_tracked=count,
             activation=activation,
             residual=residual,
         )
+
+    def _member(self, name: str) -> Any:
+        """self.name, found at once: torch.nn.Module searches long, and on small tensors that shows."""
+        if name in self._parameters:
+            return self._parameters[name]
+        return self._buffers[name] if name in self._buffers else getattr(self, name)
 
 
 class BatchNorm1d(_FusedForward, torch.nn.BatchNorm1d):
