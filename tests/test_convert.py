@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +130,27 @@ def test_not_a_module() -> None:
     for function in (bn_ext.convert, bn_ext.revert):
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
             function([nn.BatchNorm2d(3)])
+
+
+@pytest.mark.parametrize("convert", ["convert_sync_batchnorm", "fuse_conv_bn_eval", "fuse_linear_bn_eval", "revert"])
+def test_activation_is_not_lost_without_a_word(convert: str) -> None:
+    """What makes a batch norm of torch's, or part of a layer, of a subclass of its batch norms (pytorch#187298)."""
+    kind = bn_ext.BatchNorm1d if convert == "fuse_linear_bn_eval" else bn_ext.BatchNorm2d
+    layer = nn.Linear(3, 4) if convert == "fuse_linear_bn_eval" else nn.Conv2d(3, 4, 1)
+
+    def run(norm: nn.Module) -> Any:
+        model = nn.Sequential(layer, norm).eval()
+        if convert == "convert_sync_batchnorm":
+            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return bn_ext.revert(model) if convert == "revert" else getattr(torch.nn.utils.fusion, convert)(*model)
+
+    norm = kind(4, activation="relu")
+    before = dict(norm.__dict__)
+    words = r"would lose the activation inside .*set .*activation` to None"
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        run(norm)
+    assert type(norm) is kind
+    assert norm.__dict__.keys() == before.keys()
+    assert norm.activation == ("relu", 0.0)
+    norm.activation = None
+    assert not isinstance(list(run(norm).modules())[-1], kind)
