@@ -1,10 +1,9 @@
-// The public operator: a torch::autograd::Function around the inner operators, which it calls through the dispatcher
-// so that compilers, fake tensors and other modes see them.
+// torch::autograd::Function around the inner operators, which it calls through the dispatcher so that compilers, fake
+// tensors and other modes see them.
 #include "autograd.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -15,33 +14,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> operator_handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-ThreeTensors dispatch_forward(const BatchNormArguments& a, bool save_mask) {
-  const auto& [name, parameter] = a.activation;
-  if (a.training) {
-    static const auto op = operator_handle<decltype(batch_norm_forward)>("bn_ext::batch_norm_forward");
-    return op.call(a.input,
-                   a.weight,
-                   a.bias,
-                   a.running_mean,
-                   a.running_var,
-                   a.num_batches_tracked,
-                   a.residual,
-                   a.momentum,
-                   a.eps,
-                   name,
-                   parameter,
-                   save_mask);
-  }
-  static const auto op = operator_handle<decltype(batch_norm_inference)>("bn_ext::batch_norm_inference");
-  return op.call(
-      a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.residual, a.eps, name, parameter, save_mask);
-}
 
 OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
@@ -222,150 +194,45 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
   return {result[0], result[1], result[2]};
 }
 
-bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
-
-// num_batches_tracked.add_(1) in torch.nn counts as a change in place; the running statistics' update there does not.
-void count_as_changed(const OptionalTensor& tensor) {
-  if (tensor.has_value() && tensor->defined() && !tensor->is_inference()) {
-    tensor->unsafeGetTensorImpl()->bump_version();
-  }
-}
-
-// y, and what batch_norm_repeat needs to compute it again, where that is at hand.
-std::tuple<at::Tensor, at::Tensor> run(const BatchNormArguments& a) {
-  check_arguments(a);
-  if (needs_composed(a)) return {composed_batch_norm(a), at::Tensor()};
-  if (at::GradMode::is_enabled()) {
-    check_not_differentiable(a.running_mean, "running_mean");
-    check_not_differentiable(a.running_var, "running_var");
-  }
-  std::tuple<at::Tensor, at::Tensor> result;
-  if (at::GradMode::is_enabled() &&
-      (a.input.requires_grad() || requires_grad(a.weight) || requires_grad(a.bias) || requires_grad(a.residual))) {
-    check_can_be_saved(a.input, "input");
-    check_can_be_saved(a.weight, "weight");
-    check_can_be_saved(a.bias, "bias");
-    check_can_be_saved(a.residual, "residual");
-    const variable_list outputs = BatchNormFunction::apply(a.input,
-                                                           a.weight,
-                                                           a.bias,
-                                                           a.residual,
-                                                           a.running_mean,
-                                                           a.running_var,
-                                                           a.num_batches_tracked,
-                                                           a.training,
-                                                           a.momentum,
-                                                           a.eps,
-                                                           a.activation);
-    result = {outputs[0], outputs[1]};
-  } else {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [y, saved, mask] = dispatch_forward(a, /*save_mask=*/false);
-    result = {y, saved};
-  }
-  if (a.training) count_as_changed(a.num_batches_tracked);
-  return result;
-}
-
 }  // namespace
 
-at::Tensor batch_norm(const at::Tensor& input,
-                      const OptionalTensor& running_mean,
-                      const OptionalTensor& running_var,
-                      const OptionalTensor& weight,
-                      const OptionalTensor& bias,
-                      bool training,
-                      std::optional<double> momentum,
-                      double eps,
-                      const OptionalTensor& num_batches_tracked,
-                      const OptionalTensor& residual,
-                      OptionalName activation,
-                      double activation_parameter) {
-  return std::get<0>(run({input,
-                          running_mean,
-                          running_var,
-                          weight,
-                          bias,
-                          training,
-                          momentum,
-                          eps,
-                          num_batches_tracked,
-                          residual,
-                          {activation, activation_parameter}}));
-}
-
-std::tuple<at::Tensor, at::Tensor> batch_norm_and_saved(const at::Tensor& input,
-                                                        const OptionalTensor& running_mean,
-                                                        const OptionalTensor& running_var,
-                                                        const OptionalTensor& weight,
-                                                        const OptionalTensor& bias,
-                                                        bool training,
-                                                        std::optional<double> momentum,
-                                                        double eps,
-                                                        const OptionalTensor& num_batches_tracked,
-                                                        const OptionalTensor& residual,
-                                                        OptionalName activation,
-                                                        double activation_parameter) {
-  return run({input,
-              running_mean,
-              running_var,
-              weight,
-              bias,
-              training,
-              momentum,
-              eps,
-              num_batches_tracked,
-              residual,
-              {activation, activation_parameter}});
-}
-
-at::Tensor batch_norm_from_python(const at::Tensor& input,
-                                  const OptionalTensor& running_mean,
-                                  const OptionalTensor& running_var,
-                                  const OptionalTensor& weight,
-                                  const OptionalTensor& bias,
-                                  bool training,
-                                  std::optional<double> momentum,
-                                  double eps,
-                                  const OptionalTensor& num_batches_tracked,
-                                  const OptionalTensor& residual,
-                                  OptionalName activation,
-                                  double activation_parameter) {
-  if (!torch::jit::tracer::isTracing()) {
-    return batch_norm(input,
-                      running_mean,
-                      running_var,
-                      weight,
-                      bias,
-                      training,
-                      momentum,
-                      eps,
-                      num_batches_tracked,
-                      residual,
-                      activation,
-                      activation_parameter);
+ThreeTensors dispatch_forward(const BatchNormArguments& a, bool save_mask) {
+  const auto& [name, parameter] = a.activation;
+  if (a.training) {
+    static const auto op = operator_handle<decltype(batch_norm_forward)>("bn_ext::batch_norm_forward");
+    return op.call(a.input,
+                   a.weight,
+                   a.bias,
+                   a.running_mean,
+                   a.running_var,
+                   a.num_batches_tracked,
+                   a.residual,
+                   a.momentum,
+                   a.eps,
+                   name,
+                   parameter,
+                   save_mask);
   }
-  // The tracer records what the dispatcher sees.
-  static const auto op = operator_handle<decltype(batch_norm)>("bn_ext::batch_norm");
-  return op.call(input,
-                 running_mean,
-                 running_var,
-                 weight,
-                 bias,
-                 training,
-                 momentum,
-                 eps,
-                 num_batches_tracked,
-                 residual,
-                 activation,
-                 activation_parameter);
+  static const auto op = operator_handle<decltype(batch_norm_inference)>("bn_ext::batch_norm_inference");
+  return op.call(
+      a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.residual, a.eps, name, parameter, save_mask);
 }
 
-TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) { m.impl("batch_norm", &batch_norm); }
+std::tuple<at::Tensor, at::Tensor> differentiable_batch_norm(const BatchNormArguments& a) {
+  const variable_list result = BatchNormFunction::apply(a.input,
+                                                        a.weight,
+                                                        a.bias,
+                                                        a.residual,
+                                                        a.running_mean,
+                                                        a.running_var,
+                                                        a.num_batches_tracked,
+                                                        a.training,
+                                                        a.momentum,
+                                                        a.eps,
+                                                        a.activation);
+  return {result[0], result[1]};
+}
 
 TORCH_LIBRARY_IMPL(bn_ext, Autograd, m) { m.impl("batch_norm_inference", &differentiable_inference); }
-
-// vmap does not decompose operators that write to their arguments, unless told to.
-TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) { m.impl("batch_norm", &batch_norm); }
 
 }  // namespace bn_ext

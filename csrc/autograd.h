@@ -1,55 +1,25 @@
-// The public operator: checks, then autograd around the inner operators.
+// Autograd around the inner operators.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
-#include <optional>
+#include <tuple>
 
 #include "batch_norm.h"
+#include "checks.h"
 
 namespace bn_ext {
 
-// torch.nn.functional.batch_norm, which in training also raises num_batches_tracked, takes momentum=None for the mean
-// over all batches, adds a residual and applies an activation.
-at::Tensor batch_norm(const at::Tensor& input,
-                      const OptionalTensor& running_mean,
-                      const OptionalTensor& running_var,
-                      const OptionalTensor& weight,
-                      const OptionalTensor& bias,
-                      bool training,
-                      std::optional<double> momentum,
-                      double eps,
-                      const OptionalTensor& num_batches_tracked,
-                      const OptionalTensor& residual,
-                      OptionalName activation,
-                      double activation_parameter);
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> operator_handle(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
-// The same for calls from Python that do not come through the dispatcher.
-at::Tensor batch_norm_from_python(const at::Tensor& input,
-                                  const OptionalTensor& running_mean,
-                                  const OptionalTensor& running_var,
-                                  const OptionalTensor& weight,
-                                  const OptionalTensor& bias,
-                                  bool training,
-                                  std::optional<double> momentum,
-                                  double eps,
-                                  const OptionalTensor& num_batches_tracked,
-                                  const OptionalTensor& residual,
-                                  OptionalName activation,
-                                  double activation_parameter);
+// The forward pass of the mode that `args` asks for; see batch_norm.h.
+ThreeTensors dispatch_forward(const BatchNormArguments& args, bool save_mask);
 
-// The same, and what batch_norm_repeat needs to compute y again; undefined where it cannot.
-std::tuple<at::Tensor, at::Tensor> batch_norm_and_saved(const at::Tensor& input,
-                                                        const OptionalTensor& running_mean,
-                                                        const OptionalTensor& running_var,
-                                                        const OptionalTensor& weight,
-                                                        const OptionalTensor& bias,
-                                                        bool training,
-                                                        std::optional<double> momentum,
-                                                        double eps,
-                                                        const OptionalTensor& num_batches_tracked,
-                                                        const OptionalTensor& residual,
-                                                        OptionalName activation,
-                                                        double activation_parameter);
+// y, with its backward pass, and what batch_norm_repeat needs to compute it again.
+std::tuple<at::Tensor, at::Tensor> differentiable_batch_norm(const BatchNormArguments& args);
 
 }  // namespace bn_ext

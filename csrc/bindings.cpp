@@ -3,8 +3,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include "autograd.h"
 #include "cpu/instruction_set.h"
+#include "operator.h"
 
 TORCH_LIBRARY(bn_ext, m) {
   m.def(

@@ -1,0 +1,147 @@
+// The public operator: checks, then whichever way there is to compute it; see operator.h.
+#include "operator.h"
+
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/library.h>
+
+#include "autograd.h"
+#include "checks.h"
+#include "composed.h"
+
+namespace bn_ext {
+namespace {
+
+bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
+
+// num_batches_tracked.add_(1) in torch.nn counts as a change in place; the running statistics' update there does not.
+void count_as_changed(const OptionalTensor& tensor) {
+  if (tensor.has_value() && tensor->defined() && !tensor->is_inference()) {
+    tensor->unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+// y, and what batch_norm_repeat needs to compute it again, where that is at hand.
+std::tuple<at::Tensor, at::Tensor> run(const BatchNormArguments& a) {
+  check_arguments(a);
+  if (needs_composed(a)) return {composed_batch_norm(a), at::Tensor()};
+  if (at::GradMode::is_enabled()) {
+    check_not_differentiable(a.running_mean, "running_mean");
+    check_not_differentiable(a.running_var, "running_var");
+  }
+  std::tuple<at::Tensor, at::Tensor> result;
+  if (at::GradMode::is_enabled() &&
+      (a.input.requires_grad() || requires_grad(a.weight) || requires_grad(a.bias) || requires_grad(a.residual))) {
+    check_can_be_saved(a.input, "input");
+    check_can_be_saved(a.weight, "weight");
+    check_can_be_saved(a.bias, "bias");
+    check_can_be_saved(a.residual, "residual");
+    result = differentiable_batch_norm(a);
+  } else {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [y, saved, mask] = dispatch_forward(a, /*save_mask=*/false);
+    result = {y, saved};
+  }
+  if (a.training) count_as_changed(a.num_batches_tracked);
+  return result;
+}
+
+}  // namespace
+
+at::Tensor batch_norm(const at::Tensor& input,
+                      const OptionalTensor& running_mean,
+                      const OptionalTensor& running_var,
+                      const OptionalTensor& weight,
+                      const OptionalTensor& bias,
+                      bool training,
+                      std::optional<double> momentum,
+                      double eps,
+                      const OptionalTensor& num_batches_tracked,
+                      const OptionalTensor& residual,
+                      OptionalName activation,
+                      double activation_parameter) {
+  return std::get<0>(run({input,
+                          running_mean,
+                          running_var,
+                          weight,
+                          bias,
+                          training,
+                          momentum,
+                          eps,
+                          num_batches_tracked,
+                          residual,
+                          {activation, activation_parameter}}));
+}
+
+std::tuple<at::Tensor, at::Tensor> batch_norm_and_saved(const at::Tensor& input,
+                                                        const OptionalTensor& running_mean,
+                                                        const OptionalTensor& running_var,
+                                                        const OptionalTensor& weight,
+                                                        const OptionalTensor& bias,
+                                                        bool training,
+                                                        std::optional<double> momentum,
+                                                        double eps,
+                                                        const OptionalTensor& num_batches_tracked,
+                                                        const OptionalTensor& residual,
+                                                        OptionalName activation,
+                                                        double activation_parameter) {
+  return run({input,
+              running_mean,
+              running_var,
+              weight,
+              bias,
+              training,
+              momentum,
+              eps,
+              num_batches_tracked,
+              residual,
+              {activation, activation_parameter}});
+}
+
+at::Tensor batch_norm_from_python(const at::Tensor& input,
+                                  const OptionalTensor& running_mean,
+                                  const OptionalTensor& running_var,
+                                  const OptionalTensor& weight,
+                                  const OptionalTensor& bias,
+                                  bool training,
+                                  std::optional<double> momentum,
+                                  double eps,
+                                  const OptionalTensor& num_batches_tracked,
+                                  const OptionalTensor& residual,
+                                  OptionalName activation,
+                                  double activation_parameter) {
+  if (!torch::jit::tracer::isTracing()) {
+    return batch_norm(input,
+                      running_mean,
+                      running_var,
+                      weight,
+                      bias,
+                      training,
+                      momentum,
+                      eps,
+                      num_batches_tracked,
+                      residual,
+                      activation,
+                      activation_parameter);
+  }
+  // The tracer records what the dispatcher sees.
+  static const auto op = operator_handle<decltype(batch_norm)>("bn_ext::batch_norm");
+  return op.call(input,
+                 running_mean,
+                 running_var,
+                 weight,
+                 bias,
+                 training,
+                 momentum,
+                 eps,
+                 num_batches_tracked,
+                 residual,
+                 activation,
+                 activation_parameter);
+}
+
+TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) { m.impl("batch_norm", &batch_norm); }
+
+// vmap does not decompose operators that write to their arguments, unless told to.
+TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) { m.impl("batch_norm", &batch_norm); }
+
+}  // namespace bn_ext
