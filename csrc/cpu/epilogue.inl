@@ -17,7 +17,7 @@ BN_EXT_INLINE Vec<A> affine_of(Vec<A> x, Vec<A> mean, Vec<A> scale, Vec<A> offse
 // Changes a buffer's values: change(formula, vector) of all vectors, the one that the end begins too.
 template <typename A, typename Change>
 BN_EXT_INLINE void change_buffer(const Activation& activation, int64_t n, A* values, const Change& change) {
-  with_formula<A>(activation, [&](const auto& formula) {
+  with_formula<A>(activation, [&](const auto& formula) BN_EXT_LAMBDA {
     for (int64_t i = 0; i < n; i += kLanes<A>) store_vector(values + i, change(formula, load_vector(values + i)));
   });
 }
@@ -63,24 +63,43 @@ BN_EXT_INLINE uint32_t bits_of(Mask<A> lanes) {
 // another thread sets at the same time; the mask was zero.
 template <typename A>
 static void write_mask(const ReluLike<A>& formula, const A* u, int64_t n, int64_t first, uint8_t* mask) {
+  constexpr int64_t L = kLanes<A>;
   uint8_t* out = mask + first / 8;
-  int pending = int(first % 8);
-  uint32_t bits = 0;
-  bool is_shared = pending > 0;
-  for (int64_t i = 0; i < n; i += kLanes<A>) {
-    const int count = int(smaller(kLanes<A>, n - i));
-    const uint32_t passed = ~bits_of<A>(formula.blocked(load_vector(u + i))) & ((1u << count) - 1);
-    bits |= passed << pending;
-    for (pending += count; pending >= 8; pending -= 8, bits >>= 8, ++out) {
-      if (is_shared) {
-        __atomic_fetch_or(out, uint8_t(bits), __ATOMIC_RELAXED);
-      } else {
-        *out = uint8_t(bits);
-      }
-      is_shared = false;
+  const auto passed_at = [&](int64_t i) BN_EXT_LAMBDA { return ~bits_of<A>(formula.blocked(load_vector(u + i))); };
+  int64_t i = 0;
+  if (L % 8 == 0 && first % 8 == 0) {
+    for (; i + L <= n; i += L, out += L / 8) {
+      const uint32_t passed = passed_at(i);
+      __builtin_memcpy(out, &passed, L / 8);
     }
   }
-  if (pending > 0) __atomic_fetch_or(out, uint8_t(bits), __ATOMIC_RELAXED);
+  uint64_t bits = 0;
+  int pending = int(first % 8);
+  bool is_shared = pending > 0;
+  const auto write_byte = [&](bool is_last) BN_EXT_LAMBDA {
+    if (is_shared || is_last) {
+      __atomic_fetch_or(out, uint8_t(bits), __ATOMIC_RELAXED);
+    } else {
+      *out = uint8_t(bits);
+    }
+    is_shared = false;
+    bits >>= 8;
+    pending -= 8;
+    ++out;
+  };
+  for (; i < n; i += L) {
+    const int count = int(smaller(L, n - i));
+    bits |= uint64_t(passed_at(i) & ((1u << count) - 1)) << pending;
+    pending += count;
+    if (is_shared && pending >= 8) write_byte(false);
+    if (pending >= 32) {
+      __builtin_memcpy(out, &bits, 4);
+      out += 4;
+      bits >>= 32;
+      pending -= 32;
+    }
+  }
+  while (pending > 0) write_byte(pending < 8);
 }
 
 // All bits in the lanes whose value passed, for the values from bit `first` on.
@@ -93,40 +112,46 @@ BN_EXT_INLINE Mask<A> read_mask(const uint8_t* mask, int64_t first) {
 
 // ---- forward ----
 
-// How y comes from u: at once, or behind an activation that needs several steps by way of a buffer.
-enum class ApplyForm { kPlain, kReluLike, kBuffered };
+// How y comes from u: at once, and bits of a mask or several steps by way of a buffer.
+enum class ApplyForm { kPlain, kReluLike, kMasked, kBuffered };
 
-template <typename T>
-BN_EXT_INLINE ApplyForm form_of(const ApplyArguments<T>& a) {
-  if (a.activation.kind == ActivationKind::kReluLike) return ApplyForm::kReluLike;
-  return a.activation.kind == ActivationKind::kNone ? ApplyForm::kPlain : ApplyForm::kBuffered;
+// Calls body(the form, whether there is a residual) with integral_constants.
+template <typename T, typename Body>
+BN_EXT_INLINE void with_form(const ApplyArguments<T>& a, const Body& body) {
+  const auto with_residual = [&](auto form) BN_EXT_LAMBDA {
+    return a.z == nullptr ? body(form, std::false_type{}) : body(form, std::true_type{});
+  };
+  if (a.activation.kind == ActivationKind::kNone) {
+    return with_residual(std::integral_constant<ApplyForm, ApplyForm::kPlain>{});
+  }
+  if (a.activation.kind != ActivationKind::kReluLike) {
+    return with_residual(std::integral_constant<ApplyForm, ApplyForm::kBuffered>{});
+  }
+  if (a.mask == nullptr) return with_residual(std::integral_constant<ApplyForm, ApplyForm::kReluLike>{});
+  return with_residual(std::integral_constant<ApplyForm, ApplyForm::kMasked>{});
 }
 
 // Writes y of the run at `offset`; u_at(i, lanes) gives u of the vector at i of the run.
-template <typename T, typename U>
+template <ApplyForm kForm, bool kHasResidual, typename T, typename U>
 BN_EXT_INLINE void apply_run(
     const ApplyArguments<T>& a, int64_t offset, int64_t n, Buffer<acc_t<T>>& b, const U& u_at) {
   using A = acc_t<T>;
-  const T* z = a.z + offset;
+  const T* z = a.z + (kHasResidual ? offset : 0);
   T* y = a.y + offset;
-  const auto sum_at = [=](int64_t i, const auto& lanes) {
-    return a.z == nullptr ? u_at(i, lanes) : u_at(i, lanes) + load(z + i, lanes);
-  };
-  const ApplyForm form = form_of(a);
-  if (form == ApplyForm::kPlain) {
-    for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) { store(y + i, sum_at(i, lanes), lanes); });
-    return;
-  }
-  if (form == ApplyForm::kReluLike && a.mask == nullptr) {
-    const ReluLike<A> formula = relu_like<A>(a.activation);
+  const ReluLike<A> formula = relu_like<A>(a.activation);
+  for_each_vector<A>(n, [=, &b](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+    Vec<A> u = u_at(i, lanes);
+    if constexpr (kHasResidual) u += load(z + i, lanes);
+    if constexpr (kForm == ApplyForm::kMasked || kForm == ApplyForm::kBuffered) store_vector(b.u + i, u);
+    if constexpr (kForm == ApplyForm::kReluLike || kForm == ApplyForm::kMasked) u = formula.value(u);
+    if constexpr (kForm != ApplyForm::kBuffered) store(y + i, u, lanes);
+  });
+  if constexpr (kForm == ApplyForm::kMasked) write_mask(formula, b.u, n, offset, a.mask);
+  if constexpr (kForm == ApplyForm::kBuffered) {
+    activate(a.activation, n, b.u);
     for_each_vector<A>(
-        n, [=](int64_t i, const auto& lanes, int) { store(y + i, formula.value(sum_at(i, lanes)), lanes); });
-    return;
+        n, [=, u = b.u](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA { store(y + i, load_vector(u + i), lanes); });
   }
-  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int) { store_vector(b.u + i, sum_at(i, lanes)); });
-  if (a.mask != nullptr) write_mask(relu_like<A>(a.activation), b.u, n, offset, a.mask);
-  activate(a.activation, n, b.u);
-  for_each_vector<A>(n, [=, u = b.u](int64_t i, const auto& lanes, int) { store(y + i, load_vector(u + i), lanes); });
 }
 
 // ---- backward ----
@@ -134,56 +159,53 @@ BN_EXT_INLINE void apply_run(
 // How g comes from dy: likewise.
 enum class GradientForm { kPlain, kMasked, kReluLike, kBuffered };
 
-template <typename T>
-BN_EXT_INLINE GradientForm form_of(const GradArguments<T>& a) {
-  if (a.activation.kind == ActivationKind::kNone) return GradientForm::kPlain;
-  if (a.mask != nullptr) return GradientForm::kMasked;
-  const bool is_relu_like = a.activation.kind == ActivationKind::kReluLike && a.z == nullptr;
-  return is_relu_like ? GradientForm::kReluLike : GradientForm::kBuffered;
-}
-
-template <typename A>
-BN_EXT_INLINE Vec<A> relu_gradient(const ReluLike<A>& formula, Vec<A> dy, Mask<A> is_blocked) {
-  const Vec<A> low = formula.slope == 0 ? Vec<A>{} : dy * formula.slope;  // not inf * 0
-  return is_blocked ? low : dy;
-}
-
-// Calls body(gradient) where gradient(i, lanes) gives g of the vector at i of the run at `offset`. dy: of the run;
-// u_at(i, lanes): its u.
-template <typename T, typename U, typename Body>
-BN_EXT_INLINE void with_gradient(const GradArguments<T>& a,
-                                 const T* dy,
-                                 int64_t offset,
-                                 int64_t n,
-                                 Buffer<acc_t<T>>& b,
-                                 const U& u_at,
-                                 const Body& body) {
-  using A = acc_t<T>;
-  const ReluLike<A> formula = relu_like<A>(a.activation);
-  switch (form_of(a)) {
-    case GradientForm::kPlain:
-      return body([=](int64_t i, const auto& lanes) { return load(dy + i, lanes); });
-    case GradientForm::kMasked:
-      return body([=, mask = a.mask](int64_t i, const auto& lanes) {
-        return relu_gradient<A>(formula, load(dy + i, lanes), ~read_mask<A>(mask, offset + i));
-      });
-    case GradientForm::kReluLike:
-      return body([=](int64_t i, const auto& lanes) {
-        return relu_gradient<A>(formula, load(dy + i, lanes), formula.blocked(u_at(i, lanes)));
-      });
-    case GradientForm::kBuffered: {
-      for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int) {
-        const Vec<A> u = u_at(i, lanes);
-        store_vector(b.u + i, a.z == nullptr ? u : u + load(a.z + offset + i, lanes));
-      });
-      differentiate(a.activation, n, b.u);
-      const A* derivatives = b.u;
-      return body([=](int64_t i, const auto& lanes) { return load(dy + i, lanes) * load_vector(derivatives + i); });
-    }
+// Calls body(the form) with an integral_constant.
+template <typename T, typename Body>
+BN_EXT_INLINE void with_form(const GradArguments<T>& a, const Body& body) {
+  if (a.activation.kind == ActivationKind::kNone) {
+    return body(std::integral_constant<GradientForm, GradientForm::kPlain>{});
   }
+  if (a.mask != nullptr) return body(std::integral_constant<GradientForm, GradientForm::kMasked>{});
+  if (a.activation.kind == ActivationKind::kReluLike && a.z == nullptr) {
+    return body(std::integral_constant<GradientForm, GradientForm::kReluLike>{});
+  }
+  return body(std::integral_constant<GradientForm, GradientForm::kBuffered>{});
 }
 
-// Writes dx and dz of the run at `offset`, as they are wanted: dx is dx_of(g, i, lanes) in training, else
+// g of the vector at i of the run at `offset`. dy: of the run; derivatives: of the run, kBuffered.
+template <GradientForm kForm, typename T, typename U, typename Lanes>
+BN_EXT_INLINE Vec<acc_t<T>> gradient_at(const GradArguments<T>& a,
+                                        const T* dy,
+                                        int64_t offset,
+                                        const acc_t<T>* derivatives,
+                                        const U& u_at,
+                                        int64_t i,
+                                        const Lanes& lanes) {
+  using A = acc_t<T>;
+  const Vec<A> g = load(dy + i, lanes);
+  if constexpr (kForm == GradientForm::kPlain) return g;
+  if constexpr (kForm == GradientForm::kBuffered) return g * load_vector(derivatives + i);
+  const ReluLike<A> formula = relu_like<A>(a.activation);
+  Mask<A> is_blocked;
+  if constexpr (kForm == GradientForm::kMasked) is_blocked = ~read_mask<A>(a.mask, offset + i);
+  if constexpr (kForm == GradientForm::kReluLike) is_blocked = formula.blocked(u_at(i, lanes));
+  const Vec<A> low = formula.slope == 0 ? Vec<A>{} : g * formula.slope;  // not inf * 0
+  return is_blocked ? low : g;
+}
+
+// activation'(u + z) of the run at `offset`, into the buffer.
+template <typename T, typename U>
+BN_EXT_INLINE void differentiate_run(
+    const GradArguments<T>& a, int64_t offset, int64_t n, acc_t<T>* derivatives, const U& u_at) {
+  using A = acc_t<T>;
+  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+    const Vec<A> u = u_at(i, lanes);
+    store_vector(derivatives + i, a.z == nullptr ? u : u + load(a.z + offset + i, lanes));
+  });
+  differentiate(a.activation, n, derivatives);
+}
+
+// Writes dx and dz of the run at `offset`, as they are wanted. dx is dx_of(g, i, lanes) in training, else
 // dx_in_eval(g, i, lanes), which does not look at x: an inf in it must not reach dx.
 template <typename T, typename Gradient, typename Dx, typename DxInEval>
 BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
@@ -193,17 +215,24 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
                                    const Dx& dx_of,
                                    const DxInEval& dx_in_eval) {
   using A = acc_t<T>;
-  T* dx = a.dx + offset;
-  T* dz = a.dz + offset;
-  const auto write = [=, wants_dz = a.dz != nullptr](const auto& dx_of_g) {
-    for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) {
-      const Vec<A> g = gradient(i, lanes);
-      store(dx + i, dx_of_g(g, i, lanes), lanes);
-      if (wants_dz) store(dz + i, g, lanes);
-    });
+  T* dx = a.dx + (a.dx == nullptr ? 0 : offset);
+  T* dz = a.dz + (a.dz == nullptr ? 0 : offset);
+  const auto write = [=](const auto& dx_of_g) BN_EXT_LAMBDA {
+    if (dz == nullptr) {
+      for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+        store(dx + i, dx_of_g(gradient(i, lanes), i, lanes), lanes);
+      });
+    } else {
+      for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+        const Vec<A> g = gradient(i, lanes);
+        store(dx + i, dx_of_g(g, i, lanes), lanes);
+        store(dz + i, g, lanes);
+      });
+    }
   };
-  if (a.dx == nullptr) {
-    for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) { store(dz + i, gradient(i, lanes), lanes); });
+  if (dx == nullptr) {
+    for_each_vector<A>(
+        n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA { store(dz + i, gradient(i, lanes), lanes); });
   } else if (a.training) {
     write(dx_of);
   } else {

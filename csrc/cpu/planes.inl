@@ -24,7 +24,8 @@ template <typename T>
 static acc_t<T> run_sum(const T* x, int64_t n) {
   using A = acc_t<T>;
   Vec<A> sum[4] = {};
-  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int u) { sum[u] += keep(load(x + i, lanes), lanes); });
+  for_each_vector<A>(
+      n, [&](int64_t i, const auto& lanes, int u) BN_EXT_LAMBDA { sum[u] += keep(load(x + i, lanes), lanes); });
   return sum_of_four<A>(sum);
 }
 
@@ -35,7 +36,7 @@ BN_EXT_INLINE void add_run_moments(const T* x, int64_t n, acc_t<T> shift, double
   const Vec<A> vshift = broadcast(shift);
   Vec<A> s[4] = {};
   Vec<A> q[4] = {};
-  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int u) {
+  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int u) BN_EXT_LAMBDA {
     const Vec<A> d = keep(load(x + i, lanes) - vshift, lanes);
     s[u] += d;
     q[u] += d * d;
@@ -50,7 +51,7 @@ static bool plane_moments_around(const PlaneRange& r, const T* x, const acc_t<T>
   const int64_t channels = r.c_end - r.c_begin;
   const double count = double(r.m_end - r.m_begin);
   for (int64_t i = 0; i < channels; ++i) out[i] = {0, 0};
-  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
+  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
     const int64_t i = c - r.c_begin;
     add_run_moments(x + offset, length, shift[i], out[i].mean, out[i].m2);  // the two sums, until all is read
   });
@@ -71,7 +72,7 @@ static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
   PlaneRange head = r;
   const int64_t left = r.s - r.m_begin % r.s;
   head.m_end = smaller(r.m_end, r.m_begin + smaller(left, kMaxRun));
-  for_each_run(head, [&](int64_t c, int64_t offset, int64_t length) {
+  for_each_run(head, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
     shift[c - r.c_begin] = finite_or_zero(run_sum(x + offset, length) / A(length));
   });
   if (!plane_moments_around(r, x, shift, out)) return;
@@ -86,62 +87,67 @@ BN_EXT_INLINE auto plane_u(const Affine<acc_t<T>>& affine, int64_t c, const T* x
   const Vec<A> mean = broadcast(affine.mean[c]);
   const Vec<A> scale = broadcast(affine.scale[c]);
   const Vec<A> offset = broadcast(affine.offset[c]);
-  return [=](int64_t i, const auto& lanes) { return affine_of<A>(load(x + i, lanes), mean, scale, offset); };
+  return [=](int64_t i, const auto& lanes)
+             BN_EXT_LAMBDA { return affine_of<A>(load(x + i, lanes), mean, scale, offset); };
 }
 
 template <typename T>
 static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
   Buffer<acc_t<T>> b;
-  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
-    apply_run(a, offset, length, b, plane_u(a.affine, c, a.x + offset));
+  with_form(a, [&](auto form, auto has_residual) BN_EXT_LAMBDA {
+    for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
+      apply_run<form(), has_residual()>(a, offset, length, b, plane_u(a.affine, c, a.x + offset));
+    });
+  });
+}
+
+// Calls body(c, offset, length, gradient) for every run; gradient(i, lanes) is g of the vector at i.
+template <typename T, typename Body>
+BN_EXT_INLINE void for_each_gradient_run(const PlaneRange& r, const GradArguments<T>& a, const Body& body) {
+  Buffer<acc_t<T>> b;
+  with_form(a, [&](auto form) BN_EXT_LAMBDA {
+    for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
+      const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
+      const auto u_at = plane_u(a.affine, c, a.x + offset);
+      if constexpr (form() == GradientForm::kBuffered) differentiate_run(a, offset, length, b.u, u_at);
+      body(c, offset, length, [=, &a, u = b.u](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
+        return gradient_at<form()>(a, dy, offset, u, u_at, i, lanes);
+      });
+    });
   });
 }
 
 template <typename T>
 static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, GradSums* out) {
   using A = acc_t<T>;
-  Buffer<A> b;
   for (int64_t i = 0; i < r.c_end - r.c_begin; ++i) out[i] = {0, 0};
-  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
+  for_each_gradient_run(r, a, [&](int64_t c, int64_t offset, int64_t length, const auto& gradient) BN_EXT_LAMBDA {
     const Vec<A> mean = broadcast(a.affine.mean[c]);
     const T* x = a.x + offset;
-    const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
-    with_gradient(a, dy, offset, length, b, plane_u(a.affine, c, x), [&](const auto& gradient) {
-      Vec<A> s[4] = {};
-      Vec<A> q[4] = {};
-      for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int k) {
-        const Vec<A> g = gradient(i, lanes);
-        s[k] += keep(g, lanes);
-        q[k] += keep(g * (load(x + i, lanes) - mean), lanes);
-      });
-      out[c - r.c_begin].dy += sum_of_four<A>(s);
-      out[c - r.c_begin].dy_centred += sum_of_four<A>(q);
+    Vec<A> s[4] = {};
+    Vec<A> q[4] = {};
+    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
+      const Vec<A> g = gradient(i, lanes);
+      s[k] += keep(g, lanes);
+      q[k] += keep(g * (load(x + i, lanes) - mean), lanes);
     });
+    out[c - r.c_begin].dy += sum_of_four<A>(s);
+    out[c - r.c_begin].dy_centred += sum_of_four<A>(q);
   });
 }
 
 template <typename T>
 static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
   using A = acc_t<T>;
-  Buffer<A> b;
-  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) {
+  for_each_gradient_run(r, a, [&](int64_t c, int64_t offset, int64_t length, const auto& gradient) BN_EXT_LAMBDA {
     const Vec<A> mean = broadcast(a.affine.mean[c]);
     const Vec<A> scale = broadcast(a.affine.scale[c]);
     const Vec<A> slope = broadcast(a.slope[c]);
     const Vec<A> shift = broadcast(a.shift[c]);
     const T* x = a.x + offset;
-    const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
-    with_gradient(a, dy, offset, length, b, plane_u(a.affine, c, x), [&](const auto& gradient) {
-      write_gradients(
-          a,
-          offset,
-          length,
-          gradient,
-          [=](Vec<A> g, int64_t i, const auto& lanes) {
-            const Vec<A> centred = load(x + i, lanes) - mean;
-            return g * scale + (centred * slope + shift);
-          },
-          [=](Vec<A> g, int64_t, const auto&) { return g * scale; });
-    });
+    const auto dx = [=](Vec<A> g, int64_t i, const auto& lanes)
+                        BN_EXT_LAMBDA { return g * scale + ((load(x + i, lanes) - mean) * slope + shift); };
+    const auto dx_in_eval = [=](Vec<A> g, int64_t, const auto&) BN_EXT_LAMBDA { return g * scale; };
+    write_gradients(a, offset, length, gradient, dx, dx_in_eval);
   });
 }

@@ -34,9 +34,9 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Prepare& 
     const int64_t end = begin + kRowBlock < r.row_end ? begin + kRowBlock : r.row_end;
     __builtin_memset(first, 0, sizeof(A) * (width + kLanes<A>));
     __builtin_memset(second, 0, sizeof(A) * (width + kLanes<A>));
-    for_each_rows(begin, end, [&](int64_t row, auto rows) {
+    for_each_rows(begin, end, [&](int64_t row, auto rows) BN_EXT_LAMBDA {
       prepare(row, int64_t(rows));
-      for_each_vector<A>(width, [&](int64_t i, const auto& lanes, int) {
+      for_each_vector<A>(width, [&](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
         Vec<A> s = {};  // of these rows first: short sums round less
         Vec<A> q = {};
         for (int64_t k = 0; k < rows; ++k) terms(row + k, i, lanes, s, q);
@@ -61,7 +61,7 @@ static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* sh
   const T* base = x + r.column_begin;
   const double count = double(r.row_end - r.row_begin);
   ColumnSums sums;
-  sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) {
+  sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
     const Vec<A> d = keep(load(base + row * r.columns + i, lanes) - load_vector(shift + i), lanes);
     s += d;
     q += d * d;
@@ -84,7 +84,7 @@ static void row_moments(const RowRange& r, const T* x, Moments* out) {
   RowRange head = r;
   head.row_end = smaller(r.row_end, r.row_begin + kRowsForShift);
   ColumnSums sums;
-  sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>&) {
+  sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>&) BN_EXT_LAMBDA {
     s += keep(load(base + row * r.columns + i, lanes), lanes);
   });
   const double head_rows = double(head.row_end - head.row_begin);
@@ -101,89 +101,58 @@ BN_EXT_INLINE auto row_u(const Affine<acc_t<T>>& affine, const RowRange& r, cons
   const A* mean = affine.mean + r.column_begin;
   const A* scale = affine.scale + r.column_begin;
   const A* offset = affine.offset + r.column_begin;
-  return [=](int64_t i, const auto& lanes) {
+  return [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
     return affine_of<A>(load(x + i, lanes), load(mean + i, lanes), load(scale + i, lanes), load(offset + i, lanes));
   };
-}
-
-// dy of a row, from column_begin on.
-template <typename T>
-BN_EXT_INLINE const T* row_of_dy(const RowRange& r, const GradArguments<T>& a, int64_t row) {
-  return a.dy_repeats ? a.dy : a.dy + row * r.columns + r.column_begin;
 }
 
 // Writers go row by row, in memory order: several rows at a time were slower, by up to a third where C is 256 or 512.
 template <typename T>
 static void row_apply(const RowRange& r, const ApplyArguments<T>& a) {
   Buffer<acc_t<T>> b;
-  for (int64_t row = r.row_begin; row < r.row_end; ++row) {
-    const int64_t offset = row * r.columns + r.column_begin;
-    apply_run(a, offset, r.column_end - r.column_begin, b, row_u(a.affine, r, a.x + offset));
-  }
-}
-
-// Sums where gradient(row, i, lanes) gives g.
-template <typename T, typename Prepare, typename Gradient>
-BN_EXT_INLINE void sum_row_gradients(
-    const RowRange& r, const GradArguments<T>& a, GradSums* out, const Prepare& prepare, const Gradient& gradient) {
-  using A = acc_t<T>;
-  const T* x = a.x + r.column_begin;
-  const A* mean = a.affine.mean + r.column_begin;
-  ColumnSums sums;
-  sum_rows<A>(r, sums, prepare, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) {
-    const Vec<A> g = gradient(row, i, lanes);
-    const Vec<A> centred = load(x + row * r.columns + i, lanes) - load(mean + i, lanes);
-    s += keep(g, lanes);
-    q += keep(g * centred, lanes);
+  with_form(a, [&](auto form, auto has_residual) BN_EXT_LAMBDA {
+    for (int64_t row = r.row_begin; row < r.row_end; ++row) {
+      const int64_t offset = row * r.columns + r.column_begin;
+      const int64_t width = r.column_end - r.column_begin;
+      apply_run<form(), has_residual()>(a, offset, width, b, row_u(a.affine, r, a.x + offset));
+    }
   });
-  for (int64_t i = 0; i < r.column_end - r.column_begin; ++i) out[i] = {sums.first[i], sums.second[i]};
 }
 
-// As with_gradient, for the vectors of several rows at a time.
+// Where a row's part of dy begins.
+template <typename T>
+BN_EXT_INLINE const T* dy_of_row(const GradArguments<T>& a, int64_t offset) {
+  return a.dy_repeats ? a.dy : a.dy + offset;
+}
+
 template <typename T>
 static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums* out) {
   using A = acc_t<T>;
+  constexpr int64_t kStride = kMaxColumns + kLanes<A>;
+  A derivatives[kRowsToSum * kStride];  // kBuffered
   const int64_t width = r.column_end - r.column_begin;
-  const T* dy = row_of_dy(r, a, 0);
-  const int64_t dy_stride = a.dy_repeats ? 0 : r.columns;
-  const auto offset_of = [=](int64_t row) { return row * r.columns + r.column_begin; };
-  const auto nothing = [](int64_t, int64_t) {};
-  const ReluLike<A> formula = relu_like<A>(a.activation);
-  switch (form_of(a)) {
-    case GradientForm::kPlain:
-      return sum_row_gradients(r, a, out, nothing, [=](int64_t row, int64_t i, const auto& lanes) {
-        return load(dy + row * dy_stride + i, lanes);
-      });
-    case GradientForm::kMasked:
-      return sum_row_gradients(r, a, out, nothing, [=, mask = a.mask](int64_t row, int64_t i, const auto& lanes) {
-        const Vec<A> g = load(dy + row * dy_stride + i, lanes);
-        return relu_gradient<A>(formula, g, ~read_mask<A>(mask, offset_of(row) + i));
-      });
-    case GradientForm::kReluLike:
-      return sum_row_gradients(
-          r, a, out, nothing, [=, x = a.x, affine = a.affine](int64_t row, int64_t i, const auto& lanes) {
-            const Vec<A> g = load(dy + row * dy_stride + i, lanes);
-            return relu_gradient<A>(formula, g, formula.blocked(row_u(affine, r, x + offset_of(row))(i, lanes)));
-          });
-    case GradientForm::kBuffered: {
-      constexpr int64_t kStride = kMaxColumns + kLanes<A>;
-      A g[kRowsToSum * kStride];
-      Buffer<A> b;
-      const auto prepare = [&](int64_t first, int64_t rows) {
-        for (int64_t row = first; row < first + rows; ++row) {
-          A* g_of_row = g + row % kRowsToSum * kStride;
-          const auto u_at = row_u(a.affine, r, a.x + offset_of(row));
-          with_gradient(a, row_of_dy(r, a, row), offset_of(row), width, b, u_at, [&](const auto& gradient) {
-            for_each_vector<A>(
-                width, [&](int64_t i, const auto& lanes, int) { store_vector(g_of_row + i, gradient(i, lanes)); });
-          });
-        }
-      };
-      return sum_row_gradients(r, a, out, prepare, [&](int64_t row, int64_t i, const auto&) {
-        return load_vector(g + row % kRowsToSum * kStride + i);
-      });
-    }
-  }
+  const A* mean = a.affine.mean + r.column_begin;
+  ColumnSums sums;
+  with_form(a, [&](auto form) BN_EXT_LAMBDA {
+    const auto prepare = [&](int64_t first, int64_t rows) BN_EXT_LAMBDA {
+      if constexpr (form() != GradientForm::kBuffered) return;
+      for (int64_t row = first; row < first + rows; ++row) {
+        const int64_t offset = row * r.columns + r.column_begin;
+        A* of_row = derivatives + row % kRowsToSum * kStride;
+        differentiate_run(a, offset, width, of_row, row_u(a.affine, r, a.x + offset));
+      }
+    };
+    sum_rows<A>(r, sums, prepare, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
+      const int64_t offset = row * r.columns + r.column_begin;
+      const T* x = a.x + offset;
+      const A* of_row = derivatives + row % kRowsToSum * kStride;
+      const auto u_at = row_u(a.affine, r, x);
+      const Vec<A> g = gradient_at<form()>(a, dy_of_row(a, offset), offset, of_row, u_at, i, lanes);
+      s += keep(g, lanes);
+      q += keep(g * (load(x + i, lanes) - load(mean + i, lanes)), lanes);
+    });
+  });
+  for (int64_t i = 0; i < width; ++i) out[i] = {sums.first[i], sums.second[i]};
 }
 
 template <typename T>
@@ -195,20 +164,22 @@ static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
   const A* slope = a.slope + r.column_begin;
   const A* shift = a.shift + r.column_begin;
   Buffer<A> b;
-  for (int64_t row = r.row_begin; row < r.row_end; ++row) {
-    const int64_t offset = row * r.columns + r.column_begin;
-    const T* x = a.x + offset;
-    with_gradient(a, row_of_dy(r, a, row), offset, width, b, row_u(a.affine, r, x), [&](const auto& gradient) {
-      write_gradients(
-          a,
-          offset,
-          width,
-          gradient,
-          [=](Vec<A> g, int64_t i, const auto& lanes) {
-            const Vec<A> centred = load(x + i, lanes) - load(mean + i, lanes);
-            return g * load(scale + i, lanes) + (centred * load(slope + i, lanes) + load(shift + i, lanes));
-          },
-          [=](Vec<A> g, int64_t i, const auto& lanes) { return g * load(scale + i, lanes); });
-    });
-  }
+  with_form(a, [&](auto form) BN_EXT_LAMBDA {
+    for (int64_t row = r.row_begin; row < r.row_end; ++row) {
+      const int64_t offset = row * r.columns + r.column_begin;
+      const T* x = a.x + offset;
+      const T* dy = dy_of_row(a, offset);
+      const auto u_at = row_u(a.affine, r, x);
+      if constexpr (form() == GradientForm::kBuffered) differentiate_run(a, offset, width, b.u, u_at);
+      const auto gradient = [=, &a, u = b.u](int64_t i, const auto& lanes)
+                                BN_EXT_LAMBDA { return gradient_at<form()>(a, dy, offset, u, u_at, i, lanes); };
+      const auto dx = [=](Vec<A> g, int64_t i, const auto& lanes) BN_EXT_LAMBDA {
+        const Vec<A> from_x = (load(x + i, lanes) - load(mean + i, lanes)) * load(slope + i, lanes);
+        return g * load(scale + i, lanes) + (from_x + load(shift + i, lanes));
+      };
+      const auto dx_in_eval = [=](Vec<A> g, int64_t i, const auto& lanes)
+                                  BN_EXT_LAMBDA { return g * load(scale + i, lanes); };
+      write_gradients(a, offset, width, gradient, dx, dx_in_eval);
+    }
+  });
 }

@@ -12,3 +12,4 @@ static KernelTables all_kernels() {
 }
 
 #undef BN_EXT_INLINE
+#undef BN_EXT_LAMBDA

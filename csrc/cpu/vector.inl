@@ -2,6 +2,7 @@
 // instruction set. Included inside that instruction set's namespace; see isa_*.cpp.
 
 #define BN_EXT_INLINE inline __attribute__((always_inline))
+#define BN_EXT_LAMBDA __attribute__((always_inline))  // or vectors would go through memory
 
 template <typename A>
 struct VectorTypes;
