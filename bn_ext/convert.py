@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 
+from bn_ext._fused_class import restore_class
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -52,7 +53,7 @@ def convert(model: Model) -> Model:
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`convert`: make every batch norm of this package torch.nn's again, in place.
+    """Undo :func:`convert` and :func:`fuse`: make every batch norm of this package torch.nn's again, in place.
 
     Args:
         model: Any module, or a batch norm itself.
@@ -73,6 +74,8 @@ def revert(model: Model) -> Model:
             + ": set their `activation` to None and "
             "apply the activation behind them first; nothing was changed"
         )
+    for module in model.modules():
+        restore_class(module)
     for module in ours.values():
         module.__class__ = _STOCK[type(module)]
     return model

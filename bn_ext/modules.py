@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from bn_ext.activations import Activation, describe, resolve
+from bn_ext.activations import Activation, apply, describe, resolve
 from bn_ext.functional import batch_norm
 
 # Functions that make something else of whatever is a torch.nn batch norm, from its statistics and parameters, and would
@@ -61,14 +61,25 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         shown = "" if self.activation is None else f", activation={describe(self.activation)}"
         return f"{super().extra_repr()}{shown}"
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, activation: Activation = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: Activation = None,
+        unlike: str | None = None,
+    ) -> Tensor:
         """Normalise `input`, add `residual` and apply the activation; in training, update the running statistics.
 
         Args:
             input: (N, C, ...); see :func:`bn_ext.batch_norm`.
             residual: Added before the activation; like input, or None.
             activation: In place of the module's own, where that is None; what :func:`bn_ext.fuse` calls it with.
+            unlike: "add" or "add_", a method of Tensor: adds a residual that is not like input (broadcast, another
+                dtype, a number), which is refused otherwise; then the activation runs by itself too.
         """
+        if unlike is not None and not _alike(input, residual):
+            return apply(getattr(self.forward(input), unlike)(residual), resolve(activation))
         if not isinstance(input, Proxy):  # torch.fx.symbolic_trace: there are no dimensions to look at
             self._check_input_dim(input)
         if activation is None:
@@ -97,6 +108,13 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         if name in self._parameters:
             return self._parameters[name]
         return self._buffers[name] if name in self._buffers else getattr(self, name)
+
+
+def _alike(input: Tensor, residual: object) -> bool:
+    """Whether one operator can do both; torch.fx.symbolic_trace cannot tell."""
+    if isinstance(input, Proxy) or not isinstance(residual, Tensor):
+        return False
+    return residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
 
 
 class BatchNorm1d(_FusedForward, torch.nn.BatchNorm1d):

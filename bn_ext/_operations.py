@@ -1,0 +1,170 @@
+"""What a node of a torch.fx graph does, as far as fusing has to know: activation, addition, writing in place."""
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from bn_ext.activations import resolve
+
+_INPLACE = "inplace"  # the argument
+IN_PLACE = (
+    *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub"),
+    *("itruediv", "ixor"),
+)
+"""Names of the operators that assign, as += does, in module operator."""
+
+
+def in_place(name: str, left: Any, right: Any) -> Any:
+    """Left += right, and what else there is of that kind; the new value of left.
+
+    As a function, since generated code with the statement would give another value to other uses of its name.
+    """
+    return getattr(operator, name)(left, right)
+
+
+ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    F.relu: ("relu", (_INPLACE,)),
+    torch.relu: ("relu", ()),
+    torch.relu_: ("relu", ()),
+    F.leaky_relu: ("leaky_relu", ("negative_slope", _INPLACE)),
+    F.leaky_relu_: ("leaky_relu", ("negative_slope",)),
+    F.relu6: ("relu6", (_INPLACE,)),
+    F.hardtanh: ("hardtanh", ("min_val", "max_val", _INPLACE)),
+    F.hardtanh_: ("hardtanh", ("min_val", "max_val")),
+    F.elu: ("elu", ("alpha", _INPLACE)),
+    F.elu_: ("elu", ("alpha",)),
+    F.silu: ("silu", (_INPLACE,)),
+    F.gelu: ("gelu", ("approximate",)),
+    F.hardswish: ("hardswish", (_INPLACE,)),
+    F.mish: ("mish", (_INPLACE,)),
+    torch.sigmoid: ("sigmoid", ()),
+    torch.sigmoid_: ("sigmoid", ()),
+    torch.tanh: ("tanh", ()),
+    torch.tanh_: ("tanh", ()),
+}
+_METHODS = {name + end: name for name in ("relu", "sigmoid", "tanh") for end in ("", "_")}
+
+_ADDITIONS = {operator.add, torch.add, "add", "add_", "__add__", "__radd__"}
+
+_VIEWS = {
+    *("view", "view_as", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "expand"),
+    *("contiguous", "to", "float", "detach", "chunk", "split", "narrow", "select", "unbind", "t", "swapaxes"),
+    *("getitem", "getattr", "movedim", "expand_as", "type_as", "half", "double", "tensor_split"),
+}
+
+
+def plain(module: torch.nn.Module | None) -> bool:
+    """Whether a call of the module is its class's forward() and nothing else."""
+    return module is not None and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def called(node: Node, root: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that a node calls."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def activation(node: Node, root: torch.nn.Module) -> tuple[str, float] | None:
+    """Name and parameter, as from :func:`bn_ext.activations.resolve`, of a node that is one of these activations."""
+    name, arguments = "", {}
+    if node.op == "call_module":
+        module = called(node, root)
+        try:
+            return resolve(module) if plain(module) and len(node.args) == 1 and not node.kwargs else None
+        except ValueError:
+            return None
+    if node.op == "call_method" and len(node.args) == 1 and not node.kwargs:
+        name = _METHODS.get(str(node.target), "")
+    elif node.op == "call_function" and node.args and node.target in ACTIVATIONS:
+        name, parameters = ACTIVATIONS[node.target]
+        if len(node.args) > 1 + len(parameters) or not set(node.kwargs) <= set(parameters):
+            return None
+        arguments = dict(zip(parameters, node.args[1:], strict=False)) | node.kwargs
+    arguments.pop(_INPLACE, None)
+    if not name or any(isinstance(value, Node) for value in arguments.values()):
+        return None
+    return _with_parameter(name, list(arguments.values()))
+
+
+def _with_parameter(name: str, values: list[Any]) -> tuple[str, float] | None:
+    if name == "hardtanh":
+        return ("relu6", 0.0) if values == [0, 6] else None
+    if name == "gelu":
+        name, values = "gelu_tanh" if values == ["tanh"] else name, []
+    return resolve((name, *values))
+
+
+class Addition(NamedTuple):
+    """Two nodes that are added; `written` is the one that receives the sum in place, if one does."""
+
+    operands: tuple[Node, Node]
+    written: Node | None
+
+
+def addition(node: Node) -> Addition | None:
+    """The operands of a node that adds two values."""
+    if node.target is in_place:
+        name, left, right = node.args
+        both = isinstance(left, Node) and isinstance(right, Node)
+        return Addition((left, right), left) if name == "iadd" and both else None  # type: ignore[arg-type]
+    if node.op not in ("call_function", "call_method") or node.target not in _ADDITIONS:
+        return None
+    others = {name: value for name, value in node.kwargs.items() if name != "other"}
+    operands = (*node.args, *([node.kwargs["other"]] if "other" in node.kwargs else []))
+    if len(operands) != 2 or not all(isinstance(operand, Node) for operand in operands):
+        return None
+    if set(others) - {"alpha"} or isinstance(others.get("alpha", 1), Node) or others.get("alpha", 1) != 1:
+        return None
+    first, second = operands
+    return Addition((first, second), first if node.target == "add_" else None)  # type: ignore[arg-type]
+
+
+def writes(node: Node, root: torch.nn.Module) -> bool:
+    """Whether a node surely changes one of its arguments in place."""
+    if node.op == "call_module":
+        return bool(getattr(called(node, root), _INPLACE, False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = _name(node)
+    named_so = name.strip("_") in (*IN_PLACE, "in_place", "setitem") or (name.endswith("_") and not name.endswith("__"))
+    asked_to = bool(node.kwargs.get(_INPLACE)) or node.kwargs.get("out") is not None
+    positional = getattr(node.target, "__module__", "") == F.__name__ and any(a is True for a in node.args)
+    return named_so or asked_to or positional
+
+
+_KNOWN_LIBRARIES = ("torch", "_operator", "operator", "math", "builtins", "bn_ext")
+
+
+def _name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def may_write(node: Node, root: torch.nn.Module) -> bool:
+    """Whether a node may change one of its arguments in place, as far as one can see."""
+    module = called(node, root)
+    if module is not None:
+        return any(
+            getattr(m, _INPLACE, False) or not plain(m) or not type(m).__module__.startswith(("torch.nn", "bn_ext"))
+            for m in module.modules()
+        )
+    library = getattr(node.target, "__module__", None) or "torch"
+    unknown = library.partition(".")[0] not in _KNOWN_LIBRARIES or library.startswith("torch._ops")
+    return writes(node, root) or (node.op == "call_function" and unknown)
+
+
+def storage(node: Node, root: torch.nn.Module) -> Node:
+    """The node whose memory a node's result may share, through views and operations in place."""
+    while inputs := node.all_input_nodes:
+        same = isinstance(called(node, root), torch.nn.Identity | torch.nn.Flatten | torch.nn.Dropout)
+        if not (same or writes(node, root) or (node.op != "call_module" and _name(node) in _VIEWS)):
+            break
+        node = inputs[0]
+    return node

@@ -1,0 +1,223 @@
+"""Batch norms in a torch.fx graph with what follows them: which can be one call, and why others cannot."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from bn_ext._operations import Addition, activation, addition, called, may_write, plain, storage, writes
+from bn_ext.activations import describe
+from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+KINDS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+_FRESH = (
+    *(torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear),
+    *(F.conv1d, F.conv2d, F.conv3d, F.linear),
+    *(torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d),
+)
+
+
+class ObstacleError(Exception):
+    """Why a batch norm stays as it is."""
+
+
+@dataclass
+class Match:
+    """A batch norm and the nodes after it that become one call; the last is where that call is put."""
+
+    norm: Node
+    nodes: list[Node]
+    activation: tuple[str, float] | None = None
+    sum: Node | None = None
+    second: bool = False
+    """Whether the batch norm's result is the second operand of the addition."""
+
+    @property
+    def last(self) -> Node:
+        """Where the call is put."""
+        return self.nodes[-1]
+
+    def residual(self) -> Node | None:
+        """The other operand of the addition, as the graph has it now."""
+        found = None if self.sum is None else addition(self.sum)
+        return None if found is None else found.operands[not self.second]
+
+    def __str__(self) -> str:
+        steps = [] if self.sum is None else ["add"]
+        steps += [] if self.activation is None else [describe(self.activation)]
+        return " + ".join(["batch_norm", *steps])
+
+
+@dataclass
+class Found:
+    """What a graph has: by target of the batch norm."""
+
+    matches: dict[str, Match] = field(default_factory=dict)
+    obstacles: dict[str, str] = field(default_factory=dict)
+
+
+def find(graph: Graph, root: torch.nn.Module) -> Found:
+    """All that can be fused in a graph of `root`, and why other batch norms cannot."""
+    modules = [called(node, root) for node in graph.nodes]
+    calls = Counter(inner for module in modules if module is not None for inner in module.modules())
+    found = Found()
+    for node in graph.nodes:
+        module, target = called(node, root), str(node.target)
+        if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or fused(node):
+            continue
+        try:
+            if calls[module] > 1:
+                raise ObstacleError("it is called more than once")
+            found.matches[target] = _match(node, root)
+        except ObstacleError as obstacle:
+            found.obstacles[target] = str(obstacle)
+    _decide_between_operands(found)
+    return found
+
+
+def _decide_between_operands(found: Found) -> None:
+    """Where both operands of an addition are batch norms, the first takes the second."""
+    first = {match.sum: match for match in found.matches.values() if match.sum is not None and not match.second}
+    for target, match in list(found.matches.items()):
+        if match.second and match.sum in first:
+            del found.matches[target]
+            found.obstacles[target] = f"it is what {first[match.sum].norm.target} adds"
+
+
+def fused(node: Node) -> bool:
+    """Whether a call of a batch norm is already one that does more."""
+    return node.op == "call_module" and ("activation" in node.kwargs or len(node.args) > 1)
+
+
+def rewrite(graph: Graph, found: Found) -> None:
+    """Make each match one call of its batch norm."""
+    for match in found.matches.values():
+        arguments = [match.norm.args[0]]
+        keywords: dict[str, Any] = {"activation": None}
+        if match.activation is not None:
+            keywords["activation"] = match.activation if match.activation[1] else match.activation[0]
+        residual = match.residual()
+        if residual is not None:
+            assert match.sum is not None
+            written = addition(match.sum).written  # type: ignore[union-attr]
+            arguments.append(residual)
+            keywords["unlike"] = "add" if written is None else "add_"
+        with graph.inserting_before(match.last):
+            call = graph.create_node("call_module", match.norm.target, tuple(arguments), keywords)
+            call.meta = dict(match.last.meta)
+        match.last.replace_all_uses_with(call)
+        for node in [*reversed(match.nodes), match.norm]:
+            graph.erase_node(node)
+
+
+def _match(norm: Node, root: torch.nn.Module) -> Match:
+    _require_usual(norm, root)
+    result, passed = _through_identity(norm, root)
+    user = _only_user(result)
+    if fused(user):
+        raise ObstacleError(f"it is what {user.target} adds")
+    match = Match(norm, [*passed, user], activation(user, root))
+    sum = addition(user)
+    if sum is not None:
+        match.sum, match.second = user, _is_second(sum, result)
+        total, passed = _through_identity(user, root)
+        after = next(iter(total.users))
+        if len(total.users) == 1 and activation(after, root) and not _between(user, after, {*passed}, root):
+            match.nodes += [*passed, after]
+            match.activation = activation(after, root)
+    if match.activation is None and sum is None:
+        raise ObstacleError(f"nothing to fuse: it is followed by {_words(user, root)}")
+    _require_safe(match, root)
+    return match
+
+
+def _require_usual(norm: Node, root: torch.nn.Module) -> None:
+    module = called(norm, root)
+    assert module is not None
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+        raise ObstacleError("it is lazy: run the model once, then fuse")
+    if type(module) not in KINDS:
+        raise ObstacleError(f"it is a {type(module).__name__}, which may do something else")
+    if not plain(module):
+        raise ObstacleError("it has hooks, or a forward of its own")
+    if module.activation is not None:
+        raise ObstacleError("it has an activation of its own")
+    if len(norm.args) != 1 or norm.kwargs:
+        raise ObstacleError("it is called with other arguments")
+    if any(n.op == "get_attr" and str(n.target).startswith(f"{norm.target}.") for n in norm.graph.nodes):
+        raise ObstacleError("its parameters or statistics are also used elsewhere")
+
+
+def _through_identity(node: Node, root: torch.nn.Module) -> tuple[Node, list[Node]]:
+    """The last of the torch.nn.Identity modules that follow a node, and all of them."""
+    passed: list[Node] = []
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        module = called(user, root)
+        if type(module) is not torch.nn.Identity or not plain(module) or len(user.args) != 1:
+            break
+        passed.append(node := user)
+    return node, passed
+
+
+def _only_user(result: Node) -> Node:
+    if len(result.users) != 1:
+        raise ObstacleError(
+            f"its result is used {len(result.users)} times" if result.users else "its result is not used"
+        )
+    user = next(iter(result.users))
+    if user.op == "output":
+        raise ObstacleError("nothing to fuse: its result is returned")
+    return user
+
+
+def _is_second(sum: Addition, result: Node) -> bool:
+    first, second = sum.operands
+    if first is second:
+        raise ObstacleError("its result is added to itself")
+    if sum.written not in (None, result):
+        raise ObstacleError("the addition writes to the other tensor")
+    return second is result
+
+
+def _between(start: Node, end: Node, but: set[Node], root: torch.nn.Module) -> list[Node]:
+    """The nodes between two that may change a tensor in place."""
+    nodes, node = [], start.next
+    while node is not end:
+        if node not in but and may_write(node, root):
+            nodes.append(node)
+        node = node.next
+    return nodes
+
+
+def _require_safe(match: Match, root: torch.nn.Module) -> None:
+    """The batch norm is called later than it was; what it reads must be the same there, and stay for the backward."""
+    source = match.norm.args[0]
+    if not _is_fresh(source, root) and _between(match.norm, match.last, set(match.nodes), root):
+        raise ObstacleError("its input may be changed in place before the activation or addition")
+    residual, node = match.residual(), match.last.next
+    if residual is None:
+        return
+    memory = storage(residual, root)
+    while node.op != "root":
+        if writes(node, root) and any(storage(n, root) is memory for n in node.all_input_nodes):
+            raise ObstacleError("what is added to it is changed in place later")
+        node = node.next
+
+
+def _is_fresh(source: object, root: torch.nn.Module) -> bool:
+    """Whether nothing else can reach the memory of a batch norm's input."""
+    if not isinstance(source, Node) or len(source.users) != 1:
+        return False
+    module = called(source, root)
+    return source.target in _FRESH if module is None else type(module) in _FRESH and plain(module)
+
+
+def _words(node: Node, root: torch.nn.Module) -> str:
+    module = called(node, root)
+    if module is not None:
+        return type(module).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,236 @@
+"""Graphs of forward(), by torch.fx, that are refused where they would not be faithful."""
+
+import copy
+import inspect
+import operator
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node, Proxy, Tracer
+from torch.fx.proxy import TraceError
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bn_ext._operations import ACTIVATIONS, IN_PLACE, in_place
+
+
+class NotFaithfulError(Exception):
+    """Why the graph of a forward() would not do all that it does."""
+
+
+def trace(module: torch.nn.Module, *, training: bool, inlined: Iterable[torch.nn.Module]) -> Graph:
+    """The graph of one module's forward(), for Tensors as its required arguments and the defaults of the others.
+
+    Args:
+        module: What is traced; it and all in it are left as they were.
+        training: The training flag, of all modules, to trace with.
+        inlined: Modules whose forward() becomes part of the graph; each other one stays a call.
+
+    Raises:
+        NotFaithfulError: forward() cannot be traced, or does more than its graph says.
+    """
+    members = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    flags = [m.training for m in members]
+    generators = torch.get_rng_state(), random.getstate()
+    graph = None
+    try:
+        for member in members:
+            member.training = training
+        state = _State(members)
+        try:
+            with torch.enable_grad(), _NoArithmetic() as arithmetic, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                graph = _FaithfulTracer(inlined).trace(module)
+            if arithmetic.refused:
+                raise NotFaithfulError(arithmetic.refused)
+        except Exception as error:
+            raise NotFaithfulError(_reason(error)) from error
+        finally:
+            changed = state.restore()
+    finally:
+        for member, flag in zip(members, flags, strict=True):
+            member.training = flag
+        random_before = torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[1]
+        torch.set_rng_state(generators[0])
+        random.setstate(generators[1])
+    if "_tensor_constant" in changed:
+        raise NotFaithfulError("its forward uses tensors from elsewhere")
+    if changed:
+        raise NotFaithfulError(f"its forward sets {changed}")
+    if not random_before:
+        raise NotFaithfulError("its forward draws random numbers")
+    for node in graph.nodes:
+        node.type = None  # annotations: names that the code would have to import
+    return graph
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, NotFaithfulError):
+        return str(error)
+    if isinstance(error, TraceError) and ("control flow" in str(error) or "iterated" in str(error)):
+        return "its forward branches or loops on values"
+    lines = str(error).strip().splitlines() or [""]
+    return f"torch.fx cannot trace it: {type(error).__name__}: {lines[0][:100]}"
+
+
+class _State:
+    """The attributes of modules, and what is in those that are lists, dictionaries or sets."""
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        self.saved = [(m, dict(vars(m)), self._contents(m)) for m in modules]
+
+    @staticmethod
+    def _contents(module: torch.nn.Module) -> list[tuple[str, Any, Any]]:
+        kinds = (list, dict, set)
+        return [(name, value, copy.copy(value)) for name, value in vars(module).items() if isinstance(value, kinds)]
+
+    def restore(self) -> str:
+        """Put back what was changed; the name of something that was, or an empty string."""
+        changed = ""
+        for module, attributes, contents in self.saved:
+            now = vars(module)
+            different = [name for name in {*now, *attributes} if now.get(name, now) is not attributes.get(name, now)]
+            if different:
+                now.clear()
+                now.update(attributes)
+            for name, value, content in contents:
+                if not _same_items(value, content):
+                    different.append(name)
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(content)
+            changed = changed or ", ".join(sorted(different))
+        return changed
+
+
+def _same_items(left: Any, right: Any) -> bool:
+    if len(left) != len(right):
+        return False
+    if isinstance(left, dict):
+        return all(a is b for a, b in zip([*left, *left.values()], [*right, *right.values()], strict=True))
+    return all(a is b for a, b in zip(left, right, strict=True))
+
+
+class _NoArithmetic(TorchDispatchMode):
+    """No operation on real tensors: its result, as it is today, would become part of the graph."""
+
+    refused = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.refused = f"its forward computes with other tensors than its input ({func})"
+        raise NotFaithfulError(self.refused)
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What is set around an operation and is not seen in a graph."""
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *autocast,
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
+
+
+class _FaithfulTracer(Tracer):
+    """torch.fx's, with what it may inline said from outside, and true answers or none about types."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, inlined: Iterable[torch.nn.Module]) -> None:
+        super().__init__()
+        self._inlined = set(inlined)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        """As the base class, from where grad mode, autocast and so on are as they are now."""
+        self._surroundings = _surroundings()
+        return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        return m not in self._inlined
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Placeholders for the required arguments only."""
+        names = required_arguments(self.root)
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        if _surroundings() != self._surroundings:
+            raise NotFaithfulError("its forward runs under a context manager (grad mode, autocast, checkpoint, ...)")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, Proxy) else super().create_arg(a)
+
+    def proxy(self, node: Node) -> Proxy:
+        return _Value(node, self)
+
+
+def required_arguments(module: torch.nn.Module) -> list[str]:
+    """Names of the arguments that forward() has no default for.
+
+    Raises:
+        NotFaithfulError: There are none, or not all can be given by position.
+    """
+    forward = type(module).forward
+    if not isinstance(forward, FunctionType):
+        raise NotFaithfulError("its forward is no plain function")
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    kinds = {parameter.kind for parameter in parameters if parameter.default is parameter.empty}
+    names = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not names or inspect.Parameter.KEYWORD_ONLY in kinds:
+        raise NotFaithfulError("its forward has no required argument" if not names else "its forward requires keywords")
+    return names
+
+
+_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree")
+
+
+class _Value(Proxy):
+    """A proxy of which isinstance(value, Tensor) is true where that is sure, and an error where it is not."""
+
+    _is_param = False  # asked by isinstance(value, torch.nn.Parameter)
+
+    @property
+    def __class__(self) -> Any:
+        if _is_tensor(self.node, self.tracer):
+            return Tensor
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(_ANSWERED):
+            return type(self)
+        raise NotFaithfulError("its forward asks for the type of a value")
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("a traced value keeps its class")
+
+
+def _in_place_operator(name: str) -> Callable[[Proxy, Any], Proxy]:
+    def record(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", in_place, (name, self, other), {})
+
+    return record
+
+
+for _name in IN_PLACE:  # torch.fx has x += y without its effect on x
+    setattr(_Value, f"__{_name}__", _in_place_operator(_name))
+
+
+def _is_tensor(node: Node, tracer: Any) -> bool:
+    if node.op == "call_module":
+        forward = type(tracer.root.get_submodule(node.target)).forward
+        return forward.__annotations__.get("return") is Tensor
+    if node.op == "call_function":
+        known = node.target in (in_place, torch.add, torch.cat) or node.target in _ARITHMETIC
+        return known and any(_is_tensor(argument, tracer) for argument in node.all_input_nodes)
+    return node.op in ("placeholder", "get_attr")
+
+
+_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, *ACTIVATIONS}

@@ -1,0 +1,220 @@
+"""Whole models: batch norms take over the activations and additions that follow them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar, overload
+
+import torch
+from torch.fx import Graph
+from torch.fx.graph_module import _format_import_block
+from torch.package.importer import sys_importer
+
+from bn_ext._fused_class import Form, Guard, forms_of, fused_class, guard_container, guard_part, restore_class
+from bn_ext._operations import called, plain
+from bn_ext._patterns import Found, Match, find, rewrite
+from bn_ext._tracing import NotFaithfulError, required_arguments, trace
+from bn_ext.convert import convert
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+@dataclass
+class FuseRow:
+    """What became of one batch norm."""
+
+    place: str
+    """Its name in the model."""
+    what: str = "batch_norm"
+    """All that its call does now."""
+    where: str = ""
+    """The module whose forward() calls it so, or for which `reason` was found."""
+    reason: str = ""
+    """Why it does no more than normalise; empty if it does."""
+
+
+@dataclass
+class FuseReport:
+    """What :func:`fuse` did, a row for each batch norm; prints as a table."""
+
+    rows: list[FuseRow]
+
+    @property
+    def fused(self) -> list[FuseRow]:
+        """The rows of those that do more than normalise."""
+        return [row for row in self.rows if not row.reason]
+
+    def __str__(self) -> str:
+        table = [("batch norm", "does", "in", "why no more")]
+        table += [(r.place or "(model)", r.what, r.where or "(model)", r.reason) for r in self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        lines.append(f"{len(self.fused)} of {len(self.rows)} batch norms fused")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@overload
+def fuse(model: Model, *, report: Literal[False] = False) -> Model: ...
+@overload
+def fuse(model: Model, *, report: Literal[True]) -> tuple[Model, FuseReport]: ...
+def fuse(model: Model, *, report: bool = False) -> Model | tuple[Model, FuseReport]:
+    """Make batch norms do the additions and activations after them: act(bn(x)), bn(x) + y and act(bn(x) + y); in place.
+
+    Calls :func:`convert`, then traces the forward() of each module around batch norms by torch.fx, in training and in
+    evaluation. Where something can be fused, the module's class becomes a subclass of the same name whose forward()
+    calls ``bn(x, y, activation="relu")``. Modules, parameters, buffers and their names stay; activation modules stay,
+    unused. :func:`revert` undoes it; a second call does nothing more; deepcopy, pickle and torch.compile work.
+
+    The generated code only runs where it is sure to do what the original forward() does: on positional Tensors, with
+    the modules, settings and hooks that it was made for. Otherwise the original runs. Fuse again after changes.
+
+    Left alone, with the reason in the report: a batch norm whose result is used elsewhere too, that is called twice
+    or has hooks, whose input or summand may be changed in place meanwhile; a module whose forward() cannot be traced
+    (values decide what it does) or does more than its graph says (random numbers, attributes, context managers).
+
+    Args:
+        model: Any module.
+        report: Whether to return a report as well.
+
+    Returns:
+        `model`; with `report`, a pair of it and a :class:`FuseReport`.
+    """
+    convert(model)
+    fusing = _Fusing(model)
+    for name, module in reversed(list(model.named_modules())):
+        if module in fusing.containers:
+            fusing.fuse(name, module)
+    return (model, FuseReport(list(fusing.rows.values()))) if report else model
+
+
+class _Traced(NamedTuple):
+    """One mode of one module: what is fused, and the code that does it, if anything is."""
+
+    found: Found
+    form: Form | None
+
+
+class _Fusing:
+    """One call of fuse: what is known of the modules of a model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        names = dict(model.named_modules())
+        for module in names.values():
+            restore_class(module)
+        self.rows = {m: FuseRow(name) for name, m in names.items() if _is_norm(m)}
+        for row in self.rows.values():
+            row.reason = "no traced forward calls it"
+        self.open = set(self.rows)
+        """Batch norms of which nothing is known but that they are called and their result is returned."""
+        self.containers = {m for m in names.values() if m not in self.rows and self.rows.keys() & set(m.modules())}
+        self.opaque: set[torch.nn.Module] = set()
+        """Containers whose forward() cannot be traced."""
+
+    def fuse(self, name: str, module: torch.nn.Module) -> None:
+        """Swap the class of one module, if something in its forward() can be fused; those in it come first."""
+        if type(module).forward is torch.nn.Module.forward:  # ModuleList and its kin
+            return
+        try:
+            modes = [self._trace(module, training) for training in (True, False)]
+            forms = [mode.form for mode in modes]
+            if any(forms):
+                _swap_class(module, *forms)
+        except NotFaithfulError as error:
+            self._report_failure(name, module, str(error))
+            return
+        self._report(name, module, *(mode.found for mode in modes))
+
+    def _trace(self, module: torch.nn.Module, training: bool) -> _Traced:
+        if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) or "forward" in vars(module):
+            raise NotFaithfulError(f"it is a {type(module).__name__}, whose forward is not that of its class")
+        inner = {m for m in module.modules() if m in self.containers and m is not module}
+        inlined = {m for m in inner if plain(m) and m not in self.opaque}
+        try:
+            graph = trace(module, training=training, inlined=inlined)
+        except NotFaithfulError:
+            if not inlined:
+                raise
+            inlined = set()
+            graph = trace(module, training=training, inlined=inlined)
+        found = find(graph, module)
+        needed = inlined & set(_stack(found, module))
+        if not found.matches:
+            return _Traced(found, None)
+        if needed != inlined:  # the others keep their own forward()
+            graph = trace(module, training=training, inlined=needed)
+            small = find(graph, module)
+            found = Found(small.matches, {**found.obstacles, **small.obstacles})
+        return _Traced(found, _form(graph, found, module, needed, training))
+
+    def _report_failure(self, name: str, module: torch.nn.Module, reason: str) -> None:
+        self.opaque.add(module)
+        for norm in self.open & set(module.modules()):
+            self.rows[norm].where, self.rows[norm].reason = name, reason
+            self.open.discard(norm)
+
+    def _report(self, name: str, module: torch.nn.Module, training: Found, evaluation: Found) -> None:
+        for target in {**training.matches, **evaluation.matches}:
+            norm = module.get_submodule(target)
+            modes = [str(found.matches.get(target, "batch_norm")) for found in (training, evaluation)]
+            what = modes[0] if modes[0] == modes[1] else f"{modes[0]} in training, {modes[1]} in evaluation"
+            self.rows[norm] = FuseRow(self.rows[norm].place, what, name)
+            self.open.discard(norm)
+        for target, reason in {**evaluation.obstacles, **training.obstacles}.items():
+            norm = module.get_submodule(target)
+            if self.rows[norm].reason:
+                self.rows[norm].where, self.rows[norm].reason = name, reason
+                (self.open.add if reason.endswith("is returned") else self.open.discard)(norm)
+
+
+def _is_norm(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+
+
+def _stack(found: Found, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules whose forward() the matches are part of."""
+    for match in found.matches.values():
+        for node in (match.norm, *match.nodes):
+            for path, _ in node.meta.get("nn_module_stack", {}).values():
+                yield root.get_submodule(path)
+
+
+def _form(
+    graph: Graph,
+    found: Found,
+    root: torch.nn.Module,
+    inlined: set[torch.nn.Module],
+    training: bool,
+) -> Form:
+    guards = [guard_container("", root)]
+    for path, module in root.named_modules():
+        if module in inlined:
+            guards.append(guard_container(path, module))
+            inner = forms_of(module)[0 if training else 1]
+            prefix = guards[-1].path
+            guards += [g._replace(path=prefix + g.path) for g in (inner.guards if inner else ())]
+    for match in found.matches.values():
+        guards += _guards_of_parts(match, root)
+    rewrite(graph, found)
+    graph.lint()
+    code = graph.python_code("self")
+    try:
+        imports = _format_import_block(code.globals, sys_importer)
+    except Exception as error:
+        raise NotFaithfulError(f"its code refers to what cannot be imported: {error}") from error
+    return Form(f"{imports}\n{code.src}", len(required_arguments(root)), tuple(dict.fromkeys(guards)), False)
+
+
+def _guards_of_parts(match: Match, root: torch.nn.Module) -> Iterator[Guard]:
+    for node in (match.norm, *match.nodes):
+        module = called(node, root)
+        if module is not None:
+            names = ("activation", "negative_slope", "alpha", "approximate")
+            yield guard_part(str(node.target), module, *(name for name in names if hasattr(module, name)))
+
+
+def _swap_class(module: torch.nn.Module, training: Form | None, evaluation: Form | None) -> None:
+    if training != evaluation:
+        training, evaluation = (form and form._replace(one_mode=True) for form in (training, evaluation))
+    try:
+        module.__class__ = fused_class(type(module), training, evaluation)
+    except Exception as error:
+        raise NotFaithfulError(f"its class cannot be extended: {error}") from error
