@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from bn_ext._operations import Addition, activation, addition, called, may_write, plain, storage, writes
-from bn_ext.activations import describe
+from bn_ext.activations import PARAMETERS, describe
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 KINDS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
@@ -74,17 +74,22 @@ def find(graph: Graph, root: torch.nn.Module) -> Found:
             found.matches[target] = _match(node, root)
         except ObstacleError as obstacle:
             found.obstacles[target] = str(obstacle)
-    _decide_between_operands(found)
+    _decide_between_operands(found, [node for node in graph.nodes if str(node.target) in found.obstacles], root)
     return found
 
 
-def _decide_between_operands(found: Found) -> None:
-    """Where both operands of an addition are batch norms, the first takes the second."""
-    first = {match.sum: match for match in found.matches.values() if match.sum is not None and not match.second}
+def _decide_between_operands(found: Found, unmatched: list[Node], root: torch.nn.Module) -> None:
+    """Where both operands of an addition are batch norms, one takes the other: the one written to, or the first."""
+    first = {match.sum: target for target, match in found.matches.items() if match.sum and not match.second}
     for target, match in list(found.matches.items()):
         if match.second and match.sum in first:
             del found.matches[target]
-            found.obstacles[target] = f"it is what {first[match.sum].norm.target} adds"
+            found.obstacles[target] = f"it is what {first[match.sum]} adds"
+    for node in unmatched:
+        users = _through_identity(node, root)[0].users
+        takers = [target for target, match in found.matches.items() if match.sum in users]
+        if takers and len(users) == 1:
+            found.obstacles[str(node.target)] = f"it is what {takers[0]} adds"
 
 
 def fused(node: Node) -> bool:
@@ -98,7 +103,7 @@ def rewrite(graph: Graph, found: Found) -> None:
         arguments = [match.norm.args[0]]
         keywords: dict[str, Any] = {"activation": None}
         if match.activation is not None:
-            keywords["activation"] = match.activation if match.activation[1] else match.activation[0]
+            keywords["activation"] = match.activation if match.activation[0] in PARAMETERS else match.activation[0]
         residual = match.residual()
         if residual is not None:
             assert match.sum is not None
