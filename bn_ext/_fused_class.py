@@ -61,7 +61,7 @@ class Form(NamedTuple):
         if len(args) != self.arguments or _has_any_global_hook():
             return False
         for argument in args:
-            if not isinstance(argument, Tensor | Proxy):
+            if not isinstance(argument, Proxy | Tensor):
                 return False
         for guard in self.guards:
             if not guard.holds(module):

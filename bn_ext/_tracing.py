@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import operator
 import random
 import sys
 import warnings
@@ -11,12 +10,11 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bn_ext._operations import ACTIVATIONS, IN_PLACE, in_place
+from bn_ext._operations import IN_PLACE, in_place
 
 
 class NotFaithfulError(Exception):
@@ -139,7 +137,7 @@ def _surroundings() -> tuple[Any, ...]:
 
 
 class _FaithfulTracer(Tracer):
-    """torch.fx's, with what it may inline said from outside, and true answers or none about types."""
+    """torch.fx's, with what it may inline said from outside."""
 
     proxy_buffer_attributes = True
 
@@ -191,18 +189,19 @@ def required_arguments(module: torch.nn.Module) -> list[str]:
     return names
 
 
-_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree")
+_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module")
 
 
 class _Value(Proxy):
-    """A proxy of which isinstance(value, Tensor) is true where that is sure, and an error where it is not."""
+    """A proxy that refuses to say of what type it is, except to torch.fx.
+
+    Claiming to be a Tensor is no way out: C++ code, as that of torch.autograd.Function, would believe it and crash.
+    """
 
     _is_param = False  # asked by isinstance(value, torch.nn.Parameter)
 
     @property
     def __class__(self) -> Any:
-        if _is_tensor(self.node, self.tracer):
-            return Tensor
         if sys._getframe(1).f_globals.get("__name__", "").startswith(_ANSWERED):
             return type(self)
         raise NotFaithfulError("its forward asks for the type of a value")
@@ -221,16 +220,3 @@ def _in_place_operator(name: str) -> Callable[[Proxy, Any], Proxy]:
 
 for _name in IN_PLACE:  # torch.fx has x += y without its effect on x
     setattr(_Value, f"__{_name}__", _in_place_operator(_name))
-
-
-def _is_tensor(node: Node, tracer: Any) -> bool:
-    if node.op == "call_module":
-        forward = type(tracer.root.get_submodule(node.target)).forward
-        return forward.__annotations__.get("return") is Tensor
-    if node.op == "call_function":
-        known = node.target in (in_place, torch.add, torch.cat) or node.target in _ARITHMETIC
-        return known and any(_is_tensor(argument, tracer) for argument in node.all_input_nodes)
-    return node.op in ("placeholder", "get_attr")
-
-
-_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, *ACTIVATIONS}

@@ -107,7 +107,7 @@ class _Fusing:
         """Batch norms of which nothing is known but that they are called and their result is returned."""
         self.containers = {m for m in names.values() if m not in self.rows and self.rows.keys() & set(m.modules())}
         self.opaque: set[torch.nn.Module] = set()
-        """Containers whose forward() cannot be traced."""
+        """Containers whose forward() cannot be traced by itself."""
 
     def fuse(self, name: str, module: torch.nn.Module) -> None:
         """Swap the class of one module, if something in its forward() can be fused; those in it come first."""
@@ -126,15 +126,7 @@ class _Fusing:
     def _trace(self, module: torch.nn.Module, training: bool) -> _Traced:
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) or "forward" in vars(module):
             raise NotFaithfulError(f"it is a {type(module).__name__}, whose forward is not that of its class")
-        inner = {m for m in module.modules() if m in self.containers and m is not module}
-        inlined = {m for m in inner if plain(m) and m not in self.opaque}
-        try:
-            graph = trace(module, training=training, inlined=inlined)
-        except NotFaithfulError:
-            if not inlined:
-                raise
-            inlined = set()
-            graph = trace(module, training=training, inlined=inlined)
+        graph, inlined = self._trace_widely(module, training)
         found = find(graph, module)
         needed = inlined & set(_stack(found, module))
         if not found.matches:
@@ -144,6 +136,16 @@ class _Fusing:
             small = find(graph, module)
             found = Found(small.matches, {**found.obstacles, **small.obstacles})
         return _Traced(found, _form(graph, found, module, needed, training))
+
+    def _trace_widely(self, module: torch.nn.Module, training: bool) -> tuple[Graph, set[torch.nn.Module]]:
+        """With as many containers inlined as can be."""
+        inner = {m for m in module.modules() if m in self.containers and m is not module and plain(m)}
+        for inlined in (inner, inner - self.opaque):
+            try:
+                return trace(module, training=training, inlined=inlined), inlined
+            except NotFaithfulError:
+                continue
+        return trace(module, training=training, inlined=()), set()
 
     def _report_failure(self, name: str, module: torch.nn.Module, reason: str) -> None:
         self.opaque.add(module)
