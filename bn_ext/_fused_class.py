@@ -3,6 +3,7 @@
 import copyreg
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,9 @@ class Form(NamedTuple):
         names: dict[str, Any] = {}
         exec(compile(self.source, "<bn_ext.fuse>", "exec"), names)
         function: Callable[..., Any] = names["forward"]
+        for name, value in names.items():
+            if isinstance(value, FunctionType) and value is not function and not value.__module__.startswith("torch."):
+                names[name] = _recorded(value)
         return function
 
     def holds(self, module: torch.nn.Module, args: tuple[Any, ...]) -> bool:
@@ -74,6 +78,19 @@ class Form(NamedTuple):
             if guard.children and module.get_submodule(".".join(guard.path)).training != module.training:
                 return False
         return True
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch.fx need not look into, as for the code that calls it."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for argument in args:
+            if isinstance(argument, Proxy):
+                return argument.tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 _STANDARD = frozenset(vars(torch.nn.Module()))

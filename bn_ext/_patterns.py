@@ -1,6 +1,8 @@
 """Batch norms in a torch.fx graph with what follows them: which can be one call, and why others cannot."""
 
+import functools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,8 +63,7 @@ class Found:
 
 def find(graph: Graph, root: torch.nn.Module) -> Found:
     """All that can be fused in a graph of `root`, and why other batch norms cannot."""
-    modules = [called(node, root) for node in graph.nodes]
-    calls = Counter(inner for module in modules if module is not None for inner in module.modules())
+    calls = Counter(inner for node in graph.nodes for inner in _reached(node, root))
     found = Found()
     for node in graph.nodes:
         module, target = called(node, root), str(node.target)
@@ -76,6 +77,14 @@ def find(graph: Graph, root: torch.nn.Module) -> Found:
             found.obstacles[target] = str(obstacle)
     _decide_between_operands(found, [node for node in graph.nodes if str(node.target) in found.obstacles], root)
     return found
+
+
+def _reached(node: Node, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules that a node calls, or gives to a function that may call them."""
+    value: Any = called(node, root)
+    if node.op == "get_attr":
+        value = functools.reduce(getattr, str(node.target).split("."), root)
+    return value.modules() if isinstance(value, torch.nn.Module) else iter(())
 
 
 def _decide_between_operands(found: Found, unmatched: list[Node], root: torch.nn.Module) -> None:

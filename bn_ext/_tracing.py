@@ -5,7 +5,7 @@ import inspect
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import FunctionType
 from typing import Any
 
@@ -21,13 +21,20 @@ class NotFaithfulError(Exception):
     """Why the graph of a forward() would not do all that it does."""
 
 
-def trace(module: torch.nn.Module, *, training: bool, inlined: Iterable[torch.nn.Module]) -> Graph:
+def trace(
+    module: torch.nn.Module,
+    *,
+    training: bool,
+    inlined: Collection[torch.nn.Module],
+    functions: bool = True,
+) -> Graph:
     """The graph of one module's forward(), for Tensors as its required arguments and the defaults of the others.
 
     Args:
         module: What is traced; it and all in it are left as they were.
         training: The training flag, of all modules, to trace with.
         inlined: Modules whose forward() becomes part of the graph; each other one stays a call.
+        functions: Whether functions beside these forwards become part of it too; otherwise they stay calls.
 
     Raises:
         NotFaithfulError: forward() cannot be traced, or does more than its graph says.
@@ -43,7 +50,7 @@ def trace(module: torch.nn.Module, *, training: bool, inlined: Iterable[torch.nn
         try:
             with torch.enable_grad(), _NoArithmetic() as arithmetic, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                graph = _FaithfulTracer(inlined).trace(module)
+                graph = _FaithfulTracer(inlined, [] if functions else _functions([module, *inlined])).trace(module)
             if arithmetic.refused:
                 raise NotFaithfulError(arithmetic.refused)
         except Exception as error:
@@ -65,6 +72,12 @@ def trace(module: torch.nn.Module, *, training: bool, inlined: Iterable[torch.nn
     for node in graph.nodes:
         node.type = None  # annotations: names that the code would have to import
     return graph
+
+
+def _functions(modules: Iterable[torch.nn.Module]) -> list[Callable[..., Any]]:
+    """Those that the forwards of modules can call by a global name, and that are not of a library known here."""
+    values = [value for m in modules for value in getattr(type(m).forward, "__globals__", {}).values()]
+    return [f for f in values if isinstance(f, FunctionType) and not f.__module__.startswith(("torch.", "bn_ext."))]
 
 
 def _reason(error: Exception) -> str:
@@ -141,8 +154,8 @@ class _FaithfulTracer(Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, inlined: Iterable[torch.nn.Module]) -> None:
-        super().__init__()
+    def __init__(self, inlined: Iterable[torch.nn.Module], calls: Iterable[Callable[..., Any]]) -> None:
+        super().__init__(autowrap_functions=tuple(calls))
         self._inlined = set(inlined)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
@@ -166,6 +179,8 @@ class _FaithfulTracer(Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
+        if a is self.root:
+            raise NotFaithfulError("its forward gives itself to a function")
         return a.node if isinstance(a, Proxy) else super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
@@ -189,7 +204,7 @@ def required_arguments(module: torch.nn.Module) -> list[str]:
     return names
 
 
-_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module")
+_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", "torch.nn.parameter")
 
 
 class _Value(Proxy):

@@ -126,26 +126,28 @@ class _Fusing:
     def _trace(self, module: torch.nn.Module, training: bool) -> _Traced:
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) or "forward" in vars(module):
             raise NotFaithfulError(f"it is a {type(module).__name__}, whose forward is not that of its class")
-        graph, inlined = self._trace_widely(module, training)
+        graph, inlined, functions = self._trace_widely(module, training)
         found = find(graph, module)
         needed = inlined & set(_stack(found, module))
         if not found.matches:
             return _Traced(found, None)
         if needed != inlined:  # the others keep their own forward()
-            graph = trace(module, training=training, inlined=needed)
+            graph = trace(module, training=training, inlined=needed, functions=functions)
             small = find(graph, module)
             found = Found(small.matches, {**found.obstacles, **small.obstacles})
         return _Traced(found, _form(graph, found, module, needed, training))
 
-    def _trace_widely(self, module: torch.nn.Module, training: bool) -> tuple[Graph, set[torch.nn.Module]]:
-        """With as many containers inlined as can be."""
+    def _trace_widely(self, module: torch.nn.Module, training: bool) -> tuple[Graph, set[torch.nn.Module], bool]:
+        """With as many containers inlined as can be; those, and whether functions were inlined as well."""
         inner = {m for m in module.modules() if m in self.containers and m is not module and plain(m)}
-        for inlined in (inner, inner - self.opaque):
-            try:
-                return trace(module, training=training, inlined=inlined), inlined
-            except NotFaithfulError:
-                continue
-        return trace(module, training=training, inlined=()), set()
+        error = NotFaithfulError()
+        for inlined in (inner, inner - self.opaque, set[torch.nn.Module]()):
+            for functions in (True, False):
+                try:
+                    return trace(module, training=training, inlined=inlined, functions=functions), inlined, functions
+                except NotFaithfulError as reason:
+                    error = reason
+        raise error
 
     def _report_failure(self, name: str, module: torch.nn.Module, reason: str) -> None:
         self.opaque.add(module)
