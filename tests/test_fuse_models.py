@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 import bn_ext
 
+# Roundings of float64, 1e-16 each, that up to 60 batch norms over four values each multiply by up to 1e8.
+TOLERANCE = 1e-7
+
 # How many batch norms do what; the others end a branch that something else than an activation or a sum follows.
 EXPECTED: dict[str, dict[str, int]] = {
     "DenseNet": {"batch_norm + relu": 11},
@@ -29,7 +32,7 @@ OF_TORCHVISION: dict[str, dict[str, int]] = {
     "resnet50": {"batch_norm + relu": 33, "batch_norm + add + relu": 16},
     "densenet121": {"batch_norm + relu": 121},
     "mobilenet_v2": {"batch_norm + relu6": 35, "batch_norm + add": 10},
-    "mobilenet_v3_small": {"batch_norm + hardswish": 19, "batch_norm + relu": 4, "batch_norm + add": 6},
+    "mobilenet_v3_small": {"batch_norm + hardswish": 18, "batch_norm + relu": 5, "batch_norm + add": 6},
     "efficientnet_b0": {"batch_norm + silu": 33},
 }
 
@@ -42,7 +45,7 @@ def check(model: nn.Module, expected: dict[str, int], size: int, modes: tuple[bo
     assert {what: done.count(what) for what in done} == expected
     x = torch.randn(4, 3, size, size, dtype=torch.float64, requires_grad=True)
     with calls() as seen:
-        assert_same(fused, stock, (x,), lambda output: getattr(output, "logits", output), modes)
+        assert_same(fused, stock, (x,), lambda output: getattr(output, "logits", output), modes, TOLERANCE)
     assert len(seen) == len(modes) * len(report.rows)
     described = ["batch_norm" + " + add" * residual + (f" + {name}" if name else "") for name, residual in seen]
     for what, count in expected.items():

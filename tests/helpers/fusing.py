@@ -78,10 +78,11 @@ def assert_same(
     arguments: tuple[Tensor, ...],
     pick: Callable[[Any], Any] = lambda output: output,
     modes: tuple[bool, ...] = (True, True, False),
+    tolerance: float = 1e-9,
 ) -> None:
     """Two models do the same: loss, gradients, statistics, state_dict; in training and in evaluation.
 
-    Tight, for float64: a few roundings more or fewer, through the layers of a small model.
+    The tolerance is for float64: a few roundings more or fewer, through the layers of a small model.
     """
     assert list(fused.state_dict()) == list(stock.state_dict())
     for training in modes:
@@ -90,7 +91,7 @@ def assert_same(
             model.train(training)
             torch.manual_seed(1)  # dropout
             results.append(step(model, arguments, pick))
-        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 def fused_and_stock(model: nn.Module) -> tuple[nn.Module, nn.Module, list[str]]:
