@@ -63,6 +63,7 @@ def plain(module: torch.nn.Module | None) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
         or "forward" in module.__dict__
     )
 

@@ -1,11 +1,12 @@
 """Graphs of forward(), by torch.fx, that are refused where they would not be faithful."""
 
+import contextlib
 import copy
 import inspect
 import random
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -41,14 +42,14 @@ def trace(
     """
     members = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
     flags = [m.training for m in members]
-    generators = torch.get_rng_state(), random.getstate()
+    generators = _generators()
     graph = None
     try:
         for member in members:
             member.training = training
         state = _State(members)
         try:
-            with torch.enable_grad(), _NoArithmetic() as arithmetic, warnings.catch_warnings():
+            with torch.enable_grad(), _NoArithmetic() as arithmetic, _no_questions(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = _FaithfulTracer(inlined, [] if functions else _functions([module, *inlined])).trace(module)
             if arithmetic.refused:
@@ -60,18 +61,54 @@ def trace(
     finally:
         for member, flag in zip(members, flags, strict=True):
             member.training = flag
-        random_before = torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[1]
-        torch.set_rng_state(generators[0])
-        random.setstate(generators[1])
+        drawn = [values for _, _, values in generators] != [values for _, _, values in _generators()]
+        for set_state, value, _ in generators:
+            set_state(value)
     if "_tensor_constant" in changed:
         raise NotFaithfulError("its forward uses tensors from elsewhere")
     if changed:
         raise NotFaithfulError(f"its forward sets {changed}")
-    if not random_before:
+    if drawn:
         raise NotFaithfulError("its forward draws random numbers")
     for node in graph.nodes:
         node.type = None  # annotations: names that the code would have to import
     return graph
+
+
+def _generators() -> list[tuple[Any, Any, Any]]:
+    """The random number generators that a forward may use: how to set their state, it, and its values."""
+    numpy = sys.modules.get("numpy")
+    state = torch.get_rng_state()
+    found: list[Any] = [(torch.set_rng_state, state, state.tolist()), (random.setstate, *[random.getstate()] * 2)]
+    if numpy is not None:
+        kind, key, *rest = numpy.random.get_state()
+        found.append((numpy.random.set_state, (kind, key, *rest), [key.tolist(), *rest]))
+    return found
+
+
+@contextlib.contextmanager
+def _no_questions() -> Iterator[None]:
+    """No looking at what may be another when the code runs."""
+    modules = {torch: ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")}
+    asked = [
+        (m, n, getattr(m, n)) for m, names in (modules | {torch.compiler: ("is_compiling",)}).items() for n in names
+    ]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotFaithfulError(_CONTEXT)
+
+    try:
+        for module, name, _ in asked:
+            setattr(module, name, refuse)
+        yield
+    finally:
+        for module, name, function in asked:
+            setattr(module, name, function)
+
+
+_CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
+_GRAD_MODES = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_autocast_is_enabled = torch.is_autocast_enabled
 
 
 def _functions(modules: Iterable[torch.nn.Module]) -> list[Callable[..., Any]]:
@@ -138,10 +175,9 @@ class _NoArithmetic(TorchDispatchMode):
 
 def _surroundings() -> tuple[Any, ...]:
     """What is set around an operation and is not seen in a graph."""
-    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    autocast = [(_autocast_is_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
+        *(enabled() for enabled in _GRAD_MODES),
         *autocast,
         torch._C._autograd._top_saved_tensors_default_hooks(True),
         torch._C._len_torch_function_stack(),
@@ -175,7 +211,7 @@ class _FaithfulTracer(Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if _surroundings() != self._surroundings:
-            raise NotFaithfulError("its forward runs under a context manager (grad mode, autocast, checkpoint, ...)")
+            raise NotFaithfulError(_CONTEXT)
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:

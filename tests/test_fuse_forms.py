@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,7 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], Any], list[tuple[Any, bool]]]] = 
     "a forward of the child's own": (lambda m: setattr(m.inner[0], "forward", torch.exp), []),
     "another mode of the child": (lambda m: m.inner[0].eval(), INNER_ONLY),
     "an activation of the batch norm": (lambda m: setattr(m.inner[0].bn2, "activation", "silu"), None),
+    "a compiled child": (lambda m: m.inner[0].compile(backend="eager"), INNER_ONLY),
     "momentum": (lambda m: setattr(m.inner[0].bn2, "momentum", 0.3), BOTH),
     "stock batch norms": (lambda m: bn_ext.revert(m.inner[0].bn2), SEPARATE),
     "no batch norm": (lambda m: setattr(m.inner[0], "bn2", nn.Identity()), SEPARATE),
@@ -205,6 +207,10 @@ UNFAITHFUL: dict[str, tuple[Callable[..., Any], str]] = {
         lambda self, x: self.act(self.bn(x)) if random.random() < 2 else x,
         "its forward draws random numbers",
     ),
+    "numpy random": (
+        lambda self, x: self.act(self.bn(x)) if np.random.rand() < 2 else x,
+        "its forward draws random numbers",
+    ),
     "torch random": (
         lambda self, x: self.act(self.bn(x)) * (torch.rand(()) < 2),
         "its forward computes with other tensors than its input (aten.rand.default)",
@@ -247,8 +253,18 @@ def under_saved_tensor_hooks(self: Small, x: Tensor) -> Tensor:
         return self.act(self.bn(x))
 
 
-CONTEXT = "its forward runs under a context manager (grad mode, autocast, checkpoint, ...)"
-for _body in (without_gradients, under_autocast, partly_without_gradients, under_saved_tensor_hooks):
+def asking_for_the_grad_mode(self: Small, x: Tensor) -> Tensor:
+    return self.act(self.bn(x)) if torch.is_grad_enabled() else self.bn(x)
+
+
+CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
+for _body in (
+    without_gradients,
+    under_autocast,
+    partly_without_gradients,
+    under_saved_tensor_hooks,
+    asking_for_the_grad_mode,
+):
     UNFAITHFUL[_body.__name__] = (_body, CONTEXT)
 
 
