@@ -137,8 +137,7 @@ def writes(node: Node, root: torch.nn.Module) -> bool:
     name = _name(node)
     named_so = name.strip("_") in (*IN_PLACE, "in_place", "setitem") or (name.endswith("_") and not name.endswith("__"))
     asked_to = bool(node.kwargs.get(_INPLACE)) or node.kwargs.get("out") is not None
-    positional = getattr(node.target, "__module__", "") == F.__name__ and any(a is True for a in node.args)
-    return named_so or asked_to or positional
+    return named_so or asked_to
 
 
 _KNOWN_LIBRARIES = ("torch", "_operator", "operator", "math", "builtins", "bn_ext")

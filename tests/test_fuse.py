@@ -286,6 +286,16 @@ def test_unsafe_places_are_left_alone(name: str) -> None:
     assert set(calls_of(fused, *inputs())) == {(None, False)}
 
 
+def test_summand_changed_later_by_a_module() -> None:
+    def body(self: Block, x: Tensor, z: Tensor) -> Tensor:
+        z = z * 1
+        y = F.hardswish(self.bn(self.conv(x)) + z)
+        return y + self.act(z)
+
+    check(body, ["what is added to it is changed in place later", UNUSED], nn.ReLU(inplace=True))
+    check(body, ["batch_norm + add + hardswish", UNUSED], nn.ReLU())
+
+
 def test_aliases_of_what_is_added_in_place() -> None:
     """torch.fx has no x += y; w is the same tensor as y, so it must see the sum."""
 

@@ -160,7 +160,13 @@ def test_conversions_by_torch_keep_the_activations(convert: Callable[[nn.Module]
 def test_arguments_of_other_kinds_run_the_original() -> None:
     fused, stock = outer()
     x = x_of()
-    for arguments, keywords in [((x, 2.0), {}), ((x,), {"offset": 3}), ((), {"x": x}), ((x,), {"scale": x})]:
+    for arguments, keywords in [
+        ((x, 2.0), {}),
+        ((x, x), {}),
+        ((x,), {"offset": 3}),
+        ((), {"x": x}),
+        ((x,), {"scale": x}),
+    ]:
         torch.testing.assert_close(fused(*arguments, **keywords), stock(*arguments, **keywords))
         assert seen_of(fused, *arguments, **keywords) == INNER_ONLY
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
