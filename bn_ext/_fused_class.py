@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from bn_ext._operations import plain
+from bn_ext._recompute import recompute
 
 _SIMPLE = (bool, int, float, str, type(None))
 
@@ -132,13 +133,13 @@ def forms_of(module: torch.nn.Module) -> tuple[Form | None, Form | None]:
     return forms
 
 
-def fused_class(original: Any, training: Form | None, evaluation: Form | None) -> type:
-    """A subclass of the same name that runs the two forms; always the same one."""
-    return _fused_class(original, training, evaluation)
+def fused_class(original: Any, training: Form | None, evaluation: Form | None, recomputes: bool = False) -> type:
+    """A subclass of the same name that runs the two forms, perhaps within recompute(); always the same one."""
+    return _fused_class(original, training, evaluation, recomputes)
 
 
 @functools.cache
-def _fused_class(original: Any, training: Form | None, evaluation: Form | None) -> type:
+def _fused_class(original: Any, training: Form | None, evaluation: Form | None, recomputes: bool) -> type:
     run_training = training.compile() if training is not None else None
     run_evaluation = run_training if training == evaluation else evaluation and evaluation.compile()
 
@@ -149,13 +150,18 @@ def _fused_class(original: Any, training: Form | None, evaluation: Form | None) 
             return original.forward(self, *args, **kwargs)
         return run(self, *args)
 
+    @functools.wraps(original.forward)
+    def recomputing_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with recompute():
+            return forward(self, *args, **kwargs)
+
     def reduce(self: torch.nn.Module, protocol: Any) -> Any:
         """By class and forms: the class itself has no place to be imported from."""
         reduced: Any = original.__reduce_ex__(self, max(protocol, 2))
         made, arguments, *state = reduced
         if made is not copyreg.__newobj__ or arguments[0] is not kind:  # type: ignore[attr-defined]
             return reduced
-        return _new, (original, training, evaluation, *arguments[1:]), *state
+        return _new, (original, training, evaluation, recomputes, *arguments[1:]), *state
 
     kind = type(
         original.__name__,
@@ -164,16 +170,22 @@ def _fused_class(original: Any, training: Form | None, evaluation: Form | None) 
             **{name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")},
             "_bn_ext_original": original,
             "_bn_ext_forms": (training, evaluation),
-            "forward": forward,
+            "forward": recomputing_forward if recomputes else forward,
             "__reduce_ex__": reduce,
         },
     )
     return kind
 
 
-def _new(original: type[torch.nn.Module], training: Form | None, evaluation: Form | None, *arguments: Any) -> Any:
+def _new(
+    original: type[torch.nn.Module],
+    training: Form | None,
+    evaluation: Form | None,
+    recomputes: bool,
+    *arguments: Any,
+) -> Any:
     """An empty module of a fused class, for pickle."""
-    kind = fused_class(original, training, evaluation)
+    kind = fused_class(original, training, evaluation, recomputes)
     return kind.__new__(kind, *arguments)
 
 

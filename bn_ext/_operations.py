@@ -73,7 +73,7 @@ def called(node: Node, root: torch.nn.Module) -> torch.nn.Module | None:
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def activation(node: Node, root: torch.nn.Module) -> tuple[str, float] | None:
+def activation(node: Node, root: torch.nn.Module) -> tuple[str | None, float] | None:
     """Name and parameter, as from :func:`bn_ext.activations.resolve`, of a node that is one of these activations."""
     name, arguments = "", {}
     if node.op == "call_module":
@@ -95,7 +95,7 @@ def activation(node: Node, root: torch.nn.Module) -> tuple[str, float] | None:
     return _with_parameter(name, list(arguments.values()))
 
 
-def _with_parameter(name: str, values: list[Any]) -> tuple[str, float] | None:
+def _with_parameter(name: str, values: list[Any]) -> tuple[str | None, float] | None:
     if name == "hardtanh":
         return ("relu6", 0.0) if values == [0, 6] else None
     if name == "gelu":

@@ -32,7 +32,7 @@ class Match:
 
     norm: Node
     nodes: list[Node]
-    activation: tuple[str, float] | None = None
+    activation: tuple[str | None, float] | None = None
     sum: Node | None = None
     second: bool = False
     """Whether the batch norm's result is the second operand of the addition."""

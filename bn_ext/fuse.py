@@ -9,7 +9,16 @@ from torch.fx import Graph
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
-from bn_ext._fused_class import Form, Guard, forms_of, fused_class, guard_container, guard_part, restore_class
+from bn_ext._fused_class import (
+    Form,
+    Guard,
+    forms_of,
+    fused_class,
+    guard_container,
+    guard_part,
+    original_class,
+    restore_class,
+)
 from bn_ext._operations import called, plain
 from bn_ext._patterns import Found, Match, find, rewrite
 from bn_ext._tracing import NotFaithfulError, required_arguments, trace
@@ -53,10 +62,10 @@ class FuseReport:
 
 
 @overload
-def fuse(model: Model, *, report: Literal[False] = False) -> Model: ...
+def fuse(model: Model, *, recompute: bool = False, report: Literal[False] = False) -> Model: ...
 @overload
-def fuse(model: Model, *, report: Literal[True]) -> tuple[Model, FuseReport]: ...
-def fuse(model: Model, *, report: bool = False) -> Model | tuple[Model, FuseReport]:
+def fuse(model: Model, *, recompute: bool = False, report: Literal[True]) -> tuple[Model, FuseReport]: ...
+def fuse(model: Model, *, recompute: bool = False, report: bool = False) -> Model | tuple[Model, FuseReport]:
     """Make batch norms do the additions and activations after them: act(bn(x)), bn(x) + y and act(bn(x) + y); in place.
 
     Calls :func:`convert`, then traces the forward() of each module around batch norms by torch.fx, in training and in
@@ -73,6 +82,7 @@ def fuse(model: Model, *, report: bool = False) -> Model | tuple[Model, FuseRepo
 
     Args:
         model: Any module.
+        recompute: Whether the model's forward() shall run within :func:`bn_ext.recompute`: less is kept for backward.
         report: Whether to return a report as well.
 
     Returns:
@@ -83,6 +93,8 @@ def fuse(model: Model, *, report: bool = False) -> Model | tuple[Model, FuseRepo
     for name, module in reversed(list(model.named_modules())):
         if module in fusing.containers:
             fusing.fuse(name, module)
+    if recompute and fusing.containers:
+        model.__class__ = fused_class(original_class(type(model)), *forms_of(model), recomputes=True)
     return (model, FuseReport(list(fusing.rows.values()))) if report else model
 
 
