@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bn_ext
@@ -107,3 +108,75 @@ def fused_and_stock(model: nn.Module) -> tuple[nn.Module, nn.Module, list[str]]:
     norms = [n for n, m in stock.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert [row.place for row in report.rows] == norms
     return fused, stock, [row.reason or row.what for row in report.rows]
+
+
+RELU, ADD_RELU = "batch_norm + relu", "batch_norm + add + relu"
+FUSED, SEPARATE = [("relu", False)], [(None, False)]
+
+
+class Small(nn.Module):
+    """The smallest thing to fuse, by what a function does with batch norm, activation and input."""
+
+    def __init__(self, body: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.bn, self.act, self.body = nn.BatchNorm2d(3), nn.ReLU(), body
+
+    def forward(self, x: Tensor) -> Any:
+        return self.act(self.bn(x)) if self.body is None else self.body(self, x)
+
+
+class Scaled(nn.ReLU):
+    """A subclass that does something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * input.relu()
+
+
+def seen_of(model: nn.Module, *arguments: Any, **keywords: Any) -> list[tuple[Any, bool]]:
+    with calls() as seen:
+        model(*arguments, **keywords)
+    return seen
+
+
+def x_of(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape or (4, 3, 5, 6), dtype=dtype)
+
+
+class Inner(nn.Module):
+    """Ends in a batch norm and an identity: what follows is in the parent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.end = nn.Identity()
+        self.scale, self.dropout = 1.0, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.bn1(self.conv(x)).relu(), self.dropout, self.training)
+        return self.end(self.bn2(self.conv(x) * self.scale))
+
+
+class Outer(nn.Module):
+    """A residual block around Inner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.act, self.power = nn.Sequential(Inner()), nn.LeakyReLU(0.1, inplace=True), 1
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, offset: Any = 0) -> Tensor:
+        y = self.inner(x)
+        y += x
+        return self.act(y) * scale**self.power + offset
+
+
+BOTH = [("relu", False), (("leaky_relu", 0.1), True)]
+INNER_ONLY = [("relu", False), (None, False)]
+
+
+def outer() -> tuple[nn.Module, nn.Module]:
+    fused, stock, told = fused_and_stock(Outer().double())
+    assert told == [RELU, "batch_norm + add + leaky_relu(negative_slope=0.1)"]
+    assert seen_of(fused, x_of()) == BOTH
+    stock.load_state_dict(fused.state_dict())
+    return fused, stock
