@@ -57,7 +57,11 @@ class Form(NamedTuple):
         exec(compile(self.source, "<bn_ext.fuse>", "exec"), names)
         function: Callable[..., Any] = names["forward"]
         for name, value in names.items():
-            if isinstance(value, FunctionType) and value is not function and not value.__module__.startswith("torch."):
+            if (
+                isinstance(value, FunctionType)
+                and value is not function
+                and not (value.__module__ or "").startswith("torch.")
+            ):
                 names[name] = _recorded(value)
         return function
 

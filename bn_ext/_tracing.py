@@ -114,7 +114,11 @@ _autocast_is_enabled = torch.is_autocast_enabled
 def _functions(modules: Iterable[torch.nn.Module]) -> list[Callable[..., Any]]:
     """Those that the forwards of modules can call by a global name, and that are not of a library known here."""
     values = [value for m in modules for value in getattr(type(m).forward, "__globals__", {}).values()]
-    return [f for f in values if isinstance(f, FunctionType) and not f.__module__.startswith(("torch.", "bn_ext."))]
+    return [f for f in values if isinstance(f, FunctionType) and not _module_of(f).startswith(("torch.", "bn_ext."))]
+
+
+def _module_of(function: Callable[..., Any]) -> str:
+    return function.__module__ or ""  # generated code may have none
 
 
 def _reason(error: Exception) -> str:
