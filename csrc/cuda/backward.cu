@@ -1,90 +1,67 @@
 // The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed. In
-// eval mode the first one, where it runs, gives the gradient of the input too.
+// eval mode the first one, where it runs, gives the gradient of the input too. The first of them that runs gives dz.
 #include <algorithm>
 
 #include "dispatch.cuh"
+#include "gradient.cuh"
 #include "kernels.h"
-#include "merge.cuh"
+#include "pass.cuh"
 
 namespace bn_ext::cuda {
 namespace {
 
-bool needs_sums(const BackwardParams& p) { return p.dweight || p.dbias || (p.dx && p.training); }
-
-// A thread's vectors of dy, which may be one value for all.
-template <typename T, int kVector>
-class Gradient {
- public:
-  explicit __device__ Gradient(const BackwardParams& p) : dy_(static_cast<const T*>(p.dy)), is_scalar_(p.dy_is_scalar) {
-    if (!is_scalar_) return;
-#pragma unroll
-    for (T& value : all_.values) value = load<1>(dy_).values[0];
-  }
-  __device__ Vector<T, kVector> at(int64_t offset) const { return is_scalar_ ? all_ : load<kVector>(dy_ + offset); }
-  __device__ Vector<T, kVector> last_at(int64_t offset) const {
-    return is_scalar_ ? all_ : load_last<kVector>(dy_ + offset);
-  }
-
- private:
-  const T* dy_;
-  bool is_scalar_;
-  Vector<T, kVector> all_ = {};
-};
-
-template <typename A>
-struct MeanAndScale {
-  A mean;
-  A scale;
-};
-
-template <typename A>
-__device__ A scale_of(const BackwardParams& p, int64_t channel) {
-  return load_one(static_cast<const A*>(p.rstd) + channel) * read_param<A>(p.weight, p.params_dtype, channel, 1);
+// Bytes of each tensor that a thread has in flight: as many as registers allow.
+constexpr int bytes_of_sums(Variant variant, bool one_channel, bool writes) {
+  if (variant != Variant::kPlain) return 16;
+  return one_channel ? (writes ? 32 : 64) : (writes ? 16 : 32);
 }
+constexpr int bytes_of_input(Variant variant) { return variant == Variant::kPlain ? 32 : 16; }
 
-// sum(dy) and sum(dy * (x - mean)): each thread over its rows, each block over its threads, into
-// partials[channel * segments + segment]. kWritesDx, in eval mode: also dx = dy * scale, which needs no sums.
-// Grid: a block per slice and segment. Reads dy once, and x once where dweight, or in training dx, is wanted.
-template <typename T, int kVector, bool kOneChannel, bool kWritesDx>
+// sum(g) and sum(g * (x - mean)): each thread over its rows, each block over its threads, into
+// partials[channel * segments + segment]. kWrites: also dz = g, and in eval mode dx = g * scale, which needs no sums.
+// Grid: a block per slice and segment. Reads dy once, the mask or z once, and x once where dweight, in training dx, or
+// u is wanted.
+template <typename T, int kVector, bool kOneChannel, Variant kVariant, bool kWrites>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_sums_kernel(const Plan plan, const BackwardParams p, GradSums* partials) {
   using A = acc_t<T>;
+  using V = Vector<T, kVector>;
+  using Gradients = Gradient<T, kVector, kVariant, false>;
   const Block block(plan, blockIdx.x);
   Walk<false> walk(plan, block);
-  MeanAndScale<A> coefficients[kOneChannel ? 1 : kVector] = {};
-  make_coefficients<kVector, kOneChannel>(plan, block, walk, coefficients, [&](int64_t channel, bool) {
-    return MeanAndScale<A>{load_one(static_cast<const A*>(p.mean) + channel), kWritesDx ? scale_of<A>(p, channel) : 0};
-  });
+  Affine<A> affine[kOneChannel ? 1 : kVector] = {};
+  make_coefficients<kVector, kOneChannel>(
+      plan, block, walk, affine, [&](int64_t channel, bool) { return saved_affine<A>(p, channel); });
 
-  const Gradient<T, kVector> dy(p);
-  const T* x = static_cast<const T*>(p.x);
-  T* dx = static_cast<T*>(p.dx);
-  const bool reads_x = p.dweight != nullptr || (p.training && p.dx != nullptr);
+  const Gradients g(p, p.dweight != nullptr || (p.training && p.dx != nullptr));
+  const bool writes_dx = kWrites && !p.training && p.dx != nullptr;
+  const bool writes_dz = kWrites && p.dz != nullptr;
   A sum_dy[kVector] = {};
   A sum_dy_centred[kVector] = {};
-  in_batches<kBatchRows<Vector<T, kVector>> / (kWritesDx ? 2 : 1)>(walk.rows, [&](auto count, int) {
-    constexpr int kRows = decltype(count)::value;
-    Vector<T, kVector> rows_dy[kRows];
-    Vector<T, kVector> rows_x[kRows] = {};
-    int64_t offsets[kRows];
+  in_batches<kBatchRows<V, bytes_of_sums(kVariant, kOneChannel, kWrites)>>(walk.rows, [&](auto count, int) {
+    typename Gradients::Row rows[decltype(count)::value] = {};
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      offsets[row] = walk.offset;
-      rows_dy[row] = dy.at(walk.offset);
-      if (reads_x) rows_x[row] = load<kVector>(x + walk.offset);
+    for (auto& row : rows) {
+      g.read(walk.offset, row);
       walk.next(plan);
     }
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
+    for (const auto& row : rows) {
+      V row_dx;
+      V row_dz;
+      with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const MeanAndScale<A>& c = coefficients[kOneChannel ? 0 : i];
-        const A g = rows_dy[row][i];
-        sum_dy[i] += g;
-        sum_dy_centred[i] += g * (rows_x[row][i] - c.mean);
-        if (kWritesDx) rows_dy[row].set(i, g * c.scale);
-      }
-      if (kWritesDx) store_last(dx + offsets[row], rows_dy[row]);
+        for (int i = 0; i < kVector; ++i) {
+          const Affine<A>& a = affine[kOneChannel ? 0 : i];
+          const A value = g.at(formula, row, i, a);
+          sum_dy[i] += value;
+          sum_dy_centred[i] += value * (row.x[i] - a.mean);
+          row_dx.set(i, value * a.scale);
+          row_dz.set(i, value);
+        }
+      });
+      if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
+      if (writes_dz) store(static_cast<T*>(p.dz) + row.offset, row_dz);  // grad_input_kernel may read it
     }
   });
 
@@ -96,83 +73,83 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
       plan, block, partials, [](const Group& group, int parts, const auto& get) { return merge(group, parts, get); });
 }
 
-// dx = dy * scale + (x - mean) * slope + offset
-template <typename A>
-struct GradAffine {
-  A mean;
-  A scale;
-  A slope;
-  A offset;
-};
-
-// Channel by channel: dweight, dbias, and the slope and offset of grad_input_kernel, in (2, C) coefficients.
+// Channel by channel: dweight, dbias, and the slope and shift of grad_input_kernel, in (2, C) coefficients.
 // Grid: a group of `lanes` threads per channel.
 template <typename A>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_gradients_kernel(
-    const Plan plan, const BackwardParams p, const GradSums* partials, int lanes, A* coefficients) {
-  const Group group(lanes);
-  const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes;
-  const bool exists = channel < plan.channels;
-  const auto get = [&](int64_t segment) { return load_sums(partials + channel * plan.segments + segment); };
-  const GradSums total = merge(group, exists ? plan.segments : 0, get);
-  if (!exists || group.lane != 0) return;
+    const Plan plan, int lanes, const BackwardParams p, const GradSums* partials, A* coefficients) {
+  const ChannelSums<GradSums> sums(plan, lanes, partials);
+  const GradSums total = merge(sums.group, sums.parts, sums);
+  if (!sums.is_first()) return;
 
+  const int64_t channel = sums.channel;
   const double rstd = load_one(static_cast<const A*>(p.rstd) + channel);
+  const double scale = load_one(static_cast<const A*>(p.scale) + channel);
   const double sum_dy_xhat = total.dy_centred * rstd;
   write_param(p.dweight, p.params_dtype, channel, sum_dy_xhat);
   write_param(p.dbias, p.params_dtype, channel, total.dy);
-  const double scale = rstd * read_param<double>(p.weight, p.params_dtype, channel, 1);
   const double count = double(p.shape.values_per_channel());
   store_one(coefficients + channel, static_cast<A>(-scale * rstd * sum_dy_xhat / count));
   store_one(coefficients + p.shape.c + channel, static_cast<A>(-scale * total.dy / count));
 }
 
+// dx = g * scale + (x - mean) * slope + shift; in eval mode slope and shift are not looked at.
+template <typename A>
+struct GradAffine {
+  Affine<A> affine;
+  A slope;
+  A shift;
+};
+
 template <typename A>
 __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficients, int64_t channel) {
-  const A scale = scale_of<A>(p, channel);
-  if (!p.training) return {0, scale, 0, 0};
-  return {load_one(static_cast<const A*>(p.mean) + channel),
-          scale,
-          load_one(coefficients + channel),
-          load_one(coefficients + p.shape.c + channel)};
+  const Affine<A> affine = saved_affine<A>(p, channel);
+  if (!p.training || p.dx == nullptr) return {affine, 0, 0};
+  return {affine, load_one(coefficients + channel), load_one(coefficients + p.shape.c + channel)};
 }
 
-// The gradient of the input.
+// The gradient of the input, and dz = g.
 // Grid: as grad_sums_kernel; blocks and rows go backwards, for what that read last is still in the cache. Reads dy
-// once, and in training x once (in eval it is not looked at: an inf in it must not reach dx); writes dx once.
-template <typename T, int kVector, bool kOneChannel>
+// once, the mask or z once, and x once in training or for u (otherwise it is not looked at: an inf in it must not reach
+// dx); writes each result once.
+template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_input_kernel(const Plan plan, const BackwardParams p, const acc_t<T>* coefficients) {
   using A = acc_t<T>;
+  using V = Vector<T, kVector>;
+  using Gradients = Gradient<T, kVector, kVariant, true>;
   const Block block(plan, gridDim.x - 1 - blockIdx.x);
   Walk<true> walk(plan, block);
   GradAffine<A> affine[kOneChannel ? 1 : kVector] = {};
   make_coefficients<kVector, kOneChannel>(
       plan, block, walk, affine, [&](int64_t channel, bool) { return grad_affine(p, coefficients, channel); });
 
-  const Gradient<T, kVector> dy(p);
-  const T* x = static_cast<const T*>(p.x);
-  T* dx = static_cast<T*>(p.dx);
-  in_batches<kBatchRows<Vector<T, kVector>> / 2>(walk.rows, [&](auto count, int) {
-    constexpr int kRows = decltype(count)::value;
-    Vector<T, kVector> rows_dy[kRows];
-    Vector<T, kVector> rows_x[kRows] = {};
-    int64_t offsets[kRows];
+  const Gradients g(p, p.training && p.dx != nullptr);
+  const bool writes_dx = kVariant == Variant::kPlain || p.dx != nullptr;
+  const bool writes_dz = kVariant != Variant::kPlain && p.dz != nullptr;
+  in_batches<kBatchRows<V, bytes_of_input(kVariant)>>(walk.rows, [&](auto count, int) {
+    typename Gradients::Row rows[decltype(count)::value] = {};
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      offsets[row] = walk.offset;
-      rows_dy[row] = dy.last_at(walk.offset);
-      if (p.training) rows_x[row] = load_last<kVector>(x + walk.offset);
+    for (auto& row : rows) {
+      g.read(walk.offset, row);
       walk.next(plan);
     }
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
+    for (const auto& row : rows) {
+      V row_dx;
+      V row_dz;
+      with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const GradAffine<A>& a = affine[kOneChannel ? 0 : i];
-        rows_dy[row].set(i, rows_dy[row][i] * a.scale + ((rows_x[row][i] - a.mean) * a.slope + a.offset));
-      }
-      store_last(dx + offsets[row], rows_dy[row]);
+        for (int i = 0; i < kVector; ++i) {
+          const GradAffine<A>& a = affine[kOneChannel ? 0 : i];
+          const A value = g.at(formula, row, i, a.affine);
+          const A scaled = value * a.affine.scale;
+          row_dx.set(i, p.training ? scaled + ((row.x[i] - a.affine.mean) * a.slope + a.shift) : scaled);
+          row_dz.set(i, value);
+        }
+      });
+      if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
+      if (writes_dz) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
     }
   });
 }
@@ -185,53 +162,69 @@ struct Workspace {
       : partials(static_cast<GradSums*>(memory)), coefficients(partials + plan.channels * plan.segments) {}
 };
 
-template <typename T, int kVector, bool kOneChannel>
-cudaError_t launch_kernels(const BackwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream) {
+template <typename T, int kVector, bool kOneChannel, Variant kVariant>
+void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Workspace& workspace) {
   using A = acc_t<T>;
-  A* coefficients = static_cast<A*>(workspace.coefficients);
-  const bool dx_with_sums = needs_sums(p) && !p.training && p.dx != nullptr;
-  if (needs_sums(p)) {
-    const auto kernel = dx_with_sums ? grad_sums_kernel<T, kVector, kOneChannel, true>
-                                     : grad_sums_kernel<T, kVector, kOneChannel, false>;
-    const size_t shared_bytes =
-        std::max(plan.block_partials() * sizeof(GradSums), plan.block_coefficients() * sizeof(MeanAndScale<A>));
-    cudaError_t error = launch(kernel, plan.blocks(), plan.threads, shared_bytes, stream, plan, p, workspace.partials);
-    if (error != cudaSuccess) return error;
-    const int lanes = merge_lanes(plan.segments);
-    error = launch(finalise_gradients_kernel<A>,
-                   blocks_of_groups(plan.channels, lanes),
-                   kMaxThreads,
-                   0,
-                   stream,
-                   plan,
-                   p,
-                   workspace.partials,
-                   lanes,
-                   coefficients);
-    if (error != cudaSuccess) return error;
+  // The compile-time choice only where it lets a kernel have more rows in flight.
+  const auto kernel = p.dz != nullptr || (p.dx != nullptr && !p.training)
+                          ? grad_sums_kernel<T, kVector, kOneChannel, kVariant, true>
+                          : grad_sums_kernel<T, kVector, kOneChannel, kVariant, kVariant != Variant::kPlain>;
+  const size_t shared_bytes =
+      std::max(plan.block_partials() * sizeof(GradSums), plan.block_coefficients() * sizeof(Affine<A>));
+  pass.on_segments(kernel, shared_bytes, p, workspace.partials);
+  pass.on_channels(finalise_gradients_kernel<A>, p, workspace.partials, static_cast<A*>(workspace.coefficients));
+}
+
+// Whether dz, rounded to the activations' type, is g.
+template <typename T>
+bool dz_is_exact(const Activation& activation) {
+  return sizeof(T) == sizeof(acc_t<T>) || (activation.kind == ActivationKind::kReluLike && activation.alpha == 0);
+}
+
+// What is left when grad_sums_kernel has run: in training dx, from dz where that is there.
+template <typename T>
+BackwardParams after_sums(BackwardParams p) {
+  if (p.dz != nullptr && !p.dy_is_scalar && dz_is_exact<T>(p.activation)) {
+    p.dy = p.dz;
+    p.activation.kind = ActivationKind::kNone;
+    p.z = nullptr;
+    p.mask = nullptr;
   }
-  if (p.dx == nullptr || dx_with_sums) return cudaSuccess;
-  return launch(grad_input_kernel<T, kVector, kOneChannel>,
-                plan.blocks(),
-                plan.threads,
-                plan.block_coefficients() * sizeof(GradAffine<A>),
-                stream,
-                plan,
-                p,
-                coefficients);
+  p.dz = nullptr;
+  if (!p.training) p.dx = nullptr;
+  return p;
 }
 
 }  // namespace
 
 size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {
-  if (!needs_sums(p)) return 0;
+  if (!p.needs_sums()) return 0;
   return plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double));
 }
 
-cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
-  return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
-    return launch_kernels<decltype(value), vector.value, one_channel.value>(
-        p, plan, Workspace(plan, workspace), stream);
+cudaError_t launch_backward(const BackwardParams& params, const Plan& plan, void* memory, cudaStream_t stream) {
+  const Workspace workspace(plan, memory);
+  Pass pass(plan, stream);
+  return dispatch(params.dtype, plan, [&](auto value, auto vector, auto one_channel) {
+    using T = decltype(value);
+    constexpr int kVector = vector.value;
+    constexpr bool kOneChannel = one_channel.value;
+    BackwardParams p = params;
+    if (p.needs_sums()) {
+      dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+        launch_sums<T, kVector, kOneChannel, decltype(variant)::value>(pass, p, plan, workspace);
+      });
+      p = after_sums<T>(p);
+    }
+    if (p.dx == nullptr && p.dz == nullptr) return pass.error();
+    dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+      const size_t shared_bytes = plan.block_coefficients() * sizeof(GradAffine<acc_t<T>>);
+      pass.on_segments(grad_input_kernel<T, kVector, kOneChannel, decltype(variant)::value>,
+                       shared_bytes,
+                       p,
+                       static_cast<const acc_t<T>*>(workspace.coefficients));
+    });
+    return pass.error();
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "activation.cuh"
 #include "plan.h"
 #include "vector.cuh"
 #include "walk.cuh"
@@ -37,6 +38,14 @@ cudaError_t dispatch(DType dtype, const Plan& plan, const Body& body) {
       return dispatch_plan<__nv_bfloat16>(plan, body);
   }
   return cudaErrorInvalidValue;
+}
+
+// Calls body(std::integral_constant<Variant, ...>), for accesses of kVector values of T.
+template <typename T, int kVector, typename Body>
+void dispatch_variant(Variant variant, const Body& body) {
+  if (variant == Variant::kPlain) return body(std::integral_constant<Variant, Variant::kPlain>{});
+  if (variant == Variant::kReluLike) return body(std::integral_constant<Variant, Variant::kReluLike>{});
+  if constexpr (kVector <= most_values_of_any(sizeof(T))) body(std::integral_constant<Variant, Variant::kAny>{});
 }
 
 }  // namespace bn_ext::cuda

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kWidestAccess = 16;  // bytes, of one thread
 constexpr int kWarp = 32;
+constexpr int kByteBits = 8;
 constexpr int kLine = 128;            // bytes of a cache line: slices no narrower, so that few channels share a block
 constexpr int kSector = 32;           // bytes: the least that memory moves
 constexpr int64_t kWidePlane = 512;   // bytes: a warp's 16-byte accesses, so that a plane's end costs little
@@ -20,9 +21,9 @@ constexpr int64_t kManyRows = int64_t(1) << 30;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The fewest channels whose values fill whole vectors, if they fit side by side into a block; else 0.
-int64_t adjacent_channels(int64_t plane, int vector) {
-  const int64_t channels = vector / std::gcd<int64_t>(plane, vector);
+// The fewest channels whose values fill whole units of vectors, if they fit side by side into a block; else 0.
+int64_t adjacent_channels(int64_t plane, int unit, int vector) {
+  const int64_t channels = unit / std::gcd<int64_t>(plane, unit);
   return channels * plane / vector <= kMaxThreads ? channels : 0;
 }
 
@@ -62,16 +63,17 @@ void choose_narrow_planes(Plan& plan, int64_t images, int64_t plane, int64_t lea
   plan.one_channel = plan.vector == 1;
 }
 
-void choose_vector(Plan& plan, int64_t images, int64_t plane, int value_bytes, int alignment) {
+void choose_vector(Plan& plan, int64_t images, int64_t plane, int value_bytes, int alignment, bool for_mask) {
   for (int access = kWidestAccess; access >= value_bytes; access /= 2) {
     plan.vector = access / value_bytes;
     if (alignment % access != 0 || plan.pitch % plan.vector != 0) continue;
-    const bool is_whole = plane % plan.vector == 0;
-    const int64_t channels = adjacent_channels(plane, plan.vector);
-    if (channels > 0 && (plane * value_bytes < kWidePlane || !is_whole)) {
+    int unit = for_mask && plan.pitch % kByteBits == 0 ? kByteBits : plan.vector;
+    if (adjacent_channels(plane, unit, plan.vector) == 0) unit = plan.vector;
+    const int64_t channels = adjacent_channels(plane, unit, plan.vector);
+    if (channels > 0 && (plane * value_bytes < kWidePlane || plane % unit != 0)) {
       return choose_narrow_planes(plan, images, plane, channels, value_bytes);
     }
-    if (is_whole) return choose_wide_planes(plan, images, plane);
+    if (plane % plan.vector == 0) return choose_wide_planes(plan, images, plane);
   }
 }
 
@@ -104,22 +106,24 @@ int value_bytes(DType dtype) {
   }
 }
 
-int common_alignment(std::initializer_list<const void*> addresses) {
-  uintptr_t bits = kWidestAccess;
+int common_alignment(Variant variant, int value_bytes, std::initializer_list<const void*> addresses) {
+  const bool any = variant == Variant::kAny;
+  uintptr_t bits = any ? std::min(kWidestAccess, most_values_of_any(value_bytes) * value_bytes) : kWidestAccess;
   for (const void* address : addresses) bits |= reinterpret_cast<uintptr_t>(address);
   return static_cast<int>(bits & -bits);
 }
 
 }  // namespace
 
-Plan make_plan(const Shape& shape, int value_bytes, int alignment, const Machine& machine) {
+Plan make_plan(const Shape& shape, int value_bytes, int alignment, bool for_mask, const Machine& machine) {
   const int64_t plane = shape.channels_last ? 1 : shape.s;
   const int64_t images = shape.channels_last ? shape.n * shape.s : shape.n;
   Plan plan{};
   plan.channels = shape.c;
   plan.pitch = shape.c * plane;
   plan.plane = static_cast<int>(std::min(plane, kManyRows));
-  choose_vector(plan, images, plane, value_bytes, alignment);
+  choose_vector(plan, images, plane, value_bytes, alignment, for_mask);
+  plan.whole_bytes = plan.pitch % kByteBits == 0 && plan.slice_width % kByteBits == 0;
   plan.threads = static_cast<int>(ceil_div(plan.columns * plan.row_lanes, kWarp)) * kWarp;
   choose_segments(plan, machine);
 
@@ -134,12 +138,18 @@ Plan make_plan(const Shape& shape, int value_bytes, int alignment, const Machine
 }
 
 Plan plan_forward(const ForwardParams& p, const Machine& machine) {
-  return make_plan(p.shape, value_bytes(p.dtype), common_alignment({p.x, p.y}), machine);
+  const int bytes = value_bytes(p.dtype);
+  const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {p.x, p.z, p.y});
+  // Alike for calls with a mask and without, so that results do not depend on it.
+  const bool for_mask = p.activation.kind == ActivationKind::kReluLike && p.z != nullptr;
+  return make_plan(p.shape, bytes, alignment, for_mask, machine);
 }
 
 Plan plan_backward(const BackwardParams& p, const Machine& machine) {
-  const int alignment = common_alignment({p.dy_is_scalar ? nullptr : p.dy, p.x, p.dx});
-  return make_plan(p.shape, value_bytes(p.dtype), alignment, machine);
+  const int bytes = value_bytes(p.dtype);
+  const void* dy = p.dy_is_scalar ? nullptr : p.dy;
+  const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {dy, p.x, p.z, p.dx, p.dz});
+  return make_plan(p.shape, bytes, alignment, false, machine);
 }
 
 int merge_lanes(int64_t partials) {

@@ -11,6 +11,21 @@ constexpr int kMaxThreads = 256;        // of a block
 constexpr int kBlocksAtATime = 3;       // of so many threads, on a multiprocessor: what the kernels' registers allow
 constexpr int kMaxRowsPerThread = 256;  // float32 sums stay short
 
+// What a kernel is compiled for.
+enum class Variant {
+  kPlain,     // no activation, no residual
+  kReluLike,  // one of that kind, or none; with a residual or without
+  kAny,       // any other, chosen at run time, alike for the whole grid; with a residual or without
+};
+
+constexpr Variant variant_of(const Activation& activation, const void* z) {
+  if (activation.kind == ActivationKind::kNone) return z == nullptr ? Variant::kPlain : Variant::kReluLike;
+  return activation.kind == ActivationKind::kReluLike ? Variant::kReluLike : Variant::kAny;
+}
+
+// Values of one access in kAny's kernels, at most: its formulas leave registers for no more.
+constexpr int most_values_of_any(int value_bytes) { return value_bytes == 8 ? 1 : 4; }
+
 // What the plan depends on besides the tensor.
 struct Machine {
   int multiprocessors;
@@ -47,6 +62,7 @@ struct Plan {
   int partial_values;    // of a channel in one row, that one such partial sums up
   int merge_lanes;       // threads that together merge the partials of a channel, a power of two <= 32
   bool one_channel;      // all values of a thread belong to one channel
+  bool whole_bytes;      // rows of slices are whole bytes of a mask, in memory: no two slices share one
 
   constexpr int64_t blocks() const { return slices * segments; }
   constexpr int64_t segment_rows() const { return int64_t(row_lanes) * rows_per_thread; }  // the last has fewer
@@ -71,8 +87,8 @@ int merge_lanes(int64_t partials);
 // Blocks of kMaxThreads that make up `groups` groups of `lanes` threads.
 int64_t blocks_of_groups(int64_t groups, int lanes);
 
-// `alignment`: bytes, a power of two that divides every activation's address.
-Plan make_plan(const Shape& shape, int value_bytes, int alignment, const Machine& machine);
+// `alignment`: bytes, a power of two that divides every activation's address. `for_mask`: whole bytes, if possible.
+Plan make_plan(const Shape& shape, int value_bytes, int alignment, bool for_mask, const Machine& machine);
 Plan plan_forward(const ForwardParams& p, const Machine& machine);
 Plan plan_backward(const BackwardParams& p, const Machine& machine);
 

@@ -45,6 +45,10 @@ inline __device__ __nv_bfloat16 from_accumulate<__nv_bfloat16>(float value) {
 template <int kBytes>
 struct AccessType;
 template <>
+struct AccessType<1> {
+  using type = unsigned char;
+};
+template <>
 struct AccessType<2> {
   using type = unsigned short;
 };
@@ -95,7 +99,12 @@ __device__ Vector<T, kCount> load_last(const T* p) {
   return V::of(__ldcs(reinterpret_cast<const typename V::Access*>(p)));
 }
 
-// Likewise for results.
+template <int kCount, typename T>
+__device__ void store(T* p, const Vector<T, kCount>& vector) {
+  __stwb(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.bits());
+}
+
+// For results that no later kernel of this pass reads.
 template <int kCount, typename T>
 __device__ void store_last(T* p, const Vector<T, kCount>& vector) {
   __stcs(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.bits());

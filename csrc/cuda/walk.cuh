@@ -1,6 +1,7 @@
 // A thread's way through the tensor, as the plan lays it out.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "launch.cuh"
@@ -19,9 +20,9 @@ __device__ void in_batches(int rows, const Body& body, int done = 0) {
   if constexpr (kBatch > 1) in_batches<kBatch / 2>(rows, body, done);
 }
 
-// Rows in a batch: 64 bytes of each tensor, but no more than 16 rows.
-template <typename Vector>
-constexpr int kBatchRows = sizeof(Vector) < 4 ? 16 : 64 / sizeof(Vector);
+// Rows in a batch of so many bytes of each tensor: fewer where they are narrow, and one at least.
+template <typename Vector, int kBytes>
+constexpr int kBatchRows = std::max(1, kBytes / std::max(4, static_cast<int>(sizeof(Vector))));
 
 // The slice and segment of a block. Neighbours in the grid are neighbours in memory.
 struct Block {

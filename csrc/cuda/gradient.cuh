@@ -1,0 +1,71 @@
+// What the backward kernels read, and g = dy * activation'(u + z) of it.
+#pragma once
+
+#include "activation.cuh"
+#include "mask.cuh"
+
+namespace bn_ext::cuda {
+
+// A thread's rows. kLast: no later kernel of this pass reads them. In a mask's place x and z are not looked at; of dy
+// there may be one value for all.
+template <typename T, int kVector, Variant kVariant, bool kLast>
+class Gradient {
+ public:
+  using A = acc_t<T>;
+  using V = Vector<T, kVector>;
+
+  struct Row {
+    int64_t offset;
+    V dy;
+    V x;  // zeros where not read
+    V z;
+    unsigned passed;  // bits
+  };
+
+  // `wants_x`: for something else than u.
+  __device__ Gradient(const BackwardParams& p, bool wants_x)
+      : p_(p), reads_x_(wants_x || (kVariant != Variant::kPlain && p.needs_u())) {
+    if (!p.dy_is_scalar) return;
+#pragma unroll
+    for (T& value : all_.values) value = load<1>(static_cast<const T*>(p.dy)).values[0];
+  }
+
+  __device__ void read(int64_t offset, Row& row) const {
+    row.offset = offset;
+    row.dy = p_.dy_is_scalar ? all_ : read(p_.dy, offset);
+    if (reads_x_) row.x = read(p_.x, offset);
+    if (kVariant != Variant::kPlain && reads_z()) row.z = read(p_.z, offset);
+    if (kVariant == Variant::kReluLike && p_.mask != nullptr) row.passed = load_bits(p_.mask, offset);
+  }
+
+  template <typename Formula>
+  __device__ A at(const Formula& formula, const Row& row, int i, const Affine<A>& affine) const {
+    const A dy = row.dy[i];
+    if constexpr (kVariant == Variant::kPlain) {
+      return dy;
+    } else {
+      A u = affine(row.x[i]);
+      if (reads_z()) u += row.z[i];
+      if constexpr (kVariant == Variant::kReluLike) {
+        const bool passed = p_.mask != nullptr ? row.passed >> i & 1 : !formula.blocked(u);
+        const A low = formula.slope == 0 ? 0 : dy * formula.slope;  // not inf * 0
+        return passed ? dy : low;
+      } else {
+        return dy * formula.derivative(u);
+      }
+    }
+  }
+
+ private:
+  static __device__ V read(const void* tensor, int64_t offset) {
+    const T* p = static_cast<const T*>(tensor) + offset;
+    return kLast ? load_last<kVector>(p) : load<kVector>(p);
+  }
+  __device__ bool reads_z() const { return p_.z != nullptr && p_.mask == nullptr; }
+
+  const BackwardParams& p_;  // not copies of its pointers, which would take registers
+  bool reads_x_;
+  V all_ = {};  // dy where it is one value
+};
+
+}  // namespace bn_ext::cuda

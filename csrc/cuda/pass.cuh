@@ -1,0 +1,61 @@
+// What the forward and the backward pass have in common: their launches, and how a kernel finds the sums of a channel.
+#pragma once
+
+#include "launch.cuh"
+#include "merge.cuh"
+#include "plan.h"
+
+namespace bn_ext::cuda {
+
+// The kernels of a pass on a stream, one after another, until one is refused.
+class Pass {
+ public:
+  Pass(const Plan& plan, cudaStream_t stream) : plan_(plan), stream_(stream) {}
+
+  // kernel(plan, arguments...), a block per slice and segment.
+  template <typename... Parameters, typename... Arguments>
+  void on_segments(void (*kernel)(Plan, Parameters...), size_t shared_bytes, const Arguments&... arguments) {
+    if (error_ != cudaSuccess) return;
+    error_ = launch(kernel, plan_.blocks(), plan_.threads, shared_bytes, stream_, plan_, arguments...);
+  }
+
+  // kernel(plan, lanes, arguments...), `lanes` threads per channel: see ChannelSums.
+  template <typename... Parameters, typename... Arguments>
+  void on_channels(void (*kernel)(Plan, int, Parameters...), const Arguments&... arguments) {
+    if (error_ != cudaSuccess) return;
+    const int lanes = merge_lanes(plan_.segments);
+    const int64_t blocks = blocks_of_groups(plan_.channels, lanes);
+    error_ = launch(kernel, blocks, kMaxThreads, 0, stream_, plan_, lanes, arguments...);
+  }
+
+  void clear(void* memory, size_t bytes) {
+    if (error_ == cudaSuccess) error_ = cudaMemsetAsync(memory, 0, bytes, stream_);
+  }
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  const Plan& plan_;
+  cudaStream_t stream_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+// The partial sums of the channel that a thread's group merges, one for each segment. Groups without a channel, and
+// threads that are not `first`, must stay until all have merged.
+template <typename Sums>
+struct ChannelSums {
+  Group group;
+  int64_t channel;
+  int64_t parts;  // none where there is no such channel
+  const Sums* partials;
+
+  __device__ ChannelSums(const Plan& plan, int lanes, const Sums* all)
+      : group(lanes),
+        channel((int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / lanes),
+        parts(channel < plan.channels ? plan.segments : 0),
+        partials(all + channel * plan.segments) {}
+  __device__ Sums operator()(int64_t segment) const { return load_sums(partials + segment); }
+  __device__ bool is_first() const { return parts > 0 && group.lane == 0; }
+};
+
+}  // namespace bn_ext::cuda

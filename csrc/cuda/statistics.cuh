@@ -1,0 +1,151 @@
+// Statistics of a batch: partial moments, and what is made of them.
+#pragma once
+
+#include "activation.cuh"
+#include "merge.cuh"
+#include "pass.cuh"
+
+namespace bn_ext::cuda {
+
+// Moments of a thread's values of one channel, batch by batch. The mean is kept in two parts: values are taken as
+// deviations from the greater part, so that a large mean does not cancel, and what that part cannot hold is not lost.
+template <typename A>
+struct RunningMoments {
+  A mean;
+  A rest;  // of the mean
+  A m2;
+
+  // `before`: number of values so far; `share`: the batch's share in all values, the batch included.
+  template <int kCount>
+  __device__ void add(const A (&values)[kCount], A before, A share) {
+    A batch_mean = 0;
+    A batch_m2 = 0;
+#pragma unroll
+    for (const A value : values) batch_mean += value - mean;
+    batch_mean /= kCount;
+#pragma unroll
+    for (const A value : values) {
+      const A deviation = value - mean - batch_mean;
+      batch_m2 += deviation * deviation;
+    }
+    const A delta = batch_mean - rest;
+    m2 += batch_m2 + delta * delta * (before * share);
+    rest += delta * share;
+    const A new_mean = mean + rest;
+    rest += mean - new_mean;
+    mean = new_mean;
+  }
+};
+
+// Each thread sums over its rows, each block over its threads: partials[channel * segments + segment].
+// Grid: a block per slice and segment. Reads x once. Counts the batch, for finalise_statistics_kernel to see.
+template <typename T, int kVector, bool kOneChannel>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
+    statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
+  using A = acc_t<T>;
+  const Block block(plan, blockIdx.x);
+  Walk<false> walk(plan, block);
+  if (num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
+  }
+
+  RunningMoments<A> moments[kVector] = {};
+  in_batches<kBatchRows<Vector<T, kVector>, 64>>(walk.rows, [&](auto count, int done) {
+    constexpr int kRows = decltype(count)::value;
+    Vector<T, kVector> rows[kRows];
+#pragma unroll
+    for (Vector<T, kVector>& row : rows) {
+      row = load<kVector>(x + walk.offset);
+      walk.next(plan);
+    }
+    const A share = A(kRows) / A(done + kRows);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      A values[kRows];
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) values[row] = rows[row][i];
+      if (done == 0) moments[i].mean = values[0];
+      moments[i].add(values, A(done), share);
+    }
+  });
+
+  Moments sums[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    sums[i] = {double(moments[i].mean) + double(moments[i].rest), double(moments[i].m2)};
+  }
+  leave_sums<kOneChannel>(plan, walk, sums);
+  const int segment_rows = plan.rows_of(block.segment);
+  const auto count_of = [&](int64_t i) {
+    const int row_lane = static_cast<int>(i) / plan.partials_per_row;
+    return double(rows_of_lane(plan, segment_rows, row_lane) * plan.partial_values);
+  };
+  merge_block(plan, block, partials, [&](const Group& group, int parts, const auto& get) {
+    return merge(group, parts, get, count_of, plan.values_of(block.segment));
+  });
+}
+
+// A channel's moments in double throughout: for values whose squares are beyond float32.
+template <typename T>
+__device__ Moments moments_in_double(const Group& group, const Shape& shape, const T* x, int64_t channel) {
+  const double count = double(shape.values_per_channel());
+  const auto sum_of = [&](const auto& term) {
+    double sum = 0;
+    for (int64_t i = group.lane; i < shape.values_per_channel(); i += group.lanes) {
+      const int64_t offset =
+          shape.channels_last ? i * shape.c + channel : (i / shape.s * shape.c + channel) * shape.s + i % shape.s;
+      sum += term(double(load<1>(x + offset)[0]));
+    }
+    return group.sum(sum);
+  };
+  const double mean = sum_of([](double value) { return value; }) / count;
+  return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
+}
+
+// What later kernels and the backward pass normalise with.
+template <typename A>
+__device__ void save(const ForwardParams& p, int64_t channel, A rstd, const Affine<A>& affine) {
+  store_one(static_cast<A*>(p.mean) + channel, affine.mean);
+  store_one(static_cast<A*>(p.rstd) + channel, rstd);
+  store_one(static_cast<A*>(p.scale) + channel, affine.scale);
+  store_one(static_cast<A*>(p.offset) + channel, affine.offset);
+}
+
+// Channel by channel: what is saved, and the running statistics.
+// Grid: a group of `lanes` threads per channel.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
+    finalise_statistics_kernel(const Plan plan, int lanes, const ForwardParams p, const Moments* partials) {
+  using A = acc_t<T>;
+  const ChannelSums<Moments> sums(plan, lanes, partials);
+  const int64_t channel = sums.channel;
+  const double count = double(p.shape.values_per_channel());
+  const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
+  Moments total = merge(sums.group, sums.parts, sums, count_of, count);
+  const bool exists = sums.parts > 0;
+  const bool overflowed = exists && isfinite(total.mean) && !isfinite(total.m2);
+  if (__any_sync(kAllLanes, overflowed)) {
+    const Moments exact = moments_in_double(sums.group, p.shape, static_cast<const T*>(p.x), exists ? channel : 0);
+    if (overflowed) total = exact;
+  }
+  if (!sums.is_first()) return;
+
+  const double momentum =
+      p.cumulative && p.num_batches_tracked != nullptr ? 1.0 / double(load_one(p.num_batches_tracked)) : p.momentum;
+  const auto update = [&](void* running, double value) {
+    if (running == nullptr) return;
+    const double old = read_param<double>(running, p.params_dtype, channel, 0);
+    write_param(running, p.params_dtype, channel, momentum * value + (1 - momentum) * old);
+  };
+  update(p.running_mean, total.mean);
+  update(p.running_var, total.m2 / (count - 1));
+  const A mean = static_cast<A>(total.mean);
+  const A rstd = static_cast<A>(1 / sqrt(total.m2 / count + p.eps));
+  const A scale = rstd * read_param<A>(p.weight, p.params_dtype, channel, 1);
+  // Makes up for the mean's rounding.
+  const double bias = read_param<double>(p.bias, p.params_dtype, channel, 0);
+  const A offset = static_cast<A>(bias - (total.mean - double(mean)) * double(scale));
+  save(p, channel, rstd, Affine<A>{mean, scale, offset});
+}
+
+}  // namespace bn_ext::cuda
