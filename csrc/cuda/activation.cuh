@@ -56,12 +56,12 @@ struct Affine {
   __device__ A operator()(A x) const { return fma(x - mean, scale, offset); }
 };
 
-// A channel's numbers as the forward pass saved them; Params are those of either pass.
+// A channel's numbers as the forward pass saved them, zeros in place of what is not wanted. Params: those of either
+// pass.
 template <typename A, typename Params>
-__device__ Affine<A> saved_affine(const Params& p, int64_t channel) {
-  return {load_one(static_cast<const A*>(p.mean) + channel),
-          load_one(static_cast<const A*>(p.scale) + channel),
-          load_one(static_cast<const A*>(p.offset) + channel)};
+__device__ Affine<A> saved_affine(const Params& p, int64_t channel, bool wants_scale = true, bool wants_offset = true) {
+  const auto read = [channel](const void* vector) { return load_one(static_cast<const A*>(vector) + channel); };
+  return {read(p.mean), wants_scale ? read(p.scale) : 0, wants_offset ? read(p.offset) : 0};
 }
 
 }  // namespace bn_ext::cuda

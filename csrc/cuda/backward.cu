@@ -29,13 +29,14 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   using Gradients = Gradient<T, kVector, kVariant, false>;
   const Block block(plan, blockIdx.x);
   Walk<false> walk(plan, block);
-  Affine<A> affine[kOneChannel ? 1 : kVector] = {};
-  make_coefficients<kVector, kOneChannel>(
-      plan, block, walk, affine, [&](int64_t channel, bool) { return saved_affine<A>(p, channel); });
-
-  const Gradients g(p, p.dweight != nullptr || (p.training && p.dx != nullptr));
   const bool writes_dx = kWrites && !p.training && p.dx != nullptr;
   const bool writes_dz = kWrites && p.dz != nullptr;
+  Affine<A> affine[kOneChannel ? 1 : kVector] = {};
+  make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
+    return saved_affine<A>(p, channel, writes_dx || p.needs_u(), p.needs_u());
+  });
+
+  const Gradients g(p, p.dweight != nullptr || (p.training && p.dx != nullptr));
   A sum_dy[kVector] = {};
   A sum_dy_centred[kVector] = {};
   in_batches<kBatchRows<V, bytes_of_sums(kVariant, kOneChannel, kWrites)>>(walk.rows, [&](auto count, int) {
@@ -103,7 +104,7 @@ struct GradAffine {
 
 template <typename A>
 __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficients, int64_t channel) {
-  const Affine<A> affine = saved_affine<A>(p, channel);
+  const Affine<A> affine = saved_affine<A>(p, channel, p.dx != nullptr || p.needs_u(), p.needs_u());
   if (!p.training || p.dx == nullptr) return {affine, 0, 0};
   return {affine, load_one(coefficients + channel), load_one(coefficients + p.shape.c + channel)};
 }

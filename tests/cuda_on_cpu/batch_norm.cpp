@@ -28,10 +28,14 @@ int64_t batch_norm_sizes() {
   return int64_t(sizeof(ForwardParams)) << 32 | int64_t(sizeof(BackwardParams)) << 16 | int64_t(sizeof(cuda::Plan));
 }
 
-const char* batch_norm_make_plan(
-    const Shape* shape, int64_t value_bytes, int64_t alignment, int64_t multiprocessors, cuda::Plan* plan) {
+const char* batch_norm_make_plan(const Shape* shape,
+                                 int64_t value_bytes,
+                                 int64_t alignment,
+                                 int64_t for_mask,
+                                 int64_t multiprocessors,
+                                 cuda::Plan* plan) {
   return reported([&] {
-    *plan = cuda::make_plan(*shape, static_cast<int>(value_bytes), static_cast<int>(alignment), {int(multiprocessors)});
+    *plan = cuda::make_plan(*shape, int(value_bytes), int(alignment), for_mask != 0, {int(multiprocessors)});
   });
 }
 

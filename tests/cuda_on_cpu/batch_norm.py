@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ SOURCES = [build.HERE / "batch_norm.cpp", *KERNELS]
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 """In the order of DType in params.h. Memory of bfloat16 is uint16."""
+
+KINDS = ["none", "relu_like", "elu", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid", "tanh", "mish"]
+"""In the order of ActivationKind in params.h."""
+
+SAVED = ["mean", "rstd", "scale", "offset"]
+"""The vectors that the forward pass hands to the backward pass."""
 
 
 def memory_dtype(name: str) -> "np.dtype[Any]":
@@ -41,6 +49,22 @@ class Shape(ctypes.Structure):
     ]
 
 
+class Activation(ctypes.Structure):
+    """params.h."""
+
+    _fields_ = [("kind", ctypes.c_int), ("alpha", ctypes.c_double), ("upper", ctypes.c_double)]
+
+
+def activation(name: str | None, alpha: float = 0.0) -> Activation:
+    """The activation that Python calls so; ``alpha`` is leaky_relu's slope or elu's alpha."""
+    if name in ("relu", "leaky_relu", "relu6"):
+        return Activation(KINDS.index("relu_like"), alpha, 6.0 if name == "relu6" else math.nan)
+    return Activation(KINDS.index(name or "none"), alpha, math.nan)
+
+
+NONE = activation(None)
+
+
 class ForwardParams(ctypes.Structure):
     """params.h."""
 
@@ -49,7 +73,10 @@ class ForwardParams(ctypes.Structure):
         ("dtype", ctypes.c_int),
         ("params_dtype", ctypes.c_int),
         ("training", ctypes.c_bool),
+        ("repeats", ctypes.c_bool),
+        ("activation", Activation),
         ("x", ctypes.c_void_p),
+        ("z", ctypes.c_void_p),
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("running_mean", ctypes.c_void_p),
@@ -59,8 +86,8 @@ class ForwardParams(ctypes.Structure):
         ("momentum", ctypes.c_double),
         ("eps", ctypes.c_double),
         ("y", ctypes.c_void_p),
-        ("mean", ctypes.c_void_p),
-        ("rstd", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in SAVED),
+        ("mask", ctypes.c_void_p),
     ]
 
 
@@ -72,13 +99,15 @@ class BackwardParams(ctypes.Structure):
         ("dtype", ctypes.c_int),
         ("params_dtype", ctypes.c_int),
         ("training", ctypes.c_bool),
+        ("activation", Activation),
         ("dy", ctypes.c_void_p),
         ("dy_is_scalar", ctypes.c_bool),
         ("x", ctypes.c_void_p),
-        ("weight", ctypes.c_void_p),
-        ("mean", ctypes.c_void_p),
-        ("rstd", ctypes.c_void_p),
+        ("z", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in SAVED),
         ("dx", ctypes.c_void_p),
+        ("dz", ctypes.c_void_p),
         ("dweight", ctypes.c_void_p),
         ("dbias", ctypes.c_void_p),
     ]
@@ -96,6 +125,7 @@ class Plan(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _INT64),
         *((name, ctypes.c_int) for name in _INT),
         ("one_channel", ctypes.c_bool),
+        ("whole_bytes", ctypes.c_bool),
     ]
 
 
@@ -128,12 +158,18 @@ class Kernels:
         expected = [ctypes.sizeof(struct) for struct in (ForwardParams, BackwardParams, Plan)]
         assert sizes() == expected[0] << 32 | expected[1] << 16 | expected[2], "a struct here differs from csrc's"
 
-    def make_plan(self, shape: Shape, value_bytes: int, alignment: int = 16, multiprocessors: int = 132) -> Plan:
+    def make_plan(
+        self,
+        shape: Shape,
+        value_bytes: int,
+        alignment: int = 16,
+        multiprocessors: int = 132,
+        for_mask: bool = False,
+    ) -> Plan:
         """make_plan of plan.h."""
         plan = Plan()
-        self.device.call(
-            "batch_norm_make_plan", ctypes.byref(shape), value_bytes, alignment, multiprocessors, ctypes.byref(plan)
-        )
+        numbers = (value_bytes, alignment, int(for_mask), multiprocessors)
+        self.device.call("batch_norm_make_plan", ctypes.byref(shape), *numbers, ctypes.byref(plan))
         return plan
 
     def _start(self, settings: Settings) -> None:
@@ -161,33 +197,42 @@ class Kernels:
         training: bool,
         momentum: float | None = 0.1,
         eps: float = 1e-5,
+        activation: Activation = NONE,
+        z: NDArray[Any] | None = None,
+        masks: bool = False,
+        saved: dict[str, NDArray[Any]] | None = None,
     ) -> dict[str, Any]:
-        """Run the forward pass on memory as it lies.
+        """Run the forward pass on memory as it lies, once more where `saved` is given.
 
-        `vectors`: weight, bias, running_mean, running_var, num_batches_tracked. Returns copies of y, mean, rstd and of
-        what the vectors are afterwards, and the plan.
+        `vectors`: weight, bias, running_mean, running_var, num_batches_tracked. Returns copies of y, of what is saved
+        and of what the vectors are afterwards, the mask as booleans if it is asked for, and the plan.
         """
         self._start(settings)
         inputs = {name: self._vector(name, value) for name, value in vectors.items()}
-        statistics = memory_dtype(statistics_dtype(dtype))
-        x_buffer = self._activation("x", x, shape, settings)
-        y = self._result("y", x, shape, settings)
-        mean, rstd = (self.device.output(name, (shape.c,), statistics, "parameter") for name in ("mean", "rstd"))
+        tensors = {
+            "x": self._activation("x", x, shape, settings),
+            "z": None if z is None else self._activation("z", z, shape, settings),
+            "y": self._result("y", x, shape, settings),
+            "mask": self._mask(shape, settings) if masks else None,
+        }
+        kept = {name: self._saved(name, shape, dtype, saved) for name in SAVED}
         params = ForwardParams(
             shape=shape,
             dtype=DTYPES.index(dtype),
             params_dtype=DTYPES.index(params_dtype),
             training=training,
+            repeats=saved is not None,
+            activation=activation,
             cumulative=momentum is None,
             momentum=momentum or 0.0,
             eps=eps,
-            **_addresses(x=x_buffer, y=y, mean=mean, rstd=rstd, **inputs),
+            **_addresses(**tensors, **kept, **inputs),
         )
         plan = self._run("forward", params, settings)
-        self.device.check_written(mean, rstd, *([] if settings.gap else [y]))
-        results = {"mean": mean, "rstd": rstd, **inputs}
-        copies = {name: buffer and buffer.array.copy() for name, buffer in results.items()}
-        return {"y": _gathered(y, x, shape), **copies, "plan": plan}
+        self.device.check_written(*kept.values(), *([] if settings.gap else [tensors["y"]]))
+        copies = {name: buffer and buffer.array.copy() for name, buffer in (kept | inputs).items()}
+        mask = _get_bits(tensors["mask"].array, shape, settings) if masks else None
+        return {"y": _gathered(tensors["y"], x, shape), **copies, "mask": mask, "plan": plan}
 
     def backward(
         self,
@@ -196,26 +241,34 @@ class Kernels:
         params_dtype: str,
         dy: NDArray[Any],
         x: NDArray[Any],
-        vectors: dict[str, NDArray[Any] | None],
+        saved: dict[str, NDArray[Any]],
         settings: Settings,
         *,
         training: bool,
-        wanted: tuple[bool, bool, bool] = (True, True, True),
+        wanted: Sequence[bool] = (True, True, True, False),
+        activation: Activation = NONE,
+        z: NDArray[Any] | None = None,
+        mask: NDArray[np.bool_] | None = None,
     ) -> dict[str, Any]:
         """Run the backward pass on memory as it lies; a dy of one value stands for all.
 
-        `vectors`: weight, mean, rstd. Returns copies of dx, dweight and dbias, None where not wanted, and the plan.
+        Returns copies of dx, dweight, dbias and dz, None where not `wanted`, and the plan.
         """
         self._start(settings)
-        inputs = {name: self._vector(name, value) for name, value in vectors.items()}
+        inputs = {name: self._vector(name, saved[name]) for name in SAVED}
         is_scalar = dy.size == 1 and x.size != 1
         buffers = {
             "x": self._activation("x", x, shape, settings),
             "dy": self.device.input("dy", dy) if is_scalar else self._activation("dy", dy, shape, settings),
+            "z": None if z is None else self._activation("z", z, shape, settings),
+            "mask": None if mask is None else self._mask(shape, settings, mask),
         }
         channels = ((shape.c,), memory_dtype(params_dtype), "parameter")
-        outputs = {
+        tensors = {
             "dx": self._result("dx", x, shape, settings) if wanted[0] else None,
+            "dz": self._result("dz", x, shape, settings) if wanted[3] else None,
+        }
+        outputs = {
             "dweight": self.device.output("dweight", *channels) if wanted[1] else None,
             "dbias": self.device.output("dbias", *channels) if wanted[2] else None,
         }
@@ -224,14 +277,16 @@ class Kernels:
             dtype=DTYPES.index(dtype),
             params_dtype=DTYPES.index(params_dtype),
             training=training,
+            activation=activation,
             dy_is_scalar=is_scalar,
-            **_addresses(**inputs, **buffers, **outputs),
+            **_addresses(**inputs, **buffers, **tensors, **outputs),
         )
         plan = self._run("backward", params, settings)
-        self.device.check_written(*(b for name, b in outputs.items() if b and not (name == "dx" and settings.gap)))
-        dx = outputs.pop("dx")
+        written = [*outputs.values(), *([] if settings.gap else tensors.values())]
+        self.device.check_written(*(buffer for buffer in written if buffer))
+        gradients = {name: buffer and _gathered(buffer, x, shape) for name, buffer in tensors.items()}
         copies = {name: buffer and buffer.array.copy() for name, buffer in outputs.items()}
-        return {"dx": dx and _gathered(dx, x, shape), **copies, "plan": plan}
+        return {**gradients, **copies, "plan": plan}
 
     def _activation(self, name: str, values: NDArray[Any], shape: Shape, settings: Settings) -> Buffer:
         if settings.gap == 0:
@@ -246,6 +301,19 @@ class Kernels:
         size = like.size + (shape.n - 1) * settings.gap
         return self.device.output(name, size, like.dtype, misalignment=settings.misalignment, contents="zero")
 
+    def _mask(self, shape: Shape, settings: Settings, bits: NDArray[np.bool_] | None = None) -> Buffer:
+        """As large as mask_bytes of params.h."""
+        size = (shape.n * shape.c * shape.s + (shape.n - 1) * settings.gap) // 8 + 4
+        mask = self.device.output("mask", size, np.uint8, contents="zero" if settings.gap else "poison")
+        if bits is not None:
+            _set_bits(mask.array, bits, shape, settings)
+        return mask
+
+    def _saved(self, name: str, shape: Shape, dtype: str, values: dict[str, NDArray[Any]] | None) -> Buffer:
+        if values is not None:
+            return self.device.input(name, values[name], "parameter")
+        return self.device.output(name, (shape.c,), memory_dtype(statistics_dtype(dtype)), "parameter")
+
     def _vector(self, name: str, values: NDArray[Any] | None) -> Buffer | None:
         return None if values is None else self.device.input(name, values, "parameter")
 
@@ -259,6 +327,25 @@ def _images(memory: NDArray[Any], shape: Shape) -> NDArray[Any]:
 
 def _gathered(buffer: Buffer, like: NDArray[Any], shape: Shape) -> NDArray[Any]:
     return _images(buffer.array, shape).copy().reshape(like.shape)
+
+
+def _images_of_mask(shape: Shape, settings: Settings) -> list[tuple[slice, slice]]:
+    """For each image of a mask the bytes that it touches, and where its bits are among theirs."""
+    values = shape.c * shape.s
+    begins = [image * (values + settings.gap) for image in range(shape.n)]
+    return [(slice(i // 8, (i + values + 7) // 8), slice(i % 8, i % 8 + values)) for i in begins]
+
+
+def _get_bits(mask: NDArray[np.uint8], shape: Shape, settings: Settings) -> NDArray[np.bool_]:
+    pieces = _images_of_mask(shape, settings)
+    return np.concatenate([np.unpackbits(mask[own], bitorder="little")[place] for own, place in pieces]).astype(bool)
+
+
+def _set_bits(mask: NDArray[np.uint8], bits: NDArray[np.bool_], shape: Shape, settings: Settings) -> None:
+    for (own, place), values in zip(_images_of_mask(shape, settings), bits.reshape(shape.n, -1), strict=True):
+        unpacked = np.unpackbits(mask[own], bitorder="little")
+        unpacked[place] = values
+        mask[own] = np.packbits(unpacked, bitorder="little")
 
 
 def _addresses(**buffers: Buffer | None) -> dict[str, int | None]:

@@ -134,6 +134,19 @@ __global__ void shared_kernel(unsigned* found, unsigned* left) {
   __stwb(left + i, words[blockDim.x - 1 - threadIdx.x]);
 }
 
+// Thread i sets bit i % 32 of word i / 32: by an atomic, or by a read and a write that others come between.
+template <bool kAtomic>
+__global__ void set_bits_kernel(unsigned* words) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  unsigned* word = words + i / 32;
+  const unsigned bit = 1u << i % 32;
+  if constexpr (kAtomic) {
+    atomicOr(word, bit);
+  } else {
+    __stcg(word, __ldcg(word) | bit);
+  }
+}
+
 __global__ void overflow_kernel(const int* x, int* y) { __stwb(y, __ldg(x) + 1); }
 
 template <typename... Parameters, typename... Arguments>
@@ -209,6 +222,15 @@ const char* partial_warp(float2* sums, const float* x) {
 
 const char* shared(unsigned* found, unsigned* left, int64_t blocks) {
   return cuda_on_cpu::reported([&] { check(launch(shared_kernel, unsigned(blocks), 64, 256, found, left)); });
+}
+
+const char* set_bits(unsigned* words, int64_t blocks, int64_t atomic) {
+  return cuda_on_cpu::reported(
+      [&] { check(launch(atomic ? set_bits_kernel<true> : set_bits_kernel<false>, unsigned(blocks), 16, 0, words)); });
+}
+
+const char* fill(void* memory, int64_t value, int64_t bytes) {
+  return cuda_on_cpu::reported([&] { check(cudaMemsetAsync(memory, int(value), size_t(bytes), nullptr)); });
 }
 
 const char* overflow(const int* x, int* y) {

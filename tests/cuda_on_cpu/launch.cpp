@@ -71,6 +71,14 @@ void check_access(Direction direction, const void* address, std::size_t bytes, P
   scheduler.maybe_preempt();
 }
 
+unsigned atomic_or(unsigned* address, unsigned value, Place place) {
+  check_access(Direction::read, address, sizeof(unsigned), place);
+  check_access(Direction::write, address, sizeof(unsigned), place);
+  const unsigned old = *address;
+  *address |= value;
+  return old;
+}
+
 void set_machine(const Machine& machine) {
   if (machine.resident_blocks < 1) throw Fault("a machine has room for one block at least");
   device().machine = machine;
@@ -87,6 +95,11 @@ void check_written(const void* buffer, std::size_t element_bytes) {
 void reset() { replace_device(); }
 
 }  // namespace cuda_on_cpu
+
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
+  cuda_on_cpu::device().memory.fill(memory, value, bytes);
+  return cudaSuccess;
+}
 
 cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::device().last_error, cudaSuccess); }
 

@@ -158,13 +158,26 @@ std::string Memory::nearest(std::uintptr_t address) const {
   return words;
 }
 
+std::size_t Memory::find(std::uintptr_t address, std::size_t bytes) const {
+  const auto holds = [&](const auto& buffer) { return buffer->holds(address, bytes); };
+  return std::find_if(buffers_.begin(), buffers_.end(), holds) - buffers_.begin();
+}
+
+void Memory::fill(void* memory, int value, std::size_t bytes) {
+  const std::size_t found = find(number(memory), bytes);
+  if (found == buffers_.size()) {
+    throw Fault("a memset of " + bytes_words(bytes) + " outside every buffer: " + nearest(number(memory)));
+  }
+  std::memset(memory, value, bytes);
+  Counters& counters = counters_of(*buffers_[found]);
+  counters.bytes_written += bytes;
+  counters.sector_bytes_written += (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
+}
+
 std::string Memory::access(
     Direction direction, const void* pointer, std::size_t bytes, AccessCounts& counts, SectorRecords& records) {
   const std::uintptr_t address = number(pointer);
-  if (recent_ >= buffers_.size() || !buffers_[recent_]->holds(address, bytes)) {
-    const auto holds = [&](const auto& buffer) { return buffer->holds(address, bytes); };
-    recent_ = std::find_if(buffers_.begin(), buffers_.end(), holds) - buffers_.begin();
-  }
+  if (recent_ >= buffers_.size() || !buffers_[recent_]->holds(address, bytes)) recent_ = find(address, bytes);
   const bool outside = recent_ == buffers_.size();
   if (outside || address % bytes != 0) {
     return (direction == Direction::read ? "a read of " : "a write of ") + bytes_words(bytes) +

@@ -73,6 +73,8 @@ class Memory {
 
   // What is wrong with an access, in words; empty if nothing is, and then it has been counted.
   std::string access(Direction direction, const void* address, std::size_t bytes, AccessCounts& counts, SectorRecords&);
+  // Sets bytes of one buffer from the host, and counts them; throws where they are not all in it.
+  void fill(void* address, int value, std::size_t bytes);
   // A warp has ended: take over its sectors.
   void count_sectors(SectorRecords& records);
 
@@ -88,6 +90,7 @@ class Memory {
     Kind kind;
     GuardedMemory memory;
   };
+  std::size_t find(std::uintptr_t address, std::size_t bytes) const;  // the number of buffers if in none
   std::string nearest(std::uintptr_t address) const;
   Counters& counters_of(const Buffer& buffer) { return counters_[static_cast<std::size_t>(buffer.kind)]; }
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch_norm import Settings, Shape, kernels
+from .batch_norm import SAVED, Settings, Shape, activation, kernels
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -68,14 +68,22 @@ class CudaOnCpu:
         momentum: float | None = 0.1,
         eps: float = 1e-5,
         num_batches_tracked: Tensor | None = None,
+        *,
+        activation: str | None = None,
+        alpha: float = 0.0,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Normalise x; the running statistics and the count change in place."""
+        """Normalise x, add the residual, activate; the running statistics and the count change in place.
+
+        `alpha`: leaky_relu's slope or elu's alpha.
+        """
         vectors = {
             "running_mean": running_mean,
             "running_var": running_var,
             "num_batches_tracked": num_batches_tracked,
         }
-        return _Function.apply(self, x, weight, bias, vectors, training, momentum, eps)
+        options = _Options(training, momentum, eps, activation, alpha)
+        return _Function.apply(self, x, weight, bias, residual, vectors, options)
 
     def record(self, results: dict[str, Any]) -> None:
         """Keep what the device says of the pass that just ran."""
@@ -93,6 +101,19 @@ def _memories(vectors: dict[str, Tensor | None]) -> dict[str, NDArray[Any] | Non
     return {name: None if vector is None else memory_of(vector) for name, vector in vectors.items()}
 
 
+@dataclass
+class _Options:
+    training: bool
+    momentum: float | None
+    eps: float
+    activation: str | None
+    alpha: float
+
+    @property
+    def has_mask(self) -> bool:
+        return self.activation in ("relu", "leaky_relu", "relu6")
+
+
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -101,10 +122,9 @@ class _Function(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
+        z: Tensor | None,
         running: dict[str, Tensor | None],
-        training: bool,
-        momentum: float | None,
-        eps: float,
+        options: _Options,
     ) -> Tensor:
         params = _params_dtype(x, weight, bias, running["running_mean"])
         results = kernels().forward(
@@ -114,40 +134,52 @@ class _Function(torch.autograd.Function):
             memory_of(x),
             _memories({"weight": weight, "bias": bias, **running}),
             operator.settings,
-            training=training,
-            momentum=momentum,
-            eps=eps,
+            training=options.training,
+            momentum=options.momentum,
+            eps=options.eps,
+            activation=activation(options.activation, options.alpha),
+            z=None if z is None else memory_of(z),
+            masks=options.has_mask and z is not None,
         )
         operator.record(results)
         for name, vector in running.items():
             if vector is not None:
                 vector.copy_(tensor_of(results[name], vector.dtype).view_as(vector))
-        ctx.save_for_backward(x, weight)
-        ctx.statistics = {name: results[name] for name in ("mean", "rstd")}
-        ctx.operator, ctx.training, ctx.params = operator, training, params
+        # As with a mask: without an activation g is dy, and z is not needed.
+        needs_z = z is not None and options.activation is not None and not options.has_mask
+        ctx.save_for_backward(x, z if needs_z else None)
+        ctx.saved, ctx.mask = {name: results[name] for name in SAVED}, results["mask"]
+        ctx.operator, ctx.options, ctx.params = operator, options, params
         return like(x, results["y"])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
+        x, z = ctx.saved_tensors
         expanded = dy.numel() > 1 and all(stride == 0 for stride in dy.stride())
         dy_memory = memory_of(dy[(0,) * dy.dim()]) if expanded else memory_of(_laid_out_as(x, dy))
-        wanted = tuple(ctx.needs_input_grad[1:4])
+        wanted = list(ctx.needs_input_grad[1:5])
+        dz = dy if wanted[3] and ctx.options.activation is None else None
+        if dz is not None:
+            wanted[3] = False
         results = kernels().backward(
             shape_of(x),
             _NAMES[x.dtype],
             _NAMES[ctx.params],
             dy_memory,
             memory_of(x),
-            {**_memories({"weight": weight}), **ctx.statistics},
+            ctx.saved,
             ctx.operator.settings,
-            training=ctx.training,
+            training=ctx.options.training,
             wanted=wanted,
+            activation=activation(ctx.options.activation, ctx.options.alpha),
+            z=None if z is None else memory_of(z),
+            mask=ctx.mask,
         )
         ctx.operator.record(results)
         dx = like(x, results["dx"]) if wanted[0] else None
+        dz = like(x, results["dz"]) if wanted[3] else dz
         dweight, dbias = (tensor_of(results[name], ctx.params) for name in ("dweight", "dbias"))
-        return None, dx, dweight, dbias, None, None, None, None
+        return None, dx, dweight, dbias, dz, None, None
 
 
 def _laid_out_as(x: Tensor, values: Tensor) -> Tensor:

@@ -266,6 +266,51 @@ def test_larger_machine(device: Device) -> None:
     device.call("launch_empty", 1, 1, 1, 1, 1, 1, 227 * 1024)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_atomics(device: Device, policy: str) -> None:
+    """All bits in every order; each is four bytes read and four written."""
+    for seed in range(4):
+        device.reset()
+        device.set_order(policy, seed)
+        words = device.output("words", 32, np.uint32, contents="zero")
+        device.call("set_bits", words, 64, 1)
+        assert (words.array == 0xFFFFFFFF).all()
+        counters = device.counters("activation")
+        assert counters.bytes_read == counters.bytes_written == 4 * 1024
+
+
+@pytest.mark.parametrize("policy", ["random", "priorities"])
+def test_a_missing_atomic_loses_bits(device: Device, policy: str) -> None:
+    def complete(seed: int) -> bool:
+        device.reset()
+        device.set_order(policy, seed)
+        words = device.output("words", 32, np.uint32, contents="zero")
+        device.call("set_bits", words, 64, 0)
+        return bool((words.array == 0xFFFFFFFF).all())
+
+    assert not all(complete(seed) for seed in range(4))
+
+
+def test_atomics_are_guarded(device: Device) -> None:
+    words = device.output("words", 32, np.uint32, contents="zero")
+    with pytest.raises(Fault, match=r"faulty.cu:\d+: a read of 4 bytes outside every buffer: at byte 128 of 'words'"):
+        device.call("set_bits", words, 65, 1)
+    with pytest.raises(Fault, match="misaligned: at byte 2 of 'words'"):
+        device.call("set_bits", words.address + 2, 1, 1)
+
+
+def test_memset(device: Device) -> None:
+    """From the host; counted, and refused where it does not lie in one buffer."""
+    words = device.output("words", 16, np.uint32)
+    device.call("fill", words, 0, 60)
+    assert (words.array[:15] == 0).all()
+    assert words.array[15] == 0xFFFFFFFF
+    counters = device.counters("activation")
+    assert (counters.bytes_written, counters.sector_bytes_written) == (60, 64)
+    with pytest.raises(Fault, match=r"a memset of 65 bytes outside every buffer: at byte 0 of 'words', which has 64"):
+        device.call("fill", words, 0, 65)
+
+
 def test_fast_enough(device: Device) -> None:
     """A thousand blocks with a few barriers take far less than the seconds that are allowed here."""
     begin = time.perf_counter()

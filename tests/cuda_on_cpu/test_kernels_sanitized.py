@@ -33,11 +33,10 @@ def digest_of_every_kernel(library: Kernels) -> str:
             settings = Settings(policy=POLICIES[number % 4], seed=number, misalignment=number % 2 * x.itemsize)
             types = (shape, dtype, statistics_dtype(dtype))
             forward = library.forward(*types, x, vectors | running | count, settings, training=training, momentum=None)
-            saved = {"weight": vectors["weight"], "mean": forward["mean"], "rstd": forward["rstd"]}
-            backward = library.backward(*types, dy, x, saved, settings, training=training)
+            backward = library.backward(*types, dy, x, forward, settings, training=training)
             for results in (forward, backward):
                 for name, values in sorted(results.items()):
-                    digest.update(b"" if name == "plan" else values.tobytes())
+                    digest.update(b"" if name == "plan" or values is None else values.tobytes())
     return digest.hexdigest()
 
 

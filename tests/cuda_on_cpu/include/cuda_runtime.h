@@ -14,9 +14,14 @@
 #include "device_operations.h"
 
 // Overloads that CUDA has in the global namespace.
+using std::erfc;
+using std::exp;
+using std::expm1;
+using std::fma;
 using std::isfinite;
 using std::max;
 using std::min;
+using std::tanh;
 
 #define __global__
 #define __device__

@@ -34,5 +34,8 @@ struct cudaLaunchConfig_t {
 };
 
 // The last error of a launch; asking clears it.
+// Before it returns, like a launch.
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream);
+
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);

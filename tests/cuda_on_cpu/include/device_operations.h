@@ -1,4 +1,4 @@
-// What a kernel can do besides arithmetic: barriers, warp operations, loads and stores of global memory.
+// What a kernel can do besides arithmetic: barriers, warp operations, loads and stores of global memory, an atomic.
 //
 // Each function takes the place it is called from as a last, defaulted argument, so that a fault can name a line.
 #pragma once
@@ -79,6 +79,9 @@ void store(T* address, const T& value, Place place) {
   std::memcpy(static_cast<void*>(address), static_cast<const void*>(&value), sizeof(T));
 }
 
+// One read and one write, with nothing between them.
+unsigned atomic_or(unsigned* address, unsigned value, Place place);
+
 template <typename T>
 struct Same {
   using Type = T;
@@ -142,6 +145,10 @@ CUDA_ON_CPU_LOAD(__ldcs)
 CUDA_ON_CPU_STORE(__stwb)
 CUDA_ON_CPU_STORE(__stcg)
 CUDA_ON_CPU_STORE(__stcs)
+
+inline unsigned atomicOr(unsigned* address, unsigned value, CUDA_ON_CPU_PLACE) {
+  return cuda_on_cpu::atomic_or(address, value, place);
+}
 
 #undef CUDA_ON_CPU_LOAD
 #undef CUDA_ON_CPU_STORE
