@@ -137,9 +137,15 @@ class Settings:
     policy: str = "priorities"
     seed: int = 0
     misalignment: int = 0
-    """Bytes by which the address of every activation is past a multiple of 256."""
+    """Bytes by which addresses of activations are past a multiple of 256 ..."""
+    misaligned: tuple[str, ...] = ("x", "y", "z", "dx", "dy", "dz")
+    """... which ones."""
     gap: int = 0
     """Values of reserved but unused memory between two images, as if the tensor had that many more channels."""
+
+    def misalignment_of(self, name: str) -> int:
+        """Of the tensor of this name."""
+        return self.misalignment if name in self.misaligned else 0
 
     def spread(self, plan: Plan) -> None:
         """Tell a plan of the gap."""
@@ -290,16 +296,16 @@ class Kernels:
 
     def _activation(self, name: str, values: NDArray[Any], shape: Shape, settings: Settings) -> Buffer:
         if settings.gap == 0:
-            return self.device.input(name, values, misalignment=settings.misalignment)
+            return self.device.input(name, values, misalignment=settings.misalignment_of(name))
         buffer = self._result(name, values, shape, settings)
         _images(buffer.array, shape)[:] = values.reshape(shape.n, -1)
         return buffer
 
     def _result(self, name: str, like: NDArray[Any], shape: Shape, settings: Settings) -> Buffer:
         if settings.gap == 0:
-            return self.device.output(name, like.shape, like.dtype, misalignment=settings.misalignment)
+            return self.device.output(name, like.shape, like.dtype, misalignment=settings.misalignment_of(name))
         size = like.size + (shape.n - 1) * settings.gap
-        return self.device.output(name, size, like.dtype, misalignment=settings.misalignment, contents="zero")
+        return self.device.output(name, size, like.dtype, misalignment=settings.misalignment_of(name), contents="zero")
 
     def _mask(self, shape: Shape, settings: Settings, bits: NDArray[np.bool_] | None = None) -> Buffer:
         """As large as mask_bytes of params.h."""

@@ -84,16 +84,24 @@ def test_misaligned_memory(dtype: torch.dtype, layout: str, misalignment: int) -
 
 
 def random_call(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", **settings: Any
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    activation: str | None = None,
+    residual: bool = False,
+    **settings: Any,
 ) -> list[Tensor]:
-    """Every result of a training step on random values: y, dx, dweight, dbias, running statistics, count."""
+    """Every result of a training step on random values: y, dx, dweight, dbias, dz, running statistics, count."""
     case = testing.Case(shape, dtype, layout)
     inputs = testing.make_inputs(case)
-    x, weight, bias = (t.clone().requires_grad_() for t in (inputs.input, inputs.weight, inputs.bias))
+    leaves = [t.clone().requires_grad_() for t in (inputs.input, inputs.weight, inputs.bias)]
+    if residual:
+        leaves.append(torch.empty_like(inputs.input).copy_(inputs.dy.flip(0)).requires_grad_())
     mean, var, count = inputs.running_mean.clone(), inputs.running_var.clone(), torch.tensor(4)
     operator = CudaOnCpu(Settings(**settings))
-    y = operator(x, mean, var, weight, bias, True, 0.1, 1e-5, count)
-    return [y.detach(), *torch.autograd.grad(y, (x, weight, bias), inputs.dy), mean, var, count]
+    z = leaves[3] if residual else None
+    y = operator(*(leaves[0], mean, var, *leaves[1:3], True, 0.1, 1e-5, count), activation=activation, residual=z)
+    return [y.detach(), *torch.autograd.grad(y, leaves, inputs.dy), mean, var, count]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
