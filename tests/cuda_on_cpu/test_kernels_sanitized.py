@@ -4,13 +4,28 @@ import hashlib
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cuda_on_cpu import build
-from cuda_on_cpu.batch_norm import DTYPES, SOURCES, Kernels, Settings, Shape, kernels, memory_dtype, statistics_dtype
+from cuda_on_cpu.batch_norm import (
+    DTYPES,
+    KINDS,
+    SOURCES,
+    Activation,
+    Kernels,
+    Settings,
+    Shape,
+    activation,
+    kernels,
+    memory_dtype,
+    statistics_dtype,
+)
 from cuda_on_cpu.device import POLICIES
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
@@ -18,26 +33,55 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 SHAPES = [(3, 65, 7), (2, 5, 49), (1, 3, 300), (2, 4, 289), (9, 300, 1), (2, 64, 128), (4, 16, 12)]
 
 
+# Plain batch norm, and one of each kind of kernel that has an activation or a residual: name, residual.
+FUSED = [(None, False), ("relu6", True), ("leaky_relu", False), (None, True), ("gelu", True), ("mish", False)]
+
+
 def digest_of_every_kernel(library: Kernels) -> str:
     """Run every type, width and direction; a digest of all results."""
     digest = hashlib.sha256()
     generator = np.random.default_rng(0)
+    fused = itertools.cycle(FUSED[1:])
     for number, (dtype, (n, c, s)) in enumerate(itertools.product(DTYPES, SHAPES)):
         for channels_last, training in itertools.product((False, True), repeat=2):
-            shape = Shape(n, c, s, channels_last or s == 1)
-            statistics = memory_dtype(statistics_dtype(dtype))
-            x, dy = (_random(generator, n * c * s, dtype) for _ in range(2))
-            vectors = {name: generator.random(c).astype(statistics) + 0.5 for name in ("weight", "bias")}
-            running = {name: generator.random(c).astype(statistics) + 0.5 for name in ("running_mean", "running_var")}
-            count = {"num_batches_tracked": np.array([number])}
-            settings = Settings(policy=POLICIES[number % 4], seed=number, misalignment=number % 2 * x.itemsize)
-            types = (shape, dtype, statistics_dtype(dtype))
-            forward = library.forward(*types, x, vectors | running | count, settings, training=training, momentum=None)
-            backward = library.backward(*types, dy, x, forward, settings, training=training)
-            for results in (forward, backward):
-                for name, values in sorted(results.items()):
-                    digest.update(b"" if name == "plan" or values is None else values.tobytes())
+            for name, has_residual in (FUSED[0], next(fused), next(fused)):
+                shape = Shape(n, c, s, channels_last or s == 1)
+                settings = Settings(policy=POLICIES[number % 4], seed=number)
+                if number % 2:
+                    settings = replace(settings, misalignment=memory_dtype(dtype).itemsize)
+                for results in _both_passes(
+                    library, generator, shape, dtype, settings, training, activation(name, 0.5), has_residual
+                ):
+                    for key, values in sorted(results.items()):
+                        digest.update(b"" if key == "plan" or values is None else values.tobytes())
     return digest.hexdigest()
+
+
+def _both_passes(
+    library: Kernels,
+    generator: np.random.Generator,
+    shape: Shape,
+    dtype: str,
+    settings: Settings,
+    training: bool,
+    formula: Activation,
+    has_residual: bool,
+) -> Iterator[dict[str, Any]]:
+    statistics = memory_dtype(statistics_dtype(dtype))
+    x, dy, z = (_random(generator, shape.n * shape.c * shape.s, dtype) for _ in range(3))
+    names = ("weight", "bias", "running_mean", "running_var")
+    vectors: dict[str, Any] = {name: generator.random(shape.c).astype(statistics) + 0.5 for name in names}
+    vectors["num_batches_tracked"] = np.array([3])
+    types = (shape, dtype, statistics_dtype(dtype))
+    given: dict[str, Any] = {"training": training, "activation": formula, "z": z if has_residual else None}
+    masks = has_residual and formula.kind == KINDS.index("relu_like")
+    forward = library.forward(*types, x, vectors, settings, momentum=None, masks=masks, **given)
+    yield forward
+    has_dz = has_residual and formula.kind != KINDS.index("none")
+    if masks or not has_dz:
+        given["z"] = None
+    wanted = (True, True, True, has_dz)
+    yield library.backward(*types, dy, x, forward, settings, mask=forward["mask"], wanted=wanted, **given)
 
 
 def _random(generator: np.random.Generator, count: int, dtype: str) -> np.ndarray:

@@ -49,6 +49,13 @@ def check(plan: Plan, shape: Shape, value_bytes: int, alignment: int) -> None:
     segment_rows = plan.row_lanes * plan.rows_per_thread
     assert (plan.segments - 1) * segment_rows < plan.rows <= plan.segments * segment_rows
     assert plan.slices * plan.segments < 2**31
+    # A mask: lanes that share a byte stand side by side, and have equally many rows.
+    assert plan.whole_bytes == (plan.pitch % 8 == 0 and plan.slice_width % 8 == 0)
+    lanes_of_byte = 8 // plan.vector
+    if plan.whole_bytes and wide:
+        assert plan.image_rows % lanes_of_byte == plan.row_lanes % lanes_of_byte == 0
+    elif plan.whole_bytes:
+        assert plan.columns % lanes_of_byte == 0
     stride = plan.columns * (1 if plan.one_channel else plan.vector + 1) | 1  # with the gaps of partials_stride()
     assert plan.row_lanes * stride * 16 <= 48 * 1024
 
@@ -65,6 +72,20 @@ def test_resnet50(n: int, value_bytes: int, channels_last: bool) -> None:
         assert plan.vector * value_bytes == 16, (channels, size)
         if n * channels * size * size * value_bytes >= 2**23:
             assert plan.slices * plan.segments >= MULTIPROCESSORS, (channels, size)
+        assert plan.columns * plan.row_lanes >= 0.75 * plan.threads
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("value_bytes", [2, 4, 8])
+@pytest.mark.parametrize("n", [1, 32, 256])
+def test_resnet50_with_masks(n: int, value_bytes: int, channels_last: bool) -> None:
+    """16-byte accesses, and every byte of a mask is written by one block."""
+    for channels, size in RESNET50:
+        shape = Shape(n, channels, size * size, channels_last)
+        plan = kernels().make_plan(shape, value_bytes, 16, MULTIPROCESSORS, for_mask=True)
+        check(plan, shape, value_bytes, 16)
+        assert plan.whole_bytes, (channels, size)
+        assert plan.vector * value_bytes == 16, (channels, size)
         assert plan.columns * plan.row_lanes >= 0.75 * plan.threads
 
 
@@ -99,12 +120,9 @@ def test_any_shape() -> None:
         if generator.random() < 0.3:
             s = 1
         shape = Shape(n, c, s, generator.random() < 0.5 or s == 1)
-        check(
-            kernels().make_plan(shape, value_bytes, alignment, generator.choice([1, 16, 132])),
-            shape,
-            value_bytes,
-            alignment,
-        )
+        machine, for_mask = generator.choice([1, 16, 132]), generator.random() < 0.3
+        plan = kernels().make_plan(shape, value_bytes, alignment, machine, for_mask)
+        check(plan, shape, value_bytes, alignment)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from bn_ext import testing
 
 from . import build
 from .batch_norm import Settings
+from .fused import check
 from .operators import Call, CudaOnCpu
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
@@ -94,3 +95,53 @@ def test_eval(layout: str) -> None:
     moved = backward.counters["activation"]
     assert (moved.bytes_read, moved.bytes_written) == (2 * size, size)
     assert backward.launches == 2
+
+
+# A mask is counted as an activation: N / 16 of 16-bit values, N / 32 of 32-bit ones.
+FUSED = [("relu", False), ("silu", False), (None, True), ("relu", True), ("silu", True)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("name", "has_residual"), FUSED)
+def test_activation_and_residual(
+    name: str | None, has_residual: bool, dtype: torch.dtype, layout: str, training: bool
+) -> None:
+    """Plain batch norm's 3N and 5N (eval: 2N and 3N), and what z, dz and the mask add to it."""
+    for shape in ((2, 16, 56, 56), (8, 32, 14, 14), (16, 16, 7, 7)):
+        operator = CudaOnCpu(Settings(multiprocessors=1))
+        check(operator, testing.Case(shape, dtype, layout, training), name, has_residual)
+        forward, backward = (call.counters["activation"] for call in operator.calls)
+        size = torch.Size(shape).numel() * torch.finfo(dtype).bits // 8
+        mask = torch.Size(shape).numel() // 8 if name == "relu" and has_residual else 0
+        assert forward.bytes_read == (1 + training + has_residual) * size
+        assert forward.bytes_written == size + mask
+        if training:
+            # dy and x, then dz and x. A silu's dz of 16 bits is rounded, so it is not read in dy's place.
+            again = has_residual and name == "silu" and dtype == torch.bfloat16
+            reads = 4 + (has_residual and name == "silu") + again
+        else:
+            reads = 2 + (has_residual and name == "silu")
+        # A thread reads a byte of the mask for each of its accesses; a warp's are one.
+        mask_read = torch.Size(shape).numel() // operator.calls[1].plan.vector if mask else 0
+        assert backward.bytes_read == reads * size + mask_read
+        has_dz = has_residual and name is not None  # without an activation it is dy
+        assert backward.bytes_written == (1 + has_dz) * size
+        assert [call.launches for call in operator.calls] == ([3, 3] if training else [1, 2])
+        # Slices of four channels of 98 bytes, as a silu of 16 bits has them, begin within a sector.
+        for moved in (forward, backward):
+            assert moved.sector_bytes_written <= 1.2 * moved.bytes_written + mask
+            assert moved.sector_bytes_read <= 1.2 * moved.bytes_read + mask
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_least_traffic_of_add_and_relu(layout: str) -> None:
+    """BN + add + ReLU, 16 bits: 4N and a mask forward, 6N and a mask backward; in eval mode 3N forward."""
+    shape = (8, 64, 28, 28)
+    size = torch.Size(shape).numel() * 2
+    operator = CudaOnCpu(Settings(multiprocessors=1))
+    for training in (True, False):
+        check(operator, testing.Case(shape, torch.bfloat16, layout, training), "relu", True)
+    moved = [c.counters["activation"].bytes_read + c.counters["activation"].bytes_written for c in operator.calls]
+    assert moved == [4 * size + size // 16, 6 * size + size // 16, 3 * size + size // 16, 4 * size + size // 16]
