@@ -39,32 +39,24 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   const Gradients g(p, p.dweight != nullptr || (p.training && p.dx != nullptr));
   A sum_dy[kVector] = {};
   A sum_dy_centred[kVector] = {};
-  in_batches<kBatchRows<V, bytes_of_sums(kVariant, kOneChannel, kWrites)>>(walk.rows, [&](auto count, int) {
-    typename Gradients::Row rows[decltype(count)::value] = {};
+  const auto finish = [&](const typename Gradients::Row& row) {
+    V row_dx;
+    V row_dz;
+    with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
-    for (auto& row : rows) {
-      g.read(walk.offset, row);
-      walk.next(plan);
-    }
-#pragma unroll
-    for (const auto& row : rows) {
-      V row_dx;
-      V row_dz;
-      with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const Affine<A>& a = affine[kOneChannel ? 0 : i];
-          const A value = g.at(formula, row, i, a);
-          sum_dy[i] += value;
-          sum_dy_centred[i] += value * (row.x[i] - a.mean);
-          row_dx.set(i, value * a.scale);
-          row_dz.set(i, value);
-        }
-      });
-      if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
-      if (writes_dz) store(static_cast<T*>(p.dz) + row.offset, row_dz);  // grad_input_kernel may read it
-    }
-  });
+      for (int i = 0; i < kVector; ++i) {
+        const Affine<A>& a = affine[kOneChannel ? 0 : i];
+        const A value = g.at(formula, row, i, a);
+        sum_dy[i] += value;
+        sum_dy_centred[i] += value * (row.x[i] - a.mean);
+        row_dx.set(i, value * a.scale);
+        row_dz.set(i, value);
+      }
+    });
+    if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
+    if (writes_dz) store(static_cast<T*>(p.dz) + row.offset, row_dz);  // grad_input_kernel may read it
+  };
+  g.template for_rows<bytes_of_sums(kVariant, kOneChannel, kWrites)>(plan, walk, finish);
 
   GradSums sums[kVector];
 #pragma unroll
@@ -128,31 +120,23 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   const Gradients g(p, p.training && p.dx != nullptr);
   const bool writes_dx = kVariant == Variant::kPlain || p.dx != nullptr;
   const bool writes_dz = kVariant != Variant::kPlain && p.dz != nullptr;
-  in_batches<kBatchRows<V, bytes_of_input(kVariant)>>(walk.rows, [&](auto count, int) {
-    typename Gradients::Row rows[decltype(count)::value] = {};
+  const auto finish = [&](const typename Gradients::Row& row) {
+    V row_dx;
+    V row_dz;
+    with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
-    for (auto& row : rows) {
-      g.read(walk.offset, row);
-      walk.next(plan);
-    }
-#pragma unroll
-    for (const auto& row : rows) {
-      V row_dx;
-      V row_dz;
-      with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          const GradAffine<A>& a = affine[kOneChannel ? 0 : i];
-          const A value = g.at(formula, row, i, a.affine);
-          const A scaled = value * a.affine.scale;
-          row_dx.set(i, p.training ? scaled + ((row.x[i] - a.affine.mean) * a.slope + a.shift) : scaled);
-          row_dz.set(i, value);
-        }
-      });
-      if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
-      if (writes_dz) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
-    }
-  });
+      for (int i = 0; i < kVector; ++i) {
+        const GradAffine<A>& a = affine[kOneChannel ? 0 : i];
+        const A value = g.at(formula, row, i, a.affine);
+        const A scaled = value * a.affine.scale;
+        row_dx.set(i, p.training ? scaled + ((row.x[i] - a.affine.mean) * a.slope + a.shift) : scaled);
+        row_dz.set(i, value);
+      }
+    });
+    if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
+    if (writes_dz) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
+  };
+  g.template for_rows<bytes_of_input(kVariant)>(plan, walk, finish);
 }
 
 struct Workspace {

@@ -36,36 +36,39 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) apply_kernel(cons
     return p.training || p.repeats ? saved_affine<A>(p, channel) : affine_of_running<A>(p, channel, is_first);
   });
 
-  const T* x = static_cast<const T*>(p.x);
-  const T* z = static_cast<const T*>(p.z);
-  T* y = static_cast<T*>(p.y);
-  in_batches<kBatchRows<V, bytes_of_apply(kVariant)>>(walk.rows, [&](auto count, int) {
-    constexpr int kRows = decltype(count)::value;
-    V rows[kRows];
-    V rows_z[kRows] = {};
-    int64_t offsets[kRows];
+  struct Row {
+    int64_t offset;
+    V x;
+    V z;
+  };
+  const bool has_z = kVariant != Variant::kPlain && p.z != nullptr;
+  const bool has_mask = kVariant == Variant::kReluLike && p.mask != nullptr;
+  const auto finish = [&](const Row& row) {
+    V y;
+    unsigned passed = 0;
+    with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      offsets[row] = walk.offset;
-      rows[row] = load_last<kVector>(x + walk.offset);
-      if (kVariant != Variant::kPlain && z != nullptr) rows_z[row] = load_last<kVector>(z + walk.offset);
+      for (int i = 0; i < kVector; ++i) {
+        A u = affine[kOneChannel ? 0 : i](row.x[i]);
+        if (has_z) u += row.z[i];
+        if constexpr (kVariant == Variant::kReluLike) passed |= unsigned{!formula.blocked(u)} << i;
+        y.set(i, formula.value(u));
+      }
+    });
+    store_last(static_cast<T*>(p.y) + row.offset, y);
+    if (has_mask) store_bits<kVector>(plan, p.mask, row.offset, passed);
+  };
+  in_batches<kBatchRows<V, bytes_of_apply(kVariant)>>(walk.rows, [&](auto count, int) {
+    Row rows[decltype(count)::value] = {};
+#pragma unroll
+    for (Row& row : rows) {
+      row.offset = walk.offset;
+      row.x = load_last<kVector>(static_cast<const T*>(p.x) + walk.offset);
+      if (has_z) row.z = load_last<kVector>(static_cast<const T*>(p.z) + walk.offset);
       walk.next(plan);
     }
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      unsigned passed = 0;
-      with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          A u = affine[kOneChannel ? 0 : i](rows[row][i]);
-          if (kVariant != Variant::kPlain && z != nullptr) u += rows_z[row][i];
-          if constexpr (kVariant == Variant::kReluLike) passed |= unsigned{!formula.blocked(u)} << i;
-          rows[row].set(i, formula.value(u));
-        }
-      });
-      store_last(y + offsets[row], rows[row]);
-      if (kVariant == Variant::kReluLike && p.mask != nullptr) store_bits<kVector>(plan, p.mask, offsets[row], passed);
-    }
+    for (const Row& row : rows) finish(row);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include "activation.cuh"
 #include "mask.cuh"
+#include "walk.cuh"
 
 namespace bn_ext::cuda {
 
@@ -30,12 +31,23 @@ class Gradient {
     for (T& value : all_.values) value = load<1>(static_cast<const T*>(p.dy)).values[0];
   }
 
-  __device__ void read(int64_t offset, Row& row) const {
-    row.offset = offset;
-    row.dy = p_.dy_is_scalar ? all_ : read(p_.dy, offset);
-    if (reads_x_) row.x = read(p_.x, offset);
-    if (kVariant != Variant::kPlain && reads_z()) row.z = read(p_.z, offset);
-    if (kVariant == Variant::kReluLike && p_.mask != nullptr) row.passed = load_bits(p_.mask, offset);
+  // Calls finish(row) for all rows, of which so many bytes of each tensor are read at a time.
+  template <int kBytes, bool kBackwards, typename Finish>
+  __device__ void for_rows(const Plan& plan, Walk<kBackwards>& walk, const Finish& finish) const {
+    in_batches<kBatchRows<V, kBytes>>(walk.rows, [&](auto count, int) {
+      Row rows[decltype(count)::value] = {};
+#pragma unroll
+      for (Row& row : rows) {
+        row.offset = walk.offset;
+        row.dy = p_.dy_is_scalar ? all_ : read(p_.dy, walk.offset);
+        if (reads_x_) row.x = read(p_.x, walk.offset);
+        if (kVariant != Variant::kPlain && reads_z()) row.z = read(p_.z, walk.offset);
+        if (kVariant == Variant::kReluLike && p_.mask != nullptr) row.passed = load_bits(p_.mask, walk.offset);
+        walk.next(plan);
+      }
+#pragma unroll
+      for (const Row& row : rows) finish(row);
+    });
   }
 
   template <typename Formula>
