@@ -196,20 +196,21 @@ cudaError_t launch_backward(const BackwardParams& params, const Plan& plan, void
     constexpr bool kOneChannel = one_channel.value;
     BackwardParams p = params;
     if (p.needs_sums()) {
-      dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+      const cudaError_t error = dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
         launch_sums<T, kVector, kOneChannel, decltype(variant)::value>(pass, p, plan, workspace);
+        return pass.error();
       });
+      if (error != cudaSuccess) return error;
       p = after_sums<T>(p);
     }
-    if (p.dx == nullptr && p.dz == nullptr) return pass.error();
-    dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
-      const size_t shared_bytes = plan.block_coefficients() * sizeof(GradAffine<acc_t<T>>);
+    if (p.dx == nullptr && p.dz == nullptr) return cudaSuccess;
+    return dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
       pass.on_segments(grad_input_kernel<T, kVector, kOneChannel, decltype(variant)::value>,
-                       shared_bytes,
+                       plan.block_coefficients() * sizeof(GradAffine<acc_t<T>>),
                        p,
                        static_cast<const acc_t<T>*>(workspace.coefficients));
+      return pass.error();
     });
-    return pass.error();
   });
 }
 

@@ -42,10 +42,11 @@ cudaError_t dispatch(DType dtype, const Plan& plan, const Body& body) {
 
 // Calls body(std::integral_constant<Variant, ...>), for accesses of kVector values of T.
 template <typename T, int kVector, typename Body>
-void dispatch_variant(Variant variant, const Body& body) {
+cudaError_t dispatch_variant(Variant variant, const Body& body) {
   if (variant == Variant::kPlain) return body(std::integral_constant<Variant, Variant::kPlain>{});
   if (variant == Variant::kReluLike) return body(std::integral_constant<Variant, Variant::kReluLike>{});
-  if constexpr (kVector <= most_values_of_any(sizeof(T))) body(std::integral_constant<Variant, Variant::kAny>{});
+  if constexpr (kVector <= most_values_of_any(sizeof(T))) return body(std::integral_constant<Variant, Variant::kAny>{});
+  return cudaErrorInvalidValue;  // no plan of ours has so wide accesses
 }
 
 }  // namespace bn_ext::cuda

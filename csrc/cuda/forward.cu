@@ -100,11 +100,11 @@ cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* 
     if (p.training && !p.repeats) {
       launch_statistics<T, kVector, kOneChannel>(pass, p, plan, static_cast<Moments*>(workspace));
     }
-    dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+    return dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
       const size_t shared_bytes = plan.block_coefficients() * sizeof(Affine<acc_t<T>>);
       pass.on_segments(apply_kernel<T, kVector, kOneChannel, decltype(variant)::value>, shared_bytes, p);
+      return pass.error();
     });
-    return pass.error();
   });
 }
 

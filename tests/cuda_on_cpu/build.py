@@ -31,7 +31,7 @@ VARIANTS = {
     # The sanitizers' checks themselves set off warnings, so errors are the plain variant's.
     "plain": (["-O1", "-Werror"], ["-Wl,-z,defs"]),
     "sanitized": (
-        ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        ["-O0", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
         ["-fsanitize=address,undefined"],
     ),
 }
