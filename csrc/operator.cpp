@@ -1,6 +1,7 @@
 // The public operator: checks, then whichever way there is to compute it; see operator.h.
 #include "operator.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
 
