@@ -303,3 +303,16 @@ def test_an_infinite_gradient_does_not_pass_where_a_value_did_not(name: str, has
     dy = torch.where(y > 0, 1.0, torch.inf)
     dx = torch.autograd.grad(y, x, dy)[0]
     assert torch.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_saved_scale_is_the_saved_rstd_times_weight(dtype: torch.dtype, training: bool) -> None:
+    """To the bit, in the dtype of what is saved; in eval mode mean and offset are those given."""
+    for shape in SHAPES:
+        x = torch.randn(shape).to(dtype)
+        results = run_forward(x, None, None, Settings(), training=training)
+        assert np.array_equal(results["scale"], results["rstd"] * results["weight"])
+        if not training:
+            assert np.array_equal(results["offset"], results["bias"])
+            assert np.array_equal(results["mean"], results["running_mean"])
