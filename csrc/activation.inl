@@ -24,6 +24,18 @@ struct ReluLike {
   BN_EXT_INLINE V derivative(V u) const {
     return blocked(u) ? V{} + slope : V{} + A(1);
   }
+  // g * derivative(u), by the comparisons of `blocked`, each with a choice of its own: vectors want it so.
+  template <typename V>
+  BN_EXT_INLINE V gradient(V u, V g) const {
+    const V low = held_back(g);
+    const V high = u >= upper ? low : g;
+    return u <= A(0) ? low : high;
+  }
+  // What comes through of the gradient of a value that does not pass.
+  template <typename V>
+  BN_EXT_INLINE V held_back(V g) const {
+    return slope == A(0) ? V{} + A(0) : g * slope;  // not inf * 0
+  }
 };
 
 template <typename A>

@@ -59,13 +59,26 @@ BN_EXT_INLINE uint32_t bits_of(Mask<A> lanes) {
 #endif
 }
 
+// One bit per value that passes.
+template <typename A>
+BN_EXT_INLINE uint32_t passed_bits(const ReluLike<A>& formula, Vec<A> u) {
+#if defined(BN_EXT_AVX512)  // what GCC does not see in bits_of(blocked(u))
+  if constexpr (sizeof(A) == 4) {
+    const __m512 v = (__m512)u;
+    return uint32_t(~(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LE_OQ) |
+                      _mm512_cmp_ps_mask(v, _mm512_set1_ps(formula.upper), _CMP_GE_OQ)));
+  }
+#endif
+  return ~bits_of<A>(formula.blocked(u));
+}
+
 // The bits of the values that pass, from bit `first` on. The first and the last byte may have bits of neighbours, which
 // another thread sets at the same time; the mask was zero.
 template <typename A>
 static void write_mask(const ReluLike<A>& formula, const A* u, int64_t n, int64_t first, uint8_t* mask) {
   constexpr int64_t L = kLanes<A>;
   uint8_t* out = mask + first / 8;
-  const auto passed_at = [&](int64_t i) BN_EXT_LAMBDA { return ~bits_of<A>(formula.blocked(load_vector(u + i))); };
+  const auto passed_at = [&](int64_t i) BN_EXT_LAMBDA { return passed_bits(formula, load_vector(u + i)); };
   int64_t i = 0;
   if (L % 8 == 0 && first % 8 == 0) {
     for (; i + L <= n; i += L, out += L / 8) {
@@ -102,12 +115,16 @@ static void write_mask(const ReluLike<A>& formula, const A* u, int64_t n, int64_
   while (pending > 0) write_byte(pending < 8);
 }
 
-// All bits in the lanes whose value passed, for the values from bit `first` on.
+// a where the value from bit `first` on passed, else b.
 template <typename A>
-BN_EXT_INLINE Mask<A> read_mask(const uint8_t* mask, int64_t first) {
+BN_EXT_INLINE Vec<A> select_passed(const uint8_t* mask, int64_t first, Vec<A> a, Vec<A> b) {
   uint32_t bits;
   __builtin_memcpy(&bits, mask + first / 8, sizeof(bits));
-  return ((Mask<A>{} + int32_t(bits >> first % 8)) & lane_bits<A>()) != 0;
+  bits >>= first % 8;
+#if defined(BN_EXT_AVX512)
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_mask_blend_ps(__mmask16(bits), (__m512)b, (__m512)a);
+#endif
+  return ((Mask<A>{} + int32_t(bits)) & lane_bits<A>()) != 0 ? a : b;
 }
 
 // ---- forward ----
@@ -186,11 +203,8 @@ BN_EXT_INLINE Vec<acc_t<T>> gradient_at(const GradArguments<T>& a,
   if constexpr (kForm == GradientForm::kPlain) return g;
   if constexpr (kForm == GradientForm::kBuffered) return g * load_vector(derivatives + i);
   const ReluLike<A> formula = relu_like<A>(a.activation);
-  Mask<A> is_blocked;
-  if constexpr (kForm == GradientForm::kMasked) is_blocked = ~read_mask<A>(a.mask, offset + i);
-  if constexpr (kForm == GradientForm::kReluLike) is_blocked = formula.blocked(u_at(i, lanes));
-  const Vec<A> low = formula.slope == 0 ? Vec<A>{} : g * formula.slope;  // not inf * 0
-  return is_blocked ? low : g;
+  if constexpr (kForm == GradientForm::kReluLike) return formula.gradient(u_at(i, lanes), g);
+  if constexpr (kForm == GradientForm::kMasked) return select_passed<A>(a.mask, offset + i, g, formula.held_back(g));
 }
 
 // activation'(u + z) of the run at `offset`, into the buffer.
