@@ -100,7 +100,7 @@ if step build 150 "$python" setup.py build_ext --inplace; then
     --ignore=tests/cuda_on_cpu --junitxml="$out/tests.xml"
 
   if "$python" -c 'import pytest_benchmark' 2>/dev/null; then
-    step benchmark 110 "$python" -m benchmarks --quick --batch "${BENCH_BATCH:-64}" --json "$out/benchmark.json"
+    step benchmark 110 "$python" -m benchmarks --quick -k "not eval" --batch "${BENCH_BATCH:-64}" --json "$out/benchmark.json"
   else
     skip benchmark "pytest-benchmark is not installed"
   fi
