@@ -85,6 +85,21 @@ std::tuple<at::Tensor, at::Tensor> batch_norm_and_saved(const at::Tensor& input,
                                                         const OptionalTensor& residual,
                                                         OptionalName activation,
                                                         double activation_parameter) {
+  if (torch::jit::tracer::isTracing()) {
+    const at::Tensor y = batch_norm_from_python(input,
+                                                running_mean,
+                                                running_var,
+                                                weight,
+                                                bias,
+                                                training,
+                                                momentum,
+                                                eps,
+                                                num_batches_tracked,
+                                                residual,
+                                                activation,
+                                                activation_parameter);
+    return {y, at::Tensor()};
+  }
   return run({input,
               running_mean,
               running_var,

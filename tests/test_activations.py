@@ -82,6 +82,18 @@ def test_gradcheck_and_gradgradcheck(device: str, activation: Any, residual: boo
     assert torch.autograd.gradgradcheck(f, values)
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 2, 2), (3, 2, 2, 1, 2), (5, 2)])
+@pytest.mark.parametrize("activation", RELU_LIKE)
+def test_second_derivatives_by_way_of_a_mask(device: str, activation: str, shape: tuple[int, ...]) -> None:
+    """The bits lie in the order of memory, in channels_last too."""
+    torch.manual_seed(5)
+    x, w, b, z = arguments(True, *shape)
+    if len(shape) > 2:
+        memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+        x = x.detach().contiguous(memory_format=memory_format).requires_grad_()
+    assert torch.autograd.gradgradcheck(bound(bn_ext.batch_norm, activation, True, 2), (x, w, b, z))
+
+
 @pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vmap_input", "vmap_grad"])
 @pytest.mark.parametrize("activation", ["relu", "silu", ("leaky_relu", 0.3)])
 def test_transforms(device: str, activation: Any, transform: str) -> None:

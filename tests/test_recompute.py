@@ -340,3 +340,13 @@ def test_memory_is_given_back(device: str) -> None:
     assert reference.expired()
     value.backward()
     assert x.grad is not None
+
+
+def test_trace(device: str) -> None:
+    """torch.jit.trace within it records the operator."""
+    norm = bn_ext.BatchNorm2d(4, activation="relu", device=device).eval()
+    x = torch.randn(2, 4, 5, 5, device=device, requires_grad=True)
+    with bn_ext.recompute():
+        traced = torch.jit.trace(norm, x, check_trace=False)
+    assert "bn_ext::batch_norm" in str(traced.graph)
+    torch.testing.assert_close(traced(x + 1), norm(x + 1))
