@@ -3,7 +3,7 @@
 import copyreg
 import functools
 from collections.abc import Callable
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,14 @@ from bn_ext._operations import plain
 from bn_ext._recompute import recompute
 
 _SIMPLE = (bool, int, float, str, type(None))
+_SETTINGS = (*_SIMPLE, FunctionType, BuiltinFunctionType, type, torch.dtype, torch.memory_format)
+
+
+def _is_setting(value: object) -> bool:
+    """Whether a value that forward() may look at is compared before the code runs."""
+    if isinstance(value, tuple):
+        return all(_is_setting(part) for part in value)
+    return isinstance(value, _SETTINGS)
 
 
 class Guard(NamedTuple):
@@ -37,7 +45,7 @@ class Guard(NamedTuple):
             return False
         for name, value in self.settings:
             now = getattr(module, name, Guard)
-            if now is not value and (type(now) not in _SIMPLE or now != value):
+            if now is not value and (not _is_setting(now) or now != value):
                 return False
         return not self.children or _kinds_of_children(module) == self.children
 
@@ -103,7 +111,7 @@ _STANDARD = frozenset(vars(torch.nn.Module()))
 
 def guard_container(path: str, module: torch.nn.Module) -> Guard:
     """A guard for a module whose forward() is replaced: its children, and the settings that Python code reads."""
-    settings = {name: value for name, value in vars(module).items() if type(value) in _SIMPLE and name not in _STANDARD}
+    settings = {name: value for name, value in vars(module).items() if _is_setting(value) and name not in _STANDARD}
     return Guard(_split(path), original_class(type(module)), _kinds_of_children(module), tuple(settings.items()))
 
 

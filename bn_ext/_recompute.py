@@ -1,7 +1,9 @@
 """`recompute`: outputs of batch norms are computed again in backward, instead of being kept for it."""
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -27,66 +29,118 @@ class recompute:  # noqa: N801, as torch's context managers are named
     separate activation changes in place, or whose result is what later layers save, is kept as ever.
 
     Kept as ever, too: an output that was changed in place; a view of one; one with a residual that nobody keeps; what
-    is saved inside torch.utils.checkpoint or other saved-tensor hooks; and all within compiled code.
+    is saved inside torch.utils.checkpoint or other saved-tensor hooks, also where these are around it; and all within
+    compiled or traced code and under a TorchFunctionMode, as torch.set_default_device makes it.
 
     Uses :class:`torch.autograd.graph.saved_tensors_hooks`, and like these it holds for the thread that enters it. It
     may be entered within itself, and again after it was left.
 
     Raises:
-        RuntimeError: In backward, where the batch norm's input or residual was changed in place since.
+        RuntimeError: In backward, where a tensor that is kept was changed in place since, as ever.
     """
 
     def __init__(self) -> None:
-        self._entered: list[tuple[torch.autograd.graph.saved_tensors_hooks, _Outputs | None]] = []
+        self._entered: list[tuple[torch.autograd.graph.saved_tensors_hooks | None, _Outputs | None]] = []
 
     def __enter__(self) -> "recompute":
-        if not is_compiling():
-            outer = current()
-            _local.outputs = outer or _Outputs()
-            hooks = torch.autograd.graph.saved_tensors_hooks(_local.outputs.pack, _unpack)
-            self._entered.append((hooks, outer))
+        if is_compiling():
+            return self
+        outer, hooks = current(), None
+        if _may_hook(outer):
+            outputs = outer or _Outputs()
+            hooks = torch.autograd.graph.saved_tensors_hooks(outputs.pack, _unpack)
             hooks.__enter__()
+            _local.outputs = outputs
+        self._entered.append((hooks, outer))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not is_compiling():
-            hooks, _local.outputs = self._entered.pop()
+        if is_compiling():
+            return
+        hooks, _local.outputs = self._entered.pop()
+        if hooks is not None:
             hooks.__exit__(kind, error, traceback)
+
+
+def _may_hook(outer: "_Outputs | None") -> bool:
+    """Whether hooks can be set, and would not switch off those of somebody else, as of a checkpoint."""
+    autograd: Any = torch._C._autograd
+    if torch._C._is_tracing() or not autograd._saved_tensors_hooks_is_enabled():
+        return False
+    on_top = autograd._top_saved_tensors_default_hooks(True)
+    return on_top is None or (outer is not None and on_top[0] == outer.pack)
+
+
+class _Kept:
+    """A tensor that is kept as it is. Detached: one that holds its own graph would never be freed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+        self.version = _version(tensor)
+
+    def unchanged(self) -> Tensor:
+        """The tensor; in the place of torch's own check, which hooks switch off."""
+        version = _version(self.tensor)
+        if version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of shape {tuple(self.tensor.shape)} is at version {version}; expected version "
+                f"{self.version} instead"
+            )
+        return self.tensor
 
 
 class Recipe:
     """How one output is made again."""
 
     def __init__(
-        self, input: Tensor, residual: Tensor | None, saved: Tensor, activation: tuple[str | None, float]
+        self, input: _Kept, residual: _Kept | None, saved: Tensor, activation: tuple[str | None, float]
     ) -> None:
-        self._arguments = (input, saved, residual, *activation)
-        self._sources = [(tensor, tensor._version) for tensor in (input, residual) if tensor is not None]
+        self._input, self._residual, self._saved, self._activation = input, residual, saved, activation
         self._output: Tensor | None = None
         self._asked = 0
+        self._lock = threading.Lock()
         self.savers = 0
         """How many times it was saved: as often it is asked for in a backward pass."""
 
     def output(self) -> Tensor:
-        """The output; it is held until all who saved it have asked."""
-        if self._output is None:
-            for tensor, version in self._sources:
-                if tensor._version != version:
-                    raise RuntimeError(
-                        "one of the variables needed for gradient computation has been modified by an inplace "
-                        f"operation: bn_ext.recompute needs a batch norm's input or residual of shape "
-                        f"{tuple(tensor.shape)} as it was, at version {version}, but it is at version "
-                        f"{tensor._version}; leave it alone until backward, or compute this part outside of recompute()"
-                    )
-            with torch.no_grad():
-                self._output = torch.ops.bn_ext.batch_norm_repeat(*self._arguments)
-        output = self._output
-        self._asked += 1
-        if self._asked % self.savers == 0:
-            self._output = None
-        return output
+        """The output; it is held until all who saved it have asked, or backward is over."""
+        with self._lock:
+            output = self._output
+            if output is None:
+                output = self._output = self._repeat()
+                _after_backward(self._release)
+            self._asked += 1
+            if self._asked >= self.savers:
+                self._forget()
+            return output
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        kept = [self._input, *([] if self._residual is None else [self._residual])]
+        return [*(k.tensor for k in kept), self._saved]
+
+    def _repeat(self) -> Tensor:
+        input = self._input.unchanged()
+        residual = None if self._residual is None else self._residual.unchanged()
+        with torch.no_grad():
+            y: Tensor = torch.ops.bn_ext.batch_norm_repeat(input, self._saved, residual, *self._activation)
+        return y
+
+    def _forget(self) -> None:
+        self._output, self._asked = None, 0
+
+    def _release(self) -> None:
+        with self._lock:
+            self._forget()
+
+
+def _after_backward(call: Callable[[], None]) -> None:
+    """Call at the end of the running backward pass; not at all outside of one."""
+    with contextlib.suppress(RuntimeError):
+        torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 class _Output:
@@ -97,8 +151,8 @@ class _Output:
     ) -> None:
         self.storage = StorageWeakRef(y.untyped_storage())
         self.state = _state(y)
-        self.input = weakref.ref(input)
-        self.residual = None if residual is None else weakref.ref(residual)
+        self.input = _place(input)
+        self.residual = None if residual is None else _place(residual)
         self.saved = saved
         self.activation = activation
         self.recipe: weakref.ref[Recipe] | None = None
@@ -109,7 +163,7 @@ class _Outputs:
 
     def __init__(self) -> None:
         self._known: dict[int, _Output] = {}
-        self._kept: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._kept: weakref.WeakValueDictionary[Any, _Kept] = weakref.WeakValueDictionary()
         self._limit = 64
 
     def add(
@@ -128,8 +182,10 @@ class _Outputs:
         if recipe is not None:
             recipe.savers += 1
             return recipe
-        self._kept[id(tensor)] = tensor
-        return tensor
+        kept = _Kept(tensor)
+        if tensor.layout == torch.strided and type(tensor) is Tensor:
+            self._kept[_place(tensor)] = kept
+        return kept
 
     def _recipe(self, tensor: Tensor) -> Recipe | None:
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
@@ -146,26 +202,29 @@ class _Outputs:
 
     def _new_recipe(self, known: "_Output") -> Recipe | None:
         """None where a tensor that it needs is not kept anyway."""
-        input = self._if_kept(known.input)
-        if input is None:
-            return None
-        residual = None if known.residual is None else self._if_kept(known.residual)
-        if known.residual is not None and residual is None:
+        input = self._kept.get(known.input)
+        residual = None if known.residual is None else self._kept.get(known.residual)
+        if input is None or (known.residual is not None and residual is None):
             return None
         return Recipe(input, residual, known.saved, known.activation)
 
-    def _if_kept(self, reference: "weakref.ref[Tensor]") -> Tensor | None:
-        tensor = reference()
-        return tensor if tensor is not None and self._kept.get(id(tensor)) is tensor else None
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     """The version, and where in its storage a tensor lies."""
-    return tensor._version, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
+    return _version(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
-def _unpack(kept: Any) -> Any:
-    return kept.output() if isinstance(kept, Recipe) else kept
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Tells tensors apart while their storages live; whoever is kept keeps its storage."""
+    return tensor.untyped_storage()._cdata, *_state(tensor)
+
+
+def _unpack(kept: Any) -> Tensor:
+    return kept.output() if isinstance(kept, Recipe) else kept.unchanged()
 
 
 class _Local(threading.local):

@@ -22,6 +22,16 @@ class NotFaithfulError(Exception):
     """Why the graph of a forward() would not do all that it does."""
 
 
+class _RefusedError(NotFaithfulError):
+    """One in the middle of forward(), which may catch it: the last is remembered, so that it counts all the same."""
+
+    last = ""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        _RefusedError.last = reason
+
+
 def trace(
     module: torch.nn.Module,
     *,
@@ -49,11 +59,12 @@ def trace(
             member.training = training
         state = _State(members)
         try:
-            with torch.enable_grad(), _NoArithmetic() as arithmetic, _no_questions(), warnings.catch_warnings():
+            _RefusedError.last = ""
+            with torch.enable_grad(), _NoArithmetic(), _no_questions(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = _FaithfulTracer(inlined, [] if functions else _functions([module, *inlined])).trace(module)
-            if arithmetic.refused:
-                raise NotFaithfulError(arithmetic.refused)
+            if _RefusedError.last:
+                raise NotFaithfulError(_RefusedError.last)
         except Exception as error:
             raise NotFaithfulError(_reason(error)) from error
         finally:
@@ -170,11 +181,8 @@ def _same_items(left: Any, right: Any) -> bool:
 class _NoArithmetic(TorchDispatchMode):
     """No operation on real tensors: its result, as it is today, would become part of the graph."""
 
-    refused = ""
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.refused = f"its forward computes with other tensors than its input ({func})"
-        raise NotFaithfulError(self.refused)
+        raise _RefusedError(f"its forward computes with other tensors than its input ({func})")
 
 
 def _surroundings() -> tuple[Any, ...]:
@@ -215,13 +223,17 @@ class _FaithfulTracer(Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if _surroundings() != self._surroundings:
-            raise NotFaithfulError(_CONTEXT)
+            raise _RefusedError(_CONTEXT)
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if a is self.root:
-            raise NotFaithfulError("its forward gives itself to a function")
-        return a.node if isinstance(a, Proxy) else super().create_arg(a)
+            raise _RefusedError("its forward gives itself to a function")
+        if isinstance(a, Proxy):
+            return a.node
+        if isinstance(a, tuple | list | dict) and type(a) not in (tuple, list, dict) and not hasattr(a, "_fields"):
+            raise _RefusedError(f"its forward makes a {type(a).__name__}, which torch.fx takes for a plain one")
+        return super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
         return _Value(node, self)
@@ -259,11 +271,23 @@ class _Value(Proxy):
     def __class__(self) -> Any:
         if sys._getframe(1).f_globals.get("__name__", "").startswith(_ANSWERED):
             return type(self)
-        raise NotFaithfulError("its forward asks for the type of a value")
+        raise _RefusedError("its forward asks for the type of a value")
 
     @__class__.setter
     def __class__(self, value: Any) -> None:
         raise TypeError("a traced value keeps its class")
+
+    def __getattr__(self, name: str) -> Any:
+        """As the base class, which has all names; a Tensor has not."""
+        if not hasattr(torch.Tensor, name) and not name.startswith("__torch"):
+            raise _RefusedError(f"its forward asks a value for {name!r}")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what a graph cannot hold."""
+        if name not in ("tracer", "node"):
+            raise _RefusedError(f"its forward sets {name!r} of a value")
+        super().__setattr__(name, value)
 
 
 def _in_place_operator(name: str) -> Callable[[Proxy, Any], Proxy]:

@@ -42,10 +42,10 @@ def resolve(activation: Activation) -> tuple[str | None, float]:
         return None, 0.0
     if isinstance(activation, torch.nn.Module):
         return _of_module(activation)
-    name, *given = activation if isinstance(activation, tuple) else (activation,)
+    name, *given = activation if isinstance(activation, tuple) and activation else (activation,)
     if name is None and given:  # as this function returns it
         return None, 0.0
-    if name not in NAMES or len(given) > 1:
+    if name not in NAMES or len(given) > 1 or not all(isinstance(value, int | float) for value in given):
         raise _unknown(activation)
     if name in PARAMETERS:
         return name, float(given[0]) if given else PARAMETERS[name][1]

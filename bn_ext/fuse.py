@@ -71,7 +71,7 @@ def fuse(model: Model, *, recompute: bool = False, report: bool = False) -> Mode
     Calls :func:`convert`, then traces the forward() of each module around batch norms by torch.fx, in training and in
     evaluation. Where something can be fused, the module's class becomes a subclass of the same name whose forward()
     calls ``bn(x, y, activation="relu")``. Modules, parameters, buffers and their names stay; activation modules stay,
-    unused. :func:`revert` undoes it; a second call does nothing more; deepcopy, pickle and torch.compile work.
+    unused. :func:`revert` undoes it; a second call starts anew; deepcopy, pickle and torch.compile work.
 
     The generated code only runs where it is sure to do what the original forward() does: on positional Tensors, with
     the modules, settings and hooks that it was made for. Otherwise the original runs. Fuse again after changes.
@@ -94,7 +94,13 @@ def fuse(model: Model, *, recompute: bool = False, report: bool = False) -> Mode
         if module in fusing.containers:
             fusing.fuse(name, module)
     if recompute and fusing.containers:
-        model.__class__ = fused_class(original_class(type(model)), *forms_of(model), recomputes=True)
+        try:
+            model.__class__ = fused_class(original_class(type(model)), *forms_of(model), recomputes=True)
+        except Exception as error:
+            raise TypeError(
+                f"recompute=True needs a subclass of {type(model).__name__}, which cannot be made ({error}): use `with "
+                "bn_ext.recompute():` around the forward pass"
+            ) from error
     return (model, FuseReport(list(fusing.rows.values()))) if report else model
 
 
@@ -201,7 +207,10 @@ def _form(
     training: bool,
 ) -> Form:
     guards = [guard_container("", root)]
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for path, module in root.named_modules():
+        if isinstance(module, _CONTAINERS) and module not in inlined and not _is_within(path, called):
+            guards.append(guard_container(path, module))  # forward() may go through its children
         if module in inlined:
             guards.append(guard_container(path, module))
             inner = forms_of(module)[0 if training else 1]
@@ -217,6 +226,14 @@ def _form(
     except Exception as error:
         raise NotFaithfulError(f"its code refers to what cannot be imported: {error}") from error
     return Form(f"{imports}\n{code.src}", len(required_arguments(root)), tuple(dict.fromkeys(guards)), False)
+
+
+_CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
+
+
+def _is_within(path: str, called: set[str]) -> bool:
+    """Whether a module, or one around it, is called as a whole."""
+    return any(path == name or path.startswith(f"{name}.") for name in called)
 
 
 def _guards_of_parts(match: Match, root: torch.nn.Module) -> Iterator[Guard]:

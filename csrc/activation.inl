@@ -160,10 +160,11 @@ struct Mish {
   }
   template <typename V>
   BN_EXT_INLINE V derivative(V u) const {
-    const V e = exp_of(u > kOne ? V{} + kOne : u);
+    const V low = u > kOne ? V{} + kOne : u;
+    const V e = exp_of(low);
     const V n = e * (e + 2);
     const V inverse = 1 / (n + 2);
-    return n * inverse + u * e * (e + 1) * inverse * (4 * inverse);
+    return n * inverse + low * e * (e + 1) * inverse * (4 * inverse);
   }
 };
 

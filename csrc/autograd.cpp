@@ -48,14 +48,16 @@ void save(AutogradContext* ctx, const BatchNormArguments& args, const at::Tensor
   };
   ctx->save_for_backward({args.input,
                           args.weight.value_or(at::Tensor()),
-                          if_needed(has_activation && !has_mask, args.bias),
-                          if_needed(has_activation && !has_mask, args.residual),
+                          if_needed(saves_u(args), args.bias),
+                          if_needed(saves_u(args), args.residual),
                           saved,
                           has_mask ? mask : at::Tensor()});
   ctx->saved_data["training"] = args.training;
   ctx->saved_data["eps"] = args.eps;
   ctx->saved_data["has_bias"] = is_defined(args.bias);
   ctx->saved_data["has_residual"] = is_defined(args.residual);
+  // In whose order the mask's bits lie: saved-tensor hooks may bring input back in another one.
+  if (has_mask) ctx->saved_data["memory_format"] = static_cast<int64_t>(args.input.suggest_memory_format());
   if (has_activation) {
     ctx->saved_data["activation"] = std::string(*args.activation.name);
     ctx->saved_data["activation_parameter"] = args.activation.parameter;
@@ -74,7 +76,10 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
     name = ctx->saved_data["activation"].toStringRef();
     activation = {name, ctx->saved_data["activation_parameter"].toDouble()};
   }
-  const SavedForBackward s{saved[0],
+  const at::Tensor input =
+      saved[5].defined() ? saved[0].contiguous(static_cast<at::MemoryFormat>(ctx->saved_data["memory_format"].toInt()))
+                         : saved[0];
+  const SavedForBackward s{input,
                            saved[1],
                            saved[2],
                            saved[3],
@@ -195,6 +200,8 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
 }
 
 }  // namespace
+
+bool saves_u(const BatchNormArguments& args) { return args.activation.name.has_value() && !wants_mask(args); }
 
 ThreeTensors dispatch_forward(const BatchNormArguments& a, bool save_mask) {
   const auto& [name, parameter] = a.activation;

@@ -19,6 +19,9 @@ c10::TypedOperatorHandle<Signature> operator_handle(const char* name) {
 // The forward pass of the mode that `args` asks for; see batch_norm.h.
 ThreeTensors dispatch_forward(const BatchNormArguments& args, bool save_mask);
 
+// Whether backward needs what is before the activation, u + z, and so bias and residual: not where a mask tells all.
+bool saves_u(const BatchNormArguments& args);
+
 // y, with its backward pass, and what batch_norm_repeat needs to compute it again.
 std::tuple<at::Tensor, at::Tensor> differentiable_batch_norm(const BatchNormArguments& args);
 

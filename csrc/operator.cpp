@@ -34,8 +34,10 @@ std::tuple<at::Tensor, at::Tensor> run(const BatchNormArguments& a) {
       (a.input.requires_grad() || requires_grad(a.weight) || requires_grad(a.bias) || requires_grad(a.residual))) {
     check_can_be_saved(a.input, "input");
     check_can_be_saved(a.weight, "weight");
-    check_can_be_saved(a.bias, "bias");
-    check_can_be_saved(a.residual, "residual");
+    if (saves_u(a)) {
+      check_can_be_saved(a.bias, "bias");
+      check_can_be_saved(a.residual, "residual");
+    }
     result = differentiable_batch_norm(a);
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -138,6 +138,22 @@ def test_kinks_as_torch(device: str, activation: Any, residual: bool) -> None:
     torch.testing.assert_close(ours, dz if residual else dz.sum(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_values(device: str, activation: Any, dtype: torch.dtype) -> None:
+    """Far from zero: neither inf nor NaN comes of it, nor a small value that should be none."""
+    u = torch.tensor([-1e18, -1e9, -800.0, -100.0, -90.0, 90.0, 100.0, 800.0, 1e9, 1e18], dtype=dtype, device=device)
+    bias = u.clone().requires_grad_()
+    x, one, zero = torch.ones(2, len(u), dtype=dtype, device=device), torch.ones_like(u), torch.zeros_like(u)
+    y = bn_ext.batch_norm(x, one, one, zero, bias, activation=activation)
+    exact = u.double().clone().requires_grad_()
+    expected = apply(exact, activation)
+    limit = 1e-30 if dtype == torch.float32 else 1e-290
+    torch.testing.assert_close(y[0].double(), expected, rtol=1e-6, atol=limit)
+    (ours,), (theirs,) = grad(y[0].sum(), bias), grad(expected.sum(), exact)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=limit)
+
+
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_of_what_does_not_pass_are_zero(device: str, training: bool, residual: bool) -> None:

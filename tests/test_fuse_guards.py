@@ -10,6 +10,7 @@ from helpers.fusing import (
     BOTH,
     FUSED,
     INNER_ONLY,
+    RELU,
     SEPARATE,
     Scaled,
     Small,
@@ -131,3 +132,37 @@ def test_two_forms() -> None:
     assert seen_of(fused.eval(), x_of()) == FUSED
     stock.load_state_dict(fused.state_dict())
     assert_same(fused, stock, (x_of(),), modes=(True, False))
+
+
+class Listed(nn.Module):
+    """Forward looks at a function, at a tuple, and at the children of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3, dtype=torch.float64)
+        self.after = F.relu
+        self.factors = (1.0, 2.0)
+        self.layers = nn.ModuleList([nn.Tanh()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.after(self.bn(x)) * self.factors[1]
+        for layer in self.layers:
+            y = layer(y)
+        return y
+
+
+@pytest.mark.parametrize("change", ["function", "tuple", "list"])
+def test_what_forward_looks_at_may_change(change: str) -> None:
+    fused, stock, told = fused_and_stock(Listed())
+    assert told == [RELU]
+    assert seen_of(fused, x_of()) == FUSED
+    for model in (fused, stock):
+        if change == "function":
+            model.after = torch.tanh
+        elif change == "tuple":
+            model.factors = (1.0, 3.0)
+        else:
+            model.layers.append(nn.Sigmoid())
+    assert seen_of(fused, x_of()) == SEPARATE
+    stock.load_state_dict(fused.state_dict())
+    assert_same(fused, stock, (x_of(),))

@@ -1,6 +1,7 @@
 """bn_ext.fuse: forwards that a graph does not tell all about are left alone."""
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,34 @@ UNFAITHFUL: dict[str, tuple[Callable[..., Any], str]] = {
     "type": (
         lambda self, x: self.act(self.bn(x)) if isinstance(x.chunk(2), tuple) else x,
         "its forward asks for the type of a value",
+    ),
+}
+
+
+def catching(self: Small, x: Tensor) -> Tensor:
+    try:
+        n = 1 if isinstance(x.chunk(2), tuple) else 2
+    except Exception:
+        n = 100
+    return self.act(self.bn(x)) * n
+
+
+def setting_data(self: Small, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    y.data = y.data + 1
+    return self.act(y)
+
+
+UNFAITHFUL |= {
+    "caught": (catching, "its forward asks for the type of a value"),
+    "data": (setting_data, "its forward sets 'data' of a value"),
+    "attribute of a value": (
+        lambda self, x: self.act(self.bn(x)) if getattr(x, "mask", None) is None else x,
+        "its forward asks a value for 'mask'",
+    ),
+    "ordered dictionary": (
+        lambda self, x: OrderedDict(out=self.act(self.bn(x))),
+        "its forward makes a OrderedDict, which torch.fx takes for a plain one",
     ),
 }
 LIST: list[int] = []

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -100,9 +101,9 @@ def kept_bytes(model: nn.Module, x: Tensor, context: Callable[[], Any]) -> int:
 
         def note(tensor: Tensor) -> Any:
             packed = pack(tensor)
-            for part in packed._arguments if isinstance(packed, bn_ext._recompute.Recipe) else [packed]:
-                if isinstance(part, Tensor):
-                    count(part)
+            is_recipe = isinstance(packed, bn_ext._recompute.Recipe)
+            for part in packed.tensors() if is_recipe else [getattr(packed, "tensor", packed)]:
+                count(part)
             return packed
 
         with torch.autograd.graph.saved_tensors_hooks(note, unpack):
@@ -350,3 +351,85 @@ def test_trace(device: str) -> None:
         traced = torch.jit.trace(norm, x, check_trace=False)
     assert "bn_ext::batch_norm" in str(traced.graph)
     torch.testing.assert_close(traced(x + 1), norm(x + 1))
+
+
+def test_hooks_may_change_the_layout(device: str) -> None:
+    """As torch's own save_on_cpu(pin_memory=True): the bits of a mask lie in the order that the input had."""
+    for layout in (torch.channels_last, torch.contiguous_format):
+        x, z, dy = (normal(2, 6, 5, 7, dtype=torch.float32).contiguous(memory_format=layout) for _ in range(3))
+        for activation in ("relu", ("leaky_relu", 0.2), "silu"):
+            results = []
+            for pack in (lambda t: t, lambda t: t.contiguous()):
+                leaves = leaf(x), leaf(z)
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    y = bn_ext.batch_norm(
+                        leaves[0], None, None, training=True, activation=activation, residual=leaves[1]
+                    )
+                results.append(grad(y, leaves, dy))
+            torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("keeps_its_output", [torch.relu, torch.sigmoid, lambda x: x.log_softmax(1)])
+def test_graphs_without_backward_are_freed(device: str, keeps_its_output: Callable[[Tensor], Tensor]) -> None:
+    norm = bn_ext.BatchNorm2d(4, activation="relu", device=device)
+    x = leaf(normal(2, 4, 5, 5, dtype=torch.float32))
+    with bn_ext.recompute():
+        y = keeps_its_output(norm(x * 2))
+    reference = torch.multiprocessing.reductions.StorageWeakRef(y.untyped_storage())
+    del y
+    assert reference.expired()
+
+
+def test_changes_in_place_are_noticed_as_ever(device: str) -> None:
+    """Also those of tensors that are no batch norm's."""
+    w = torch.ones(3, device=device, requires_grad=True)
+    with bn_ext.recompute():
+        y = w.exp()
+        value = (y * 3).sum()
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: .* is at version 1; expected version 0"):
+        value.backward()
+
+
+def test_inside_a_checkpoint_that_is_in_charge(device: str) -> None:
+    """Hooks within a checkpoint's would switch it off: then nothing would be freed."""
+    model, x = network(device=device), leaf(normal(2, 3, 12, 12, dtype=torch.float32))
+
+    def inside(x: Tensor) -> Tensor:
+        with bn_ext.recompute():
+            return model(x)
+
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    loss(checkpoint(inside, x, use_reentrant=False)).backward()
+    assert len(calls) == 2
+
+
+def test_where_hooks_are_disabled(device: str) -> None:
+    norm = bn_ext.BatchNorm2d(4, activation="relu", device=device)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"), bn_ext.recompute():
+        norm(torch.randn(2, 4, 5, 5, device=device))
+    assert bn_ext._recompute.current() is None
+    torch.func.grad(lambda x: inside_recompute(norm, x).sum())(torch.randn(2, 4, 5, 5, device=device))
+    assert bn_ext._recompute.current() is None
+
+
+def inside_recompute(norm: nn.Module, x: Tensor) -> Tensor:
+    with bn_ext.recompute():
+        return norm.eval()(x)
+
+
+def test_partial_backward_holds_nothing(device: str) -> None:
+    """An output that only some ask for is not held until the graph is freed."""
+    norm = bn_ext.BatchNorm2d(4, activation="relu", device=device)
+    convs = [nn.Conv2d(4, 4, 1, device=device) for _ in range(2)]
+    x = leaf(normal(2, 4, 5, 5, dtype=torch.float32))
+    with bn_ext.recompute():
+        y = norm(x * 2)
+        values = [loss(conv(y)) for conv in convs]
+    del y
+    recipes = [r for r in gc.get_objects() if type(r) is bn_ext._recompute.Recipe and r.savers == 2]
+    (gradient,) = grad(values[0], convs[0].weight, retain_graph=True)
+    assert len(recipes) == 1
+    assert recipes[0]._output is None
+    assert torch.equal(grad(values[0], convs[0].weight)[0], gradient)

@@ -1,5 +1,5 @@
-// Functions of vectors that the activations need, to a few units in the last place, and inexact only where results are
-// next to nothing: exp never gives less than the smallest normal number, nor inf.
+// Functions of vectors that the activations need, to a few units in the last place; exp gives 0 for less than the
+// smallest normal number, and inf a little before the greatest.
 #include "vector.inl"
 
 template <typename A>
@@ -66,7 +66,8 @@ BN_EXT_INLINE ExpParts<A> exp_parts(Vec<A> x) {
 template <typename A>
 BN_EXT_INLINE Vec<A> exp_of_vector(Vec<A> x) {
   const ExpParts<A> e = exp_parts<A>(x);
-  return e.power + e.power * e.rest;
+  const Vec<A> low = x < ExpConstants<A>::kLowest ? Vec<A>{} : e.power + e.power * e.rest;
+  return x > ExpConstants<A>::kHighest ? broadcast(A(__builtin_inf())) : low;
 }
 template <typename A>
 BN_EXT_INLINE Vec<A> expm1_of_vector(Vec<A> x) {
