@@ -180,6 +180,26 @@ def test_every_instruction_set_is_right(name: str) -> None:
     assert "16 of 16 within tolerance" in result.stdout, result.stdout + result.stderr
 
 
+ACTIVATIONS = """
+import bn_ext
+from bn_ext import testing
+from bn_ext.activations import NAMES
+for seed, name in enumerate([None, *NAMES]):
+    for shape in ((5, 3, 7, 9), (3, 16, 14, 14), (33, 5)):
+        for residual in (True, False):
+            for dtype in testing.TOLERANCE:
+                case = testing.Case(shape, dtype, activation=name, residual=residual, seed=seed)
+                assert max(testing.check(bn_ext.batch_norm, case).values()) <= 1, case
+print("right", bn_ext.build_info().instruction_set)
+"""
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_activations_of_every_instruction_set(name: str) -> None:
+    result = run_python(ACTIVATIONS, BN_EXT_CPU_CAPABILITY=name)
+    assert result.stdout.split() == ["right", name], result.stderr
+
+
 @pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("shape", [(32, 64, 30, 30), (64, 3, 50, 50), (16, 600, 7, 7), (4, 2, 300, 300)])
 def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(
@@ -197,6 +217,8 @@ def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(
             mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
             y = bn_ext.batch_norm(x, mean, var, weight, None, training=True)
             runs.append([y.detach(), mean, var, *torch.autograd.grad(y, (x, weight), dy)])
+            y = bn_ext.batch_norm(x, None, None, weight, training=True, activation="relu", residual=dy)
+            runs[-1] += [y.detach(), *torch.autograd.grad(y, (x, weight), dy)]
     finally:
         torch.set_num_threads(threads)
     for other in runs[1:]:

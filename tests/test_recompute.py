@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -433,3 +434,18 @@ def test_partial_backward_holds_nothing(device: str) -> None:
     assert len(recipes) == 1
     assert recipes[0]._output is None
     assert torch.equal(grad(values[0], convs[0].weight)[0], gradient)
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    """With one process: its hooks and buckets are those of many."""
+    model, x = network(), normal(2, 3, 12, 12, dtype=torch.float32)
+    expected = grad(loss(model(x)), [*model.parameters()])
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(bn_ext.fuse(copy.deepcopy(model), recompute=True))
+        with Repeats() as repeats:
+            loss(parallel(x)).backward()
+        assert repeats.count == 6
+        assert_bit_equal([p.grad for p in parallel.parameters()], list(expected))
+    finally:
+        torch.distributed.destroy_process_group()

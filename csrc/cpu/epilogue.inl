@@ -79,13 +79,6 @@ static void write_mask(const ReluLike<A>& formula, const A* u, int64_t n, int64_
   constexpr int64_t L = kLanes<A>;
   uint8_t* out = mask + first / 8;
   const auto passed_at = [&](int64_t i) BN_EXT_LAMBDA { return passed_bits(formula, load_vector(u + i)); };
-  int64_t i = 0;
-  if (L % 8 == 0 && first % 8 == 0) {
-    for (; i + L <= n; i += L, out += L / 8) {
-      const uint32_t passed = passed_at(i);
-      __builtin_memcpy(out, &passed, L / 8);
-    }
-  }
   uint64_t bits = 0;
   int pending = int(first % 8);
   bool is_shared = pending > 0;
@@ -100,7 +93,7 @@ static void write_mask(const ReluLike<A>& formula, const A* u, int64_t n, int64_
     pending -= 8;
     ++out;
   };
-  for (; i < n; i += L) {
+  for (int64_t i = 0; i < n; i += L) {
     const int count = int(smaller(L, n - i));
     bits |= uint64_t(passed_at(i) & ((1u << count) - 1)) << pending;
     pending += count;
@@ -156,14 +149,29 @@ BN_EXT_INLINE void apply_run(
   const T* z = a.z + (kHasResidual ? offset : 0);
   T* y = a.y + offset;
   const ReluLike<A> formula = relu_like<A>(a.activation);
+  constexpr int64_t L = kLanes<A>;
+  // Where the run's bits begin a byte, whole vectors leave theirs at once.
+  uint8_t* whole_bytes = nullptr;
+  if (kForm == ApplyForm::kMasked && L % 8 == 0 && offset % 8 == 0) whole_bytes = a.mask + offset / 8;
   for_each_vector<A>(n, [=, &b](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
     Vec<A> u = u_at(i, lanes);
     if constexpr (kHasResidual) u += load(z + i, lanes);
-    if constexpr (kForm == ApplyForm::kMasked || kForm == ApplyForm::kBuffered) store_vector(b.u + i, u);
+    if constexpr (kForm == ApplyForm::kBuffered) store_vector(b.u + i, u);
+    if constexpr (kForm == ApplyForm::kMasked) {
+      if (whole_bytes != nullptr && std::is_same_v<decltype(lanes), const AllLanes&>) {
+        const uint32_t passed = passed_bits(formula, u);
+        __builtin_memcpy(whole_bytes + i / 8, &passed, L / 8);
+      } else {
+        store_vector(b.u + i, u);
+      }
+    }
     if constexpr (kForm == ApplyForm::kReluLike || kForm == ApplyForm::kMasked) u = formula.value(u);
     if constexpr (kForm != ApplyForm::kBuffered) store(y + i, u, lanes);
   });
-  if constexpr (kForm == ApplyForm::kMasked) write_mask(formula, b.u, n, offset, a.mask);
+  if constexpr (kForm == ApplyForm::kMasked) {
+    const int64_t done = whole_bytes == nullptr ? 0 : n / L * L;
+    write_mask(formula, b.u + done, n - done, offset + done, a.mask);
+  }
   if constexpr (kForm == ApplyForm::kBuffered) {
     activate(a.activation, n, b.u);
     for_each_vector<A>(
