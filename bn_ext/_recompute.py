@@ -192,7 +192,7 @@ class _Outputs:
             return None
         # While a weak reference is held, no other storage has its address.
         known = self._known.get(tensor.untyped_storage()._cdata)
-        if known is None or known.storage.expired() or _state(tensor) != known.state:
+        if known is None or _state(tensor) != known.state:
             return None
         recipe = None if known.recipe is None else known.recipe()
         if recipe is None:
