@@ -225,7 +225,7 @@ ThreeTensors dispatch_forward(const BatchNormArguments& a, bool save_mask) {
       a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.residual, a.eps, name, parameter, save_mask);
 }
 
-std::tuple<at::Tensor, at::Tensor> differentiable_batch_norm(const BatchNormArguments& a) {
+TensorAndSaved differentiable_batch_norm(const BatchNormArguments& a) {
   const variable_list result = BatchNormFunction::apply(a.input,
                                                         a.weight,
                                                         a.bias,

@@ -22,7 +22,7 @@ ThreeTensors dispatch_forward(const BatchNormArguments& args, bool save_mask);
 // Whether backward needs what is before the activation, u + z, and so bias and residual: not where a mask tells all.
 bool saves_u(const BatchNormArguments& args);
 
-// y, with its backward pass, and what batch_norm_repeat needs to compute it again.
-std::tuple<at::Tensor, at::Tensor> differentiable_batch_norm(const BatchNormArguments& args);
+// y, with its backward pass.
+TensorAndSaved differentiable_batch_norm(const BatchNormArguments& args);
 
 }  // namespace bn_ext

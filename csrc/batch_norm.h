@@ -12,6 +12,8 @@ namespace bn_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalName = std::optional<std::string_view>;
+// y, and what batch_norm_repeat needs to compute it again; undefined where it cannot.
+using TensorAndSaved = std::tuple<at::Tensor, at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 

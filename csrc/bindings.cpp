@@ -59,7 +59,7 @@ void define(py::module_& m, const char* name, Function function) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  define(m, "batch_norm", bn_ext::batch_norm_from_python);
-  define(m, "batch_norm_and_saved", bn_ext::batch_norm_and_saved);
+  define(m, "batch_norm", bn_ext::batch_norm_from_python<at::Tensor>);
+  define(m, "batch_norm_and_saved", bn_ext::batch_norm_from_python<bn_ext::TensorAndSaved>);
   m.def("instruction_set", &bn_ext::cpu::instruction_set);
 }

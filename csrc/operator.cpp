@@ -5,6 +5,8 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
 
+#include <type_traits>
+
 #include "autograd.h"
 #include "checks.h"
 #include "composed.h"
@@ -22,14 +24,14 @@ void count_as_changed(const OptionalTensor& tensor) {
 }
 
 // y, and what batch_norm_repeat needs to compute it again, where that is at hand.
-std::tuple<at::Tensor, at::Tensor> run(const BatchNormArguments& a) {
+TensorAndSaved run(const BatchNormArguments& a) {
   check_arguments(a);
   if (needs_composed(a)) return {composed_batch_norm(a), at::Tensor()};
   if (at::GradMode::is_enabled()) {
     check_not_differentiable(a.running_mean, "running_mean");
     check_not_differentiable(a.running_var, "running_var");
   }
-  std::tuple<at::Tensor, at::Tensor> result;
+  TensorAndSaved result;
   if (at::GradMode::is_enabled() &&
       (a.input.requires_grad() || requires_grad(a.weight) || requires_grad(a.bias) || requires_grad(a.residual))) {
     check_can_be_saved(a.input, "input");
@@ -75,87 +77,56 @@ at::Tensor batch_norm(const at::Tensor& input,
                           {activation, activation_parameter}}));
 }
 
-std::tuple<at::Tensor, at::Tensor> batch_norm_and_saved(const at::Tensor& input,
-                                                        const OptionalTensor& running_mean,
-                                                        const OptionalTensor& running_var,
-                                                        const OptionalTensor& weight,
-                                                        const OptionalTensor& bias,
-                                                        bool training,
-                                                        std::optional<double> momentum,
-                                                        double eps,
-                                                        const OptionalTensor& num_batches_tracked,
-                                                        const OptionalTensor& residual,
-                                                        OptionalName activation,
-                                                        double activation_parameter) {
-  if (torch::jit::tracer::isTracing()) {
-    const at::Tensor y = batch_norm_from_python(input,
-                                                running_mean,
-                                                running_var,
-                                                weight,
-                                                bias,
-                                                training,
-                                                momentum,
-                                                eps,
-                                                num_batches_tracked,
-                                                residual,
-                                                activation,
-                                                activation_parameter);
-    return {y, at::Tensor()};
+template <typename Result>
+Result batch_norm_from_python(const at::Tensor& input,
+                              const OptionalTensor& running_mean,
+                              const OptionalTensor& running_var,
+                              const OptionalTensor& weight,
+                              const OptionalTensor& bias,
+                              bool training,
+                              std::optional<double> momentum,
+                              double eps,
+                              const OptionalTensor& num_batches_tracked,
+                              const OptionalTensor& residual,
+                              OptionalName activation,
+                              double activation_parameter) {
+  TensorAndSaved result;
+  if (torch::jit::tracer::isTracing()) {  // it records what the dispatcher sees
+    static const auto op = operator_handle<decltype(batch_norm)>("bn_ext::batch_norm");
+    std::get<0>(result) = op.call(input,
+                                  running_mean,
+                                  running_var,
+                                  weight,
+                                  bias,
+                                  training,
+                                  momentum,
+                                  eps,
+                                  num_batches_tracked,
+                                  residual,
+                                  activation,
+                                  activation_parameter);
+  } else {
+    result = run({input,
+                  running_mean,
+                  running_var,
+                  weight,
+                  bias,
+                  training,
+                  momentum,
+                  eps,
+                  num_batches_tracked,
+                  residual,
+                  {activation, activation_parameter}});
   }
-  return run({input,
-              running_mean,
-              running_var,
-              weight,
-              bias,
-              training,
-              momentum,
-              eps,
-              num_batches_tracked,
-              residual,
-              {activation, activation_parameter}});
+  if constexpr (std::is_same_v<Result, at::Tensor>) {
+    return std::get<0>(result);
+  } else {
+    return result;
+  }
 }
 
-at::Tensor batch_norm_from_python(const at::Tensor& input,
-                                  const OptionalTensor& running_mean,
-                                  const OptionalTensor& running_var,
-                                  const OptionalTensor& weight,
-                                  const OptionalTensor& bias,
-                                  bool training,
-                                  std::optional<double> momentum,
-                                  double eps,
-                                  const OptionalTensor& num_batches_tracked,
-                                  const OptionalTensor& residual,
-                                  OptionalName activation,
-                                  double activation_parameter) {
-  if (!torch::jit::tracer::isTracing()) {
-    return batch_norm(input,
-                      running_mean,
-                      running_var,
-                      weight,
-                      bias,
-                      training,
-                      momentum,
-                      eps,
-                      num_batches_tracked,
-                      residual,
-                      activation,
-                      activation_parameter);
-  }
-  // The tracer records what the dispatcher sees.
-  static const auto op = operator_handle<decltype(batch_norm)>("bn_ext::batch_norm");
-  return op.call(input,
-                 running_mean,
-                 running_var,
-                 weight,
-                 bias,
-                 training,
-                 momentum,
-                 eps,
-                 num_batches_tracked,
-                 residual,
-                 activation,
-                 activation_parameter);
-}
+template decltype(batch_norm_from_python<at::Tensor>) batch_norm_from_python<at::Tensor>;
+template decltype(batch_norm_from_python<TensorAndSaved>) batch_norm_from_python<TensorAndSaved>;
 
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) { m.impl("batch_norm", &batch_norm); }
 

@@ -24,32 +24,19 @@ at::Tensor batch_norm(const at::Tensor& input,
                       OptionalName activation,
                       double activation_parameter);
 
-// The same for calls from Python that do not come through the dispatcher.
-at::Tensor batch_norm_from_python(const at::Tensor& input,
-                                  const OptionalTensor& running_mean,
-                                  const OptionalTensor& running_var,
-                                  const OptionalTensor& weight,
-                                  const OptionalTensor& bias,
-                                  bool training,
-                                  std::optional<double> momentum,
-                                  double eps,
-                                  const OptionalTensor& num_batches_tracked,
-                                  const OptionalTensor& residual,
-                                  OptionalName activation,
-                                  double activation_parameter);
-
-// The same, and what batch_norm_repeat needs to compute y again; undefined where it cannot.
-std::tuple<at::Tensor, at::Tensor> batch_norm_and_saved(const at::Tensor& input,
-                                                        const OptionalTensor& running_mean,
-                                                        const OptionalTensor& running_var,
-                                                        const OptionalTensor& weight,
-                                                        const OptionalTensor& bias,
-                                                        bool training,
-                                                        std::optional<double> momentum,
-                                                        double eps,
-                                                        const OptionalTensor& num_batches_tracked,
-                                                        const OptionalTensor& residual,
-                                                        OptionalName activation,
-                                                        double activation_parameter);
+// The same for calls from Python that do not come through the dispatcher. Result: at::Tensor, or TensorAndSaved.
+template <typename Result>
+Result batch_norm_from_python(const at::Tensor& input,
+                              const OptionalTensor& running_mean,
+                              const OptionalTensor& running_var,
+                              const OptionalTensor& weight,
+                              const OptionalTensor& bias,
+                              bool training,
+                              std::optional<double> momentum,
+                              double eps,
+                              const OptionalTensor& num_batches_tracked,
+                              const OptionalTensor& residual,
+                              OptionalName activation,
+                              double activation_parameter);
 
 }  // namespace bn_ext

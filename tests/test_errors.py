@@ -241,6 +241,10 @@ def test_inner_backward(device: str, changes: dict[str, Any], words: str) -> Non
             {"residual": X.bfloat16()},
             r"residual must have the dtype and device of input \(Float, DEVICE\), got BFloat16",
         ),
+        (
+            {"residual": torch.empty_like(X, device="meta")},
+            r"residual must have the dtype and device of input \(Float, DEVICE\), got Float, meta",
+        ),
         ({"residual": 3}, "argument 'residual' must be Tensor, not int"),
         ({"activation": "foo"}, "activation must be None, one of relu, .* got 'foo'"),
         ({"activation": nn.Softmax(1)}, "activation must be .* got 'torch.nn.modules.activation.Softmax'"),

@@ -110,7 +110,8 @@ def fused_and_stock(model: nn.Module) -> tuple[nn.Module, nn.Module, list[str]]:
     return fused, stock, [row.reason or row.what for row in report.rows]
 
 
-RELU, ADD_RELU = "batch_norm + relu", "batch_norm + add + relu"
+RELU, ADD, ADD_RELU = "batch_norm + relu", "batch_norm + add", "batch_norm + add + relu"
+UNUSED = "no traced forward calls it"
 FUSED, SEPARATE = [("relu", False)], [(None, False)]
 
 
@@ -180,3 +181,13 @@ def outer() -> tuple[nn.Module, nn.Module]:
     assert seen_of(fused, x_of()) == BOTH
     stock.load_state_dict(fused.state_dict())
     return fused, stock
+
+
+def check(
+    body: Callable[..., Any], expected: list[str], activation: nn.Module | None = None, **others: Any
+) -> nn.Module:
+    """Fuse a Block: the report says what is expected, and it does what it did."""
+    fused, stock, told = fused_and_stock(Block(body, activation))
+    assert told == expected
+    assert_same(fused, stock, inputs(), **others)
+    return fused
