@@ -60,8 +60,7 @@ class Gradient {
       if (reads_z()) u += row.z[i];
       if constexpr (kVariant == Variant::kReluLike) {
         const bool passed = p_.mask != nullptr ? row.passed >> i & 1 : !formula.blocked(u);
-        const A low = formula.slope == 0 ? 0 : dy * formula.slope;  // not inf * 0
-        return passed ? dy : low;
+        return passed ? dy : formula.held_back(dy);
       } else {
         return dy * formula.derivative(u);
       }
