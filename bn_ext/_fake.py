@@ -33,6 +33,8 @@ def _forward(
     activation: str | None = None,
     activation_parameter: float = 0.0,
     save_mask: bool = False,
+    skip_nonfinite: bool = False,
+    skip_recomputed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like(input), _saved(input), _mask(input, save_mask)
 

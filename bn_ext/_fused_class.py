@@ -155,16 +155,16 @@ def _fused_class(original: Any, training: Form | None, evaluation: Form | None, 
     run_training = training.compile() if training is not None else None
     run_evaluation = run_training if training == evaluation else evaluation and evaluation.compile()
 
-    @functools.wraps(original.forward)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         form, run = (training, run_training) if self.training else (evaluation, run_evaluation)
         if form is None or run is None or kwargs or not form.holds(self, args):
             return original.forward(self, *args, **kwargs)
         return run(self, *args)
 
-    @functools.wraps(original.forward)
+    within = recompute
+
     def recomputing_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with recompute():
+        with within():
             return forward(self, *args, **kwargs)
 
     def reduce(self: torch.nn.Module, protocol: Any) -> Any:
@@ -182,11 +182,20 @@ def _fused_class(original: Any, training: Form | None, evaluation: Form | None, 
             **{name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")},
             "_bn_ext_original": original,
             "_bn_ext_forms": (training, evaluation),
-            "forward": recomputing_forward if recomputes else forward,
+            "forward": _in_the_place_of(original.forward, recomputing_forward if recomputes else forward),
             "__reduce_ex__": reduce,
         },
     )
     return kind
+
+
+def _in_the_place_of(original: FunctionType, function: Any) -> Any:
+    """A function that needs no global names, with those of the original.
+
+    torch.jit.script compiles the source of what is wrapped, the original, and looks its names up here.
+    """
+    same = FunctionType(function.__code__, original.__globals__, closure=function.__closure__)
+    return functools.wraps(original)(same)
 
 
 def _new(

@@ -6,7 +6,15 @@ from typing import TypeVar
 import torch
 
 from bn_ext._fused_class import restore_class
-from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from bn_ext.modules import (
+    OPTIONS,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -21,7 +29,7 @@ _FUSED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 
 
-def convert(model: Model) -> Model:
+def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed: bool | None = None) -> Model:
     """Make every torch.nn.BatchNorm1d, 2d and 3d in a model this package's, in place; lazy ones too.
 
     The modules stay the same objects, of another class: parameters, buffers, hooks, training flag, device,
@@ -32,17 +40,24 @@ def convert(model: Model) -> Model:
 
     Args:
         model: Any module, or a batch norm itself.
+        skip_nonfinite: Set this attribute of all this package's batch norms in the model: whether a channel keeps its
+            running statistics where a batch would make them inf or NaN. None: leave it as it is, False at first.
+        skip_recomputed: The same; whether a forward pass that torch.utils.checkpoint runs again is not counted again.
 
     Returns:
         `model`.
     """
     _require_module(model)
+    options = {"skip_nonfinite": skip_nonfinite, "skip_recomputed": skip_recomputed}
+    given = {name: value for name, value in options.items() if value is not None}
     left_alone = []
     for name, module in model.named_modules():
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
         elif isinstance(module, tuple(_FUSED)) and type(module) not in _STOCK:
             left_alone.append(f"{name or 'the model'} ({type(module).__module__}.{type(module).__qualname__})")
+        if isinstance(module, tuple(_STOCK)):
+            vars(module).update(given)
     if left_alone:
         warnings.warn(
             "bn_ext.convert left these alone, subclasses of torch.nn's batch norms that may behave differently: "
@@ -78,6 +93,8 @@ def revert(model: Model) -> Model:
         restore_class(module)
     for module in ours.values():
         module.__class__ = _STOCK[type(module)]
+        for name in OPTIONS:
+            vars(module).pop(name, None)
     return model
 
 

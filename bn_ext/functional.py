@@ -1,6 +1,6 @@
 """The operator as a function: `batch_norm`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,7 +25,24 @@ if _extension.module is not None:
     _direct = _extension.module.batch_norm
     _direct_and_saved = _extension.module.batch_norm_and_saved
 
-_TENSORS = ("input", "running_mean", "running_var", "weight", "bias", "num_batches_tracked", "residual")
+# The operator's arguments in its order: what each must be, and whether it may be None.
+_KINDS: dict[str, tuple[type, bool]] = {
+    "input": (Tensor, False),
+    "running_mean": (Tensor, True),
+    "running_var": (Tensor, True),
+    "weight": (Tensor, True),
+    "bias": (Tensor, True),
+    "training": (bool, False),
+    "momentum": (float, True),
+    "eps": (float, False),
+    "num_batches_tracked": (Tensor, True),
+    "residual": (Tensor, True),
+    "activation": (str, True),
+    "activation_parameter": (float, False),
+    "skip_nonfinite": (bool, False),
+    "skip_recomputed": (bool, False),
+}
+_NAMED = list(_KINDS)[8:]
 
 
 def batch_norm(
@@ -41,6 +58,8 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     activation: Activation = None,
     residual: Tensor | None = None,
+    skip_nonfinite: bool = False,
+    skip_recomputed: bool = False,
 ) -> Tensor:
     """Normalise each channel of a batch; a drop-in for :func:`torch.nn.functional.batch_norm`.
 
@@ -71,8 +90,13 @@ def batch_norm(
             "gelu_tanh", "hardswish", "sigmoid", "tanh", "mish", a pair of a name and its parameter, as
             ("leaky_relu", 0.2), or a module of one of these kinds, as torch.nn.LeakyReLU(0.2).
         residual: Added before the activation: shape, dtype and device of input, any strides; or None.
+        skip_nonfinite: A channel keeps its running statistics where this batch would make one of them inf or NaN
+            (torch.nn's stay so for good). The output is what it is, and the batch is counted.
+        skip_recomputed: Within a backward pass, as where torch.utils.checkpoint runs a forward pass again, nothing is
+            updated or counted: each batch counts once.
 
-    The (C,) vectors share one dtype: that of input, or float32 beside a float16 or bfloat16 input.
+    The (C,) vectors share one dtype: that of input, or float32 beside a float16 or bfloat16 input; weight and bias may
+    have input's beside float32 statistics, as under FSDP's mixed precision, and are computed with in float32.
 
     Returns:
         A new tensor like input, in its memory format (contiguous, channels_last or channels_last_3d); contiguous
@@ -95,39 +119,27 @@ def batch_norm(
     Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), with torch's conventions.
     """
     name, parameter = (None, 0.0) if activation is None else resolve(activation)
-    arguments = (input, running_mean, running_var, weight, bias)
-    if is_compiling() or has_torch_function_variadic(*arguments, residual):
+    positional = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+    named = (num_batches_tracked, residual, name, parameter, skip_nonfinite, skip_recomputed)
+    if is_compiling() or has_torch_function_variadic(*positional[:5], residual):
         through_dispatcher: Callable[..., Tensor] = torch.ops.bn_ext.batch_norm
-        return through_dispatcher(
-            *(*arguments, training, momentum, eps),
-            num_batches_tracked=num_batches_tracked,
-            residual=residual,
-            activation=name,
-            activation_parameter=parameter,
-        )
+        return through_dispatcher(*positional, **dict(zip(_NAMED, named, strict=True)))
     outputs = _recompute.current()
     try:
         if outputs is None:
-            return _direct(*arguments, training, momentum, eps, num_batches_tracked, residual, name, parameter)
-        y, saved = _direct_and_saved(
-            *(*arguments, training, momentum, eps, num_batches_tracked, residual, name, parameter)
-        )
+            return _direct(*positional, *named)
+        y, saved = _direct_and_saved(*positional, *named)
         if saved is not None and y.requires_grad:
             outputs.add(y, input, residual, saved, (name, parameter))
         return y
     except TypeError as error:
-        tensors = dict(zip(_TENSORS, (*arguments, num_batches_tracked, residual), strict=True))
-        raise (_type_error(tensors, training, momentum, eps) or error) from None
+        raise (_type_error((*positional, *named)) or error) from None
 
 
-def _type_error(tensors: Mapping[str, object], training: object, momentum: object, eps: object) -> TypeError | None:
+def _type_error(arguments: tuple[object, ...]) -> TypeError | None:
     """The sentence for an argument of a wrong type, in torch's words; None if there is none."""
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor) and (value is not None or name == "input"):
-            return TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {type(value).__name__}")
-    if not isinstance(training, bool):
-        return TypeError(f"batch_norm(): argument 'training' must be bool, not {type(training).__name__}")
-    for name, value in {"momentum": momentum, "eps": eps}.items():
-        if not isinstance(value, int | float) and (value is not None or name == "eps"):
-            return TypeError(f"batch_norm(): argument '{name}' must be float, not {type(value).__name__}")
+    for (name, (kind, optional)), value in zip(_KINDS.items(), arguments, strict=True):
+        accepted = (int, float) if kind is float else kind
+        if not (isinstance(value, accepted) or (value is None and optional)):
+            return TypeError(f"batch_norm(): argument '{name}' must be {kind.__name__}, not {type(value).__name__}")
     return None

@@ -22,15 +22,34 @@ _LOSING = {
 }
 
 
+OPTIONS = ("activation", "skip_nonfinite", "skip_recomputed")
+"""What the modules have beyond torch.nn's: arguments of the constructor, and attributes."""
+
+
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
-    """torch.nn's constructor and forward with this package's operator, an activation and a residual."""
+    """torch.nn's constructor and forward with this package's operator and what that does beyond torch's."""
+
+    __constants__ = [*torch.nn.modules.batchnorm._BatchNorm.__constants__, *OPTIONS]  # noqa: RUF012
 
     activation: tuple[str, float] | None = None
     """Name and parameter of what forward() applies to its result. It may be set to all that `batch_norm` takes."""
+    skip_nonfinite: bool = False
+    """Whether channels keep running statistics that a batch would make inf or NaN."""
+    skip_recomputed: bool = False
+    """Whether a forward pass that runs again within backward, as for a checkpoint, updates and counts nothing."""
 
-    def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        activation: Activation = None,
+        skip_nonfinite: bool = False,
+        skip_recomputed: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.activation = activation  # type: ignore[assignment]
+        self.skip_nonfinite = skip_nonfinite
+        self.skip_recomputed = skip_recomputed
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Take an activation of any kind by its name: a module would become a child."""
@@ -50,23 +69,26 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         return super().__getattr__(name)
 
     def __init_subclass__(cls) -> None:
-        """Show the constructor's arguments: those of the torch in use, and activation."""
+        """Show the constructor's arguments: those of the torch in use, and those of this class."""
         super().__init_subclass__()
         shown = list(inspect.signature(super().__init__).parameters.values())[1:]
-        shown.append(inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default=None))
+        own = inspect.signature(_FusedForward.__init__).parameters.values()
+        shown += [parameter for parameter in own if parameter.kind == inspect.Parameter.KEYWORD_ONLY]
         cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
-        """torch.nn's, and the activation if there is one."""
-        shown = "" if self.activation is None else f", activation={describe(self.activation)}"
-        return f"{super().extra_repr()}{shown}"
+        """torch.nn's, and what differs from it."""
+        shown = [super().extra_repr()]
+        if self.activation is not None:
+            shown.append(f"activation={describe(self.activation)}")
+        shown += [f"{name}=True" for name in OPTIONS[1:] if getattr(self, name)]
+        return ", ".join(shown)
 
     def forward(
         self,
         input: Tensor,
         residual: Tensor | None = None,
-        *,
-        activation: Activation = None,
+        activation: str | tuple[str, float] | None = None,
         unlike: str | None = None,
     ) -> Tensor:
         """Normalise `input`, add `residual` and apply the activation; in training, update the running statistics.
@@ -78,9 +100,21 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             unlike: "add" or "add_", a method of Tensor: adds a residual that is not like input (broadcast, another
                 dtype, a number), which is refused otherwise; then the activation runs by itself too.
         """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            assert activation is None, "a scripted batch norm has only the activation that it was made with"
+            assert unlike is None, "a scripted batch norm takes only a residual like its input"
+            return self._scripted_forward(input, residual)
+        return self._forward(input, residual, activation, unlike)
+
+    def _forward(self, input: Tensor, residual: Tensor | None, activation: Activation, unlike: str | None) -> Tensor:
+        if isinstance(input, Proxy):
+            path = _path_in_graph(self, input)
+            if path:
+                options = {"activation": activation, "unlike": unlike}
+                return _call_in_graph(path, input, residual, options)
         if unlike is not None and not _alike(input, residual):
             return apply(getattr(self.forward(input), unlike)(residual), resolve(activation))
-        if not isinstance(input, Proxy):  # torch.fx.symbolic_trace: there are no dimensions to look at
+        if not isinstance(input, Proxy):  # there are no dimensions to look at
             self._check_input_dim(input)
         if activation is None:
             activation = self.activation
@@ -101,13 +135,60 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=count,
             activation=activation,
             residual=residual,
+            skip_nonfinite=self.skip_nonfinite,
+            skip_recomputed=self.skip_recomputed,
         )
+
+    def _scripted_forward(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """_forward() in the Python that torch.jit.script compiles."""
+        self._check_input_dim(input)
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        is_tracked = self.track_running_stats or not self.training
+        mean: Tensor | None = self.running_mean if is_tracked else None
+        var: Tensor | None = self.running_var if is_tracked else None
+        count: Tensor | None = self.num_batches_tracked if is_tracked and self.training else None
+        name: str | None = None
+        parameter = 0.0
+        if self.activation is not None:
+            name, parameter = self.activation
+        y: Tensor = torch.ops.bn_ext.batch_norm(
+            input,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            training,
+            0.0 if self.momentum is None and count is None else self.momentum,
+            self.eps,
+            num_batches_tracked=count,
+            residual=residual,
+            activation=name,
+            activation_parameter=parameter,
+            skip_nonfinite=self.skip_nonfinite,
+            skip_recomputed=self.skip_recomputed,
+        )
+        return y
 
     def _member(self, name: str) -> Any:
         """self.name, found at once: torch.nn.Module searches long, and on small tensors that shows."""
         if name in self._parameters:
             return self._parameters[name]
         return self._buffers[name] if name in self._buffers else getattr(self, name)
+
+
+def _path_in_graph(module: torch.nn.Module, input: Proxy) -> str:
+    """Where a module lies in the model that torch.fx.symbolic_trace goes through; empty if it is no part of one."""
+    try:
+        return str(input.tracer.path_of_module(module))  # type: ignore[attr-defined]
+    except (AttributeError, NameError):  # another kind of tracer; a module from elsewhere
+        return ""
+
+
+def _call_in_graph(path: str, input: Proxy, residual: object, options: dict[str, Any]) -> Any:
+    """One call of the module in the graph, as torch.nn's modules come out; training stays the module's own."""
+    arguments = (input,) if residual is None else (input, residual)
+    given = {name: value for name, value in options.items() if value is not None}
+    return input.tracer.create_proxy("call_module", path, arguments, given)
 
 
 def _alike(input: Tensor, residual: object) -> bool:

@@ -124,7 +124,8 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
                                bool training,
                                std::optional<double> momentum,
                                double eps,
-                               NamedActivation activation) {
+                               NamedActivation activation,
+                               Skip skip) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const BatchNormArguments args{input,
                                   running_mean,
@@ -136,7 +137,8 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
                                   eps,
                                   num_batches_tracked,
                                   residual,
-                                  activation};
+                                  activation,
+                                  skip};
     const auto [y, saved, mask] = dispatch_forward(args, wants_mask(args));
     save(ctx, args, saved, mask);
     ctx->mark_non_differentiable({saved});
@@ -144,7 +146,7 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return backward_of_saved(ctx, grads[0], 11);
+    return backward_of_saved(ctx, grads[0], 12);
   }
 };
 
@@ -163,7 +165,7 @@ struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const OptionalTensor mean_given(running_mean), var_given(running_var), no_count;
     const BatchNormArguments args{
-        input, mean_given, var_given, weight, bias, false, 0.0, eps, no_count, residual, activation};
+        input, mean_given, var_given, weight, bias, false, 0.0, eps, no_count, residual, activation, {}};
     const bool needs_mask = wants_mask(args);
     const auto [y, saved, mask] = dispatch_forward(args, save_mask || needs_mask);
     save(ctx, args, saved, mask);
@@ -218,7 +220,9 @@ ThreeTensors dispatch_forward(const BatchNormArguments& a, bool save_mask) {
                    a.eps,
                    name,
                    parameter,
-                   save_mask);
+                   save_mask,
+                   a.skip.nonfinite,
+                   a.skip.recomputed);
   }
   static const auto op = operator_handle<decltype(batch_norm_inference)>("bn_ext::batch_norm_inference");
   return op.call(
@@ -236,7 +240,8 @@ TensorAndSaved differentiable_batch_norm(const BatchNormArguments& a) {
                                                         a.training,
                                                         a.momentum,
                                                         a.eps,
-                                                        a.activation);
+                                                        a.activation,
+                                                        a.skip);
   return {result[0], result[1]};
 }
 

@@ -151,6 +151,7 @@ ThreeTensors forward(const BatchNormArguments& a, bool save_mask) {
   p.num_batches_tracked = is_tracked && !counted_by_torch ? a.num_batches_tracked->data_ptr<int64_t>() : nullptr;
   p.cumulative = !momentum.has_value();
   p.momentum = momentum.value_or(0);
+  p.skip_nonfinite = a.skip.nonfinite;
   p.eps = a.eps;
   p.mask = save_mask ? mask.data_ptr<uint8_t>() : nullptr;
   run_forward(x, p);
@@ -174,7 +175,10 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 double eps,
                                 OptionalName activation,
                                 double activation_parameter,
-                                bool save_mask) {
+                                bool save_mask,
+                                bool skip_nonfinite,
+                                bool skip_recomputed) {
+  const Skip skip{skip_nonfinite, skip_recomputed};
   const BatchNormArguments args{input,
                                 running_mean,
                                 running_var,
@@ -185,10 +189,11 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 eps,
                                 num_batches_tracked,
                                 residual,
-                                {activation, activation_parameter}};
+                                {activation, activation_parameter},
+                                skip};
   check_arguments(args);
   check_mask(args, save_mask);
-  return forward(args, save_mask);
+  return forward(skips_this_pass(skip) ? without_updates(args) : args, save_mask);
 }
 
 ThreeTensors batch_norm_inference(const at::Tensor& input,
@@ -203,7 +208,7 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   bool save_mask) {
   const OptionalTensor mean(running_mean), var(running_var), no_count;
   const BatchNormArguments args{
-      input, mean, var, weight, bias, false, 0.0, eps, no_count, residual, {activation, activation_parameter}};
+      input, mean, var, weight, bias, false, 0.0, eps, no_count, residual, {activation, activation_parameter}, {}};
   check_arguments(args);
   check_mask(args, save_mask);
   return forward(args, save_mask);

@@ -22,8 +22,8 @@ using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // y = activation((input - mean) * scale + offset + residual).
 
 // Training: y, saved, mask. Updates the running statistics and num_batches_tracked in place. An empty batch only raises
-// num_batches_tracked. mask tells where relu, leaky_relu or relu6 let values pass, one bit each (params.h); it is empty
-// unless save_mask.
+// num_batches_tracked. The last two arguments are those of Skip in arguments.h. mask tells where relu, leaky_relu or
+// relu6 let values pass, one bit each (params.h); it is empty unless save_mask.
 ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 const OptionalTensor& weight,
                                 const OptionalTensor& bias,
@@ -35,7 +35,9 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 double eps,
                                 OptionalName activation,
                                 double activation_parameter,
-                                bool save_mask);
+                                bool save_mask,
+                                bool skip_nonfinite,
+                                bool skip_recomputed);
 
 // Eval: the same of the running statistics; writes nothing else.
 ThreeTensors batch_norm_inference(const at::Tensor& input,

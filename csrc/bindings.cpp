@@ -11,13 +11,13 @@ TORCH_LIBRARY(bn_ext, m) {
       "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None, "
       "Tensor? bias=None, bool training=False, float? momentum=0.1, float eps=1e-05, *, "
       "Tensor(c!)? num_batches_tracked=None, Tensor? residual=None, str? activation=None, "
-      "float activation_parameter=0.0) -> Tensor",
+      "float activation_parameter=0.0, bool skip_nonfinite=False, bool skip_recomputed=False) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, "
-      "str? activation=None, float activation_parameter=0.0, bool save_mask=False) "
-      "-> (Tensor y, Tensor saved, Tensor mask)",
+      "str? activation=None, float activation_parameter=0.0, bool save_mask=False, bool skip_nonfinite=False, "
+      "bool skip_recomputed=False) -> (Tensor y, Tensor saved, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
@@ -53,7 +53,9 @@ void define(py::module_& m, const char* name, Function function) {
         py::arg("num_batches_tracked"),
         py::arg("residual"),
         py::arg("activation"),
-        py::arg("activation_parameter"));
+        py::arg("activation_parameter"),
+        py::arg("skip_nonfinite").noconvert(),
+        py::arg("skip_recomputed").noconvert());
 }
 
 }  // namespace

@@ -1,29 +1,9 @@
 // Every error a user can cause, in one place: torch's exception type and torch's words where torch raises.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-
-#include "activation.h"
+#include "arguments.h"
 
 namespace bn_ext {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-struct BatchNormArguments {
-  const at::Tensor& input;             // (N, C, ...)
-  const OptionalTensor& running_mean;  // (C,)
-  const OptionalTensor& running_var;   // (C,)
-  const OptionalTensor& weight;        // (C,)
-  const OptionalTensor& bias;          // (C,)
-  bool training;
-  std::optional<double> momentum;
-  double eps;
-  const OptionalTensor& num_batches_tracked;  // one value, int64 as a rule
-  const OptionalTensor& residual;             // as input
-  NamedActivation activation;
-};
 
 // Throws before anything is written. Works on symbolic sizes too.
 void check_arguments(const BatchNormArguments& args);

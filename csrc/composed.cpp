@@ -21,24 +21,46 @@ bool needs_composed(const BatchNormArguments& args) {
          has_forward_gradient(args.residual);
 }
 
-at::Tensor composed_batch_norm(const BatchNormArguments& args) {
-  const bool is_counted = args.training && args.num_batches_tracked.has_value() && args.num_batches_tracked->defined();
+namespace {
+
+bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+at::Tensor aten_batch_norm(const BatchNormArguments& args, double momentum) {
+  return at::batch_norm(args.input,
+                        args.weight,
+                        args.bias,
+                        args.running_mean,
+                        args.running_var,
+                        args.training,
+                        momentum,
+                        args.eps,
+                        at::globalContext().userEnabledCuDNN());
+}
+
+// ATen updates copies, which it may save for backward; of these the finite channels are taken.
+at::Tensor aten_batch_norm_skipping_nonfinite(const BatchNormArguments& args, double momentum) {
+  at::Tensor mean = *args.running_mean, var = *args.running_var;
+  const OptionalTensor new_mean = mean.clone(), new_var = var.clone();
+  const at::Tensor y = aten_batch_norm(with_statistics(args, new_mean, new_var), momentum);
+  const at::Tensor is_finite = new_mean->isfinite().logical_and(new_var->isfinite());
+  mean.copy_(at::where(is_finite, *new_mean, mean));
+  var.copy_(at::where(is_finite, *new_var, var));
+  return y;
+}
+
+}  // namespace
+
+at::Tensor composed_batch_norm(const BatchNormArguments& given) {
+  const BatchNormArguments args = given.training && skips_this_pass(given.skip) ? without_updates(given) : given;
+  const bool is_counted = args.training && is_defined(args.num_batches_tracked);
   // Counted first, as torch.nn does: where a transform forbids changes in place, nothing else has been changed then.
   if (is_counted) args.num_batches_tracked->add_(1);
   try {
     const bool is_cumulative = is_counted && !args.momentum.has_value();
-    const at::Tensor y =
-        at::batch_norm(args.input,
-                       args.weight,
-                       args.bias,
-                       args.running_mean,
-                       args.running_var,
-                       args.training,
-                       is_cumulative ? 1.0 / args.num_batches_tracked->item<double>() : args.momentum.value_or(0),
-                       args.eps,
-                       at::globalContext().userEnabledCuDNN());
-    const bool has_residual = args.residual.has_value() && args.residual->defined();
-    return composed_activation(has_residual ? y + *args.residual : y, parse(args.activation));
+    const double momentum = is_cumulative ? 1.0 / args.num_batches_tracked->item<double>() : args.momentum.value_or(0);
+    const bool skips = args.training && args.skip.nonfinite && is_defined(args.running_mean);
+    const at::Tensor y = skips ? aten_batch_norm_skipping_nonfinite(args, momentum) : aten_batch_norm(args, momentum);
+    return composed_activation(is_defined(args.residual) ? y + *args.residual : y, parse(args.activation));
   } catch (...) {
     if (is_counted) args.num_batches_tracked->sub_(1);
     throw;

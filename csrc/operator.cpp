@@ -24,7 +24,7 @@ void count_as_changed(const OptionalTensor& tensor) {
 }
 
 // y, and what batch_norm_repeat needs to compute it again, where that is at hand.
-TensorAndSaved run(const BatchNormArguments& a) {
+TensorAndSaved run_alike(const BatchNormArguments& a) {
   check_arguments(a);
   if (needs_composed(a)) return {composed_batch_norm(a), at::Tensor()};
   if (at::GradMode::is_enabled()) {
@@ -46,8 +46,26 @@ TensorAndSaved run(const BatchNormArguments& a) {
     const auto [y, saved, mask] = dispatch_forward(a, /*save_mask=*/false);
     result = {y, saved};
   }
-  if (a.training) count_as_changed(a.num_batches_tracked);
+  if (a.training && !skips_this_pass(a.skip)) count_as_changed(a.num_batches_tracked);
   return result;
+}
+
+bool is_of(at::ScalarType type, const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->defined() && tensor->scalar_type() == type;
+}
+
+// The kernels' (C,) vectors share one dtype. FSDP's mixed precision makes parameters 16-bit, but not buffers: then it
+// is that of the statistics, float32.
+TensorAndSaved run(const BatchNormArguments& a) {
+  const at::ScalarType type = a.input.scalar_type();
+  const bool is_narrow = (type == at::kHalf || type == at::kBFloat16) && is_of(at::kFloat, a.running_mean);
+  const auto widened = [&](const OptionalTensor& tensor) {
+    return is_of(type, tensor) ? tensor->to(at::kFloat) : tensor;
+  };
+  if (is_narrow && (is_of(type, a.weight) || is_of(type, a.bias))) {
+    return run_alike(with_parameters(a, widened(a.weight), widened(a.bias)));
+  }
+  return run_alike(a);
 }
 
 }  // namespace
@@ -63,7 +81,9 @@ at::Tensor batch_norm(const at::Tensor& input,
                       const OptionalTensor& num_batches_tracked,
                       const OptionalTensor& residual,
                       OptionalName activation,
-                      double activation_parameter) {
+                      double activation_parameter,
+                      bool skip_nonfinite,
+                      bool skip_recomputed) {
   return std::get<0>(run({input,
                           running_mean,
                           running_var,
@@ -74,7 +94,8 @@ at::Tensor batch_norm(const at::Tensor& input,
                           eps,
                           num_batches_tracked,
                           residual,
-                          {activation, activation_parameter}}));
+                          {activation, activation_parameter},
+                          {skip_nonfinite, skip_recomputed}}));
 }
 
 template <typename Result>
@@ -89,7 +110,9 @@ Result batch_norm_from_python(const at::Tensor& input,
                               const OptionalTensor& num_batches_tracked,
                               const OptionalTensor& residual,
                               OptionalName activation,
-                              double activation_parameter) {
+                              double activation_parameter,
+                              bool skip_nonfinite,
+                              bool skip_recomputed) {
   TensorAndSaved result;
   if (torch::jit::tracer::isTracing()) {  // it records what the dispatcher sees
     static const auto op = operator_handle<decltype(batch_norm)>("bn_ext::batch_norm");
@@ -104,7 +127,9 @@ Result batch_norm_from_python(const at::Tensor& input,
                                   num_batches_tracked,
                                   residual,
                                   activation,
-                                  activation_parameter);
+                                  activation_parameter,
+                                  skip_nonfinite,
+                                  skip_recomputed);
   } else {
     result = run({input,
                   running_mean,
@@ -116,7 +141,8 @@ Result batch_norm_from_python(const at::Tensor& input,
                   eps,
                   num_batches_tracked,
                   residual,
-                  {activation, activation_parameter}});
+                  {activation, activation_parameter},
+                  {skip_nonfinite, skip_recomputed}});
   }
   if constexpr (std::is_same_v<Result, at::Tensor>) {
     return std::get<0>(result);

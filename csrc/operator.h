@@ -10,7 +10,7 @@
 namespace bn_ext {
 
 // torch.nn.functional.batch_norm, which in training also raises num_batches_tracked, takes momentum=None for the mean
-// over all batches, adds a residual and applies an activation.
+// over all batches, adds a residual, applies an activation, and may skip updates (arguments.h).
 at::Tensor batch_norm(const at::Tensor& input,
                       const OptionalTensor& running_mean,
                       const OptionalTensor& running_var,
@@ -22,7 +22,9 @@ at::Tensor batch_norm(const at::Tensor& input,
                       const OptionalTensor& num_batches_tracked,
                       const OptionalTensor& residual,
                       OptionalName activation,
-                      double activation_parameter);
+                      double activation_parameter,
+                      bool skip_nonfinite,
+                      bool skip_recomputed);
 
 // The same for calls from Python that do not come through the dispatcher. Result: at::Tensor, or TensorAndSaved.
 template <typename Result>
@@ -37,6 +39,8 @@ Result batch_norm_from_python(const at::Tensor& input,
                               const OptionalTensor& num_batches_tracked,
                               const OptionalTensor& residual,
                               OptionalName activation,
-                              double activation_parameter);
+                              double activation_parameter,
+                              bool skip_nonfinite,
+                              bool skip_recomputed);
 
 }  // namespace bn_ext

@@ -42,6 +42,15 @@ struct Activation {
 // passed. The bytes are as many as this, so that any bit may be read with the three bytes behind it.
 constexpr int64_t mask_bytes(int64_t numel) { return numel / 8 + 4; }
 
+// Whether a value of `dtype` can be this: not NaN, inf, or what is too large.
+constexpr bool can_hold(DType dtype, double value) {
+  const double largest = dtype == DType::kFloat16    ? 65504
+                         : dtype == DType::kBFloat16 ? 0x1.FEp+127
+                         : dtype == DType::kFloat32  ? 0x1.FFFFFEp+127
+                                                     : 0x1.FFFFFFFFFFFFFp+1023;
+  return -largest <= value && value <= largest;
+}
+
 // u = (x - mean) * scale + offset, y = activation(u + z); scale = rstd * weight, and offset is bias, corrected for the
 // rounding of mean. Per-channel vectors are (C,), contiguous. "params" are weight, bias, running_mean and running_var.
 // "saved" are mean, rstd, scale and offset, float64 for float64 activations, else float32. dweight and dbias have the
@@ -62,6 +71,7 @@ struct ForwardParams {
   int64_t* num_batches_tracked;  // one value, raised by one in training; null: not tracked
   bool cumulative;               // running statistics are the mean over all batches (momentum=None)
   double momentum;               // weight of this batch in the running statistics; unused if cumulative
+  bool skip_nonfinite;           // a channel keeps running statistics that would become inf or NaN
   double eps;
   void* y;        // activation tensor
   void* mean;     // saved

@@ -71,9 +71,11 @@ def test_training_and_evaluation_as_stock(
 
 def test_constructor_is_that_of_the_torch_in_use() -> None:
     for stock, ours, _ in PAIRS:
-        *theirs, activation = inspect.signature(ours).parameters.values()
+        *theirs, activation, skip_nonfinite, skip_recomputed = inspect.signature(ours).parameters.values()
         assert theirs == list(inspect.signature(stock).parameters.values())
-        assert activation.name == "activation"
+        assert [activation.name, activation.default] == ["activation", None]
+        assert [skip_nonfinite.name, skip_nonfinite.default] == ["skip_nonfinite", False]
+        assert [skip_recomputed.name, skip_recomputed.default] == ["skip_recomputed", False]
         with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
             ours(4, foo=1)
 

@@ -224,3 +224,29 @@ def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("names", [("weight", "bias"), ("weight",), ("bias",)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_parameters_beside_float32_statistics(
+    device: str, dtype: torch.dtype, names: tuple[str, ...], training: bool
+) -> None:
+    """As FSDP makes them: the values are theirs, the arithmetic is float32, and the gradients have their dtype."""
+    x, dy = (torch.randn(4, 6, 5, 7, device=device).to(dtype) for _ in range(2))
+    values = {name: torch.rand(6, device=device).to(dtype).float() for name in ("weight", "bias")}
+
+    def run(**narrow: torch.dtype) -> list[torch.Tensor]:
+        statistics = torch.zeros(6, device=device), torch.ones(6, device=device)
+        leaves = [values[name].to(narrow.get(name)).requires_grad_() for name in values]
+        inputs = [x.clone().requires_grad_(), *leaves]
+        y = bn_ext.batch_norm(inputs[0], *statistics, *leaves, training, activation="relu")
+        return [y, *statistics, *torch.autograd.grad(y, inputs, dy)]
+
+    actual, expected = run(**dict.fromkeys(names, dtype)), run()
+    for name, index in {"weight": 4, "bias": 5}.items():
+        if name in names:
+            expected[index] = expected[index].to(dtype)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert torch.equal(a, e)

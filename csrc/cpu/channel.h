@@ -84,13 +84,14 @@ template <typename A>
 ChannelAffine<A> affine_of_batch(const ForwardParams& p, int64_t c, const Moments& moments, double momentum) {
   const double count = double(p.shape.values_per_channel());
   const double var = moments.m2 / count;
-  if (p.running_mean != nullptr) {
-    const double mean = read_param(p.running_mean, p.params_dtype, c, 0);
-    write_param(p.running_mean, p.params_dtype, c, momentum * moments.mean + (1 - momentum) * mean);
-  }
-  if (p.running_var != nullptr) {
-    const double old = read_param(p.running_var, p.params_dtype, c, 1);
-    write_param(p.running_var, p.params_dtype, c, momentum * (moments.m2 / (count - 1)) + (1 - momentum) * old);
+  const auto updated = [&](const void* running, double value) {
+    return momentum * value + (1 - momentum) * read_param(running, p.params_dtype, c, 0);
+  };
+  const double running_mean = updated(p.running_mean, moments.mean);
+  const double running_var = updated(p.running_var, moments.m2 / (count - 1));
+  if (!p.skip_nonfinite || (can_hold(p.params_dtype, running_mean) && can_hold(p.params_dtype, running_var))) {
+    write_param(p.running_mean, p.params_dtype, c, running_mean);
+    write_param(p.running_var, p.params_dtype, c, running_var);
   }
   const A mean = static_cast<A>(moments.mean);
   const A rstd = static_cast<A>(1 / std::sqrt(var + p.eps));

@@ -132,13 +132,16 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
 
   const double momentum =
       p.cumulative && p.num_batches_tracked != nullptr ? 1.0 / double(load_one(p.num_batches_tracked)) : p.momentum;
-  const auto update = [&](void* running, double value) {
-    if (running == nullptr) return;
-    const double old = read_param<double>(running, p.params_dtype, channel, 0);
-    write_param(running, p.params_dtype, channel, momentum * value + (1 - momentum) * old);
+  const auto updated = [&](const void* running, double value) {
+    return momentum * value + (1 - momentum) * read_param<double>(running, p.params_dtype, channel, 0);
   };
-  update(p.running_mean, total.mean);
-  update(p.running_var, total.m2 / (count - 1));
+  if (p.running_mean != nullptr) {
+    const double mean = updated(p.running_mean, total.mean), var = updated(p.running_var, total.m2 / (count - 1));
+    if (!p.skip_nonfinite || (can_hold(p.params_dtype, mean) && can_hold(p.params_dtype, var))) {
+      write_param(p.running_mean, p.params_dtype, channel, mean);
+      write_param(p.running_var, p.params_dtype, channel, var);
+    }
+  }
   const A mean = static_cast<A>(total.mean);
   const A rstd = static_cast<A>(1 / sqrt(total.m2 / count + p.eps));
   const A scale = rstd * read_param<A>(p.weight, p.params_dtype, channel, 1);

@@ -84,6 +84,7 @@ class ForwardParams(ctypes.Structure):
         ("num_batches_tracked", ctypes.c_void_p),
         ("cumulative", ctypes.c_bool),
         ("momentum", ctypes.c_double),
+        ("skip_nonfinite", ctypes.c_bool),
         ("eps", ctypes.c_double),
         ("y", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in SAVED),

@@ -1,0 +1,51 @@
+// See arguments.h.
+#include "arguments.h"
+
+#include <torch/csrc/autograd/graph_task.h>
+
+namespace bn_ext {
+
+bool skips_this_pass(const Skip& skip) { return skip.recomputed && torch::autograd::get_current_graph_task_id() != -1; }
+
+namespace {
+
+BatchNormArguments with_vectors(const BatchNormArguments& a,
+                                const OptionalTensor& running_mean,
+                                const OptionalTensor& running_var,
+                                const OptionalTensor& weight,
+                                const OptionalTensor& bias,
+                                const OptionalTensor& num_batches_tracked) {
+  return {a.input,
+          running_mean,
+          running_var,
+          weight,
+          bias,
+          a.training,
+          a.momentum,
+          a.eps,
+          num_batches_tracked,
+          a.residual,
+          a.activation,
+          a.skip};
+}
+
+}  // namespace
+
+BatchNormArguments with_parameters(const BatchNormArguments& a,
+                                   const OptionalTensor& weight,
+                                   const OptionalTensor& bias) {
+  return with_vectors(a, a.running_mean, a.running_var, weight, bias, a.num_batches_tracked);
+}
+
+BatchNormArguments with_statistics(const BatchNormArguments& a,
+                                   const OptionalTensor& running_mean,
+                                   const OptionalTensor& running_var) {
+  return with_vectors(a, running_mean, running_var, a.weight, a.bias, a.num_batches_tracked);
+}
+
+BatchNormArguments without_updates(const BatchNormArguments& a) {
+  static const OptionalTensor none;
+  return with_vectors(a, none, none, a.weight, a.bias, none);
+}
+
+}  // namespace bn_ext

@@ -1,0 +1,47 @@
+// What a call of batch_norm is given.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "activation.h"
+
+namespace bn_ext {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Training forward passes that leave running statistics as they are; off unless asked for.
+struct Skip {
+  bool nonfinite;   // of a channel, what would make its running statistics inf or NaN
+  bool recomputed;  // all of a forward pass within a backward pass, as the second one of torch.utils.checkpoint is
+};
+
+struct BatchNormArguments {
+  const at::Tensor& input;             // (N, C, ...)
+  const OptionalTensor& running_mean;  // (C,)
+  const OptionalTensor& running_var;   // (C,)
+  const OptionalTensor& weight;        // (C,)
+  const OptionalTensor& bias;          // (C,)
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+  const OptionalTensor& num_batches_tracked;  // one value, int64 as a rule
+  const OptionalTensor& residual;             // as input
+  NamedActivation activation;
+  Skip skip;
+};
+
+// The same with other vectors, which must live on; and for a training forward pass that updates no statistics.
+BatchNormArguments with_parameters(const BatchNormArguments& args,
+                                   const OptionalTensor& weight,
+                                   const OptionalTensor& bias);
+BatchNormArguments with_statistics(const BatchNormArguments& args,
+                                   const OptionalTensor& running_mean,
+                                   const OptionalTensor& running_var);
+BatchNormArguments without_updates(const BatchNormArguments& args);
+
+// Whether this is a forward pass that leaves running statistics and num_batches_tracked alone.
+bool skips_this_pass(const Skip& skip);
+
+}  // namespace bn_ext
