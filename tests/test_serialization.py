@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.libraries import Net, both, images, norm, plain, state, step, steps
-from torch import nn
+from helpers.libraries import Net, both, images, norm, plain, state, step, steps, train_in_child
+from torch import multiprocessing, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 import bn_ext
@@ -205,10 +205,16 @@ def test_lazy_model_with_a_dry_run() -> None:
     both(run, rtol=1e-4, atol=1e-3)  # float32; the convolution's bias gets differences of what cancels
 
 
-def test_state_of_shared_memory() -> None:
-    model = Net("bn_ext").share_memory()
-    before = state(model)
-    assert all(tensor.is_shared() for tensor in model.state_dict().values())
-    model(images())
-    assert model.norm1.num_batches_tracked == before["norm1.num_batches_tracked"] + 1
-    assert all(tensor.is_shared() for tensor in model.state_dict().values())
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_memory_shared_with_another_process(start: str) -> None:
+    """As in Hogwild training: what a child changes of parameters and statistics is the parent's."""
+    options = {"activation": "silu", "momentum": None, "device": "cpu"}
+    trained = {library: norm(library, **options).share_memory() for library in ("torch", "bn_ext")}
+    arguments = (list(trained.values()), images().cpu())
+    child = multiprocessing.get_context(start).Process(target=train_in_child, args=arguments)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert trained["bn_ext"].num_batches_tracked == 2
+    assert all(tensor.is_shared() for tensor in trained["bn_ext"].state_dict().values())
+    both(lambda library: state(trained[library]))

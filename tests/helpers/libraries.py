@@ -130,3 +130,14 @@ def step(module: Any, *inputs: Tensor) -> list[Any]:
 def steps(module: Any, *inputs: Tensor) -> list[Any]:
     """A step in training, then one in evaluation."""
     return [step(module.train(mode), *inputs) for mode in (True, False)]
+
+
+def train_in_child(modules: list[Any], x: Tensor) -> None:
+    """Two steps of SGD each, for a process that shares their memory."""
+    torch.set_num_threads(1)
+    for module in modules:
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            module(x).pow(3).mean().backward()
+            optimizer.step()
