@@ -219,3 +219,39 @@ def test_attributes_and_names() -> None:
         assert [n for n, _ in getattr(stock, names)()] == [n for n, _ in getattr(ours, names)()]
     assert set(dir(nn.BatchNorm2d(3))) <= set(dir(bn_ext.BatchNorm2d(3)))
     assert not [p for p in ours.requires_grad_(False).parameters() if p.requires_grad]
+
+
+def test_training_flag_that_is_only_true() -> None:
+    """torch.nn asks whether it is true."""
+
+    def run(library: str) -> Any:
+        results = []
+        for flag in (1, np.bool_(True), torch.tensor(True), 0, None):
+            module = plain(library)
+            module.training = flag
+            results.append(step(module, images()))
+        return results
+
+    both(run)
+
+
+def test_property_in_the_place_of_a_parameter() -> None:
+    """The class's, although the constructor has registered a parameter of that name too."""
+
+    def run(library: str) -> Any:
+        class Exponential(LIBRARIES[library].BatchNorm2d):
+            def __init__(self) -> None:
+                super().__init__(3, dtype=torch.float64, device=images().device)
+                self.logarithm = nn.Parameter(torch.full_like(self.bias, 0.3))
+
+            @property
+            def weight(self) -> Tensor:
+                return self.logarithm.exp()
+
+            @weight.setter
+            def weight(self, value: Tensor) -> None:
+                """Not needed."""
+
+        return steps(Exponential(), images())
+
+    both(run)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.libraries import CLASSES
+import torch.autograd.forward_ad as forward_ad
+from helpers.libraries import CLASSES, images, norm
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,3 +65,20 @@ def test_real_values_on_a_device_made_in_python() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "64 compared"
+
+
+class Refuses(TorchDispatchMode):
+    """An operator that a mode cannot do."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "batch_norm" in str(function):
+            raise NotImplementedError("not this one")
+        return function(*args, **(kwargs or {}))
+
+
+def test_error_in_python_below_torchs_operators() -> None:
+    """It arrives as it was raised, and the count is as it was."""
+    module = norm("bn_ext")
+    with forward_ad.dual_level(), Refuses(), pytest.raises(NotImplementedError, match="not this one"):
+        module(forward_ad.make_dual(images(), images()))
+    assert module.num_batches_tracked == 0

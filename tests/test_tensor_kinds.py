@@ -232,3 +232,12 @@ def test_result_may_be_changed_in_place() -> None:
         return grad(y.pow(2).sum(), list(module.parameters())), steps(module, images()), step(module, images())
 
     both(run)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_negated_statistics(training: bool) -> None:
+    """They are updated; torch.nn loses the update without a word."""
+    expected, module = plain("bn_ext").train(training), plain("bn_ext").train(training)
+    module.running_mean, module.running_var = negated(module.running_mean), negated(module.running_var)
+    torch.testing.assert_close(module(images()), expected(images()))
+    torch.testing.assert_close(state(module), state(expected))

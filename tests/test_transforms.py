@@ -12,6 +12,7 @@ from helpers.derivatives import EPS, leaf, loss, normal
 from helpers.libraries import both, norm
 from torch import Tensor, func, nn
 from torch.autograd import functional, grad
+from torch.overrides import BaseTorchFunctionMode
 
 import bn_ext
 from bn_ext.activations import apply
@@ -241,3 +242,30 @@ def test_vmap_with_dropout(randomness: str) -> None:
         return func.vmap(lambda x: F.dropout(model(x)), randomness=randomness)(x)
 
     both(run)
+
+
+@pytest.mark.parametrize(("activation", "residual"), CASES)
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_penalty(training: bool, activation: Any, residual: bool) -> None:
+    """What the gradient of the input does not depend on gets zeros, as behind torch's relu, and not an error."""
+    values = normal(4, 3, 2, 2)
+
+    def run(library: str) -> Any:
+        block = ResidualBlock(library, activation).train(training)
+        module = block if residual else block.norm2
+        x = leaf(values)
+        (dx,) = grad(module(x).sum(), x, create_graph=True)
+        return grad(dx.square().sum(), list(module.parameters()) if activation else [module.norm2.weight])
+
+    both(run)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "untracked"])
+def test_functionalize_of_the_dispatched_operator(mode: str) -> None:
+    """As where a mode or a subclass of Tensor sees functions."""
+    x, w, b = normal(3, 2, 2), normal(2), normal(2)
+    results = []
+    for f in functions(mode, "relu"):
+        with BaseTorchFunctionMode():
+            results.append([func.functionalize(f)(x, w, b), func.functionalize(func.grad(value(f)))(x, w, b)])
+    torch.testing.assert_close(*results)
