@@ -1,0 +1,186 @@
+"""torch.jit.script: the scripted model is torch.nn's in numbers, names and flags."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.libraries import LIBRARIES, both, filled, images, norm, plain, state, steps
+from torch import Tensor, nn
+
+import bn_ext
+
+# It is deprecated as a whole.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning"),
+]
+
+
+def model(library: str, channels: int = 3, **options: Any) -> Any:
+    """Convolution, batch norm, ReLU, and a batch norm for (N, C) behind them."""
+    kinds = (getattr(LIBRARIES[library], name) for name in ("BatchNorm2d", "BatchNorm1d"))
+    first, second = (kind(channels, **options) for kind in kinds)
+    layers = (nn.Conv2d(3, channels, 3), first, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), second)
+    return filled(nn.Sequential(*layers).double())
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"momentum": None},
+    {"momentum": 0.0},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False},
+    {"eps": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_numbers_and_names(options: dict[str, Any]) -> None:
+    """train() and eval() of the scripted module count, whichever mode it was scripted in."""
+
+    def run(library: str) -> Any:
+        results = []
+        for training in (True, False):
+            module = model(library, **options)
+            scripted = torch.jit.script(module.train(training))
+            assert list(scripted.state_dict()) == list(module.state_dict())
+            assert [n for n, _ in scripted.named_parameters()] == [n for n, _ in module.named_parameters()]
+            assert scripted.training == training
+            results += [*steps(scripted, images()), *steps(scripted, images(5))]
+        return results
+
+    both(run)
+
+
+def test_scripted_and_eager_share_their_state() -> None:
+    def run(library: str) -> Any:
+        module = plain(library)
+        scripted = torch.jit.script(module)
+        scripted(images())
+        assert module.num_batches_tracked == 1
+        return state(module), state(scripted)
+
+    both(run)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_each_class(dims: int) -> None:
+    x = torch.arange(2.0 * 3 * 4**dims, dtype=torch.float64).view(2, 3, *[4] * dims).sin()
+    both(lambda library: steps(torch.jit.script(plain(library, 3, dims)), x))
+
+
+def saved_and_loaded(scripted: Any) -> Any:
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_saved_and_loaded(momentum: float | None) -> None:
+    def run(library: str) -> Any:
+        scripted = torch.jit.script(model(library, momentum=momentum))
+        scripted(images())
+        loaded = saved_and_loaded(scripted)
+        assert list(loaded.state_dict()) == list(scripted.state_dict())
+        return steps(loaded, images()), steps(loaded, images(5))
+
+    both(run)
+
+
+@pytest.mark.parametrize("how", ["freeze", "optimize_for_inference"])
+def test_frozen(how: str) -> None:
+    """Parameters are constants of the graph, and what can be folded is."""
+
+    def run(library: str) -> Any:
+        frozen = getattr(torch.jit, how)(torch.jit.script(model(library).eval()))
+        return frozen(images()), saved_and_loaded(frozen)(images(5))
+
+    both(run)
+
+
+def test_frozen_in_float32() -> None:
+    """optimize_for_inference may use other libraries."""
+
+    def run(library: str) -> Any:
+        frozen = torch.jit.optimize_for_inference(torch.jit.script(model(library, 8).float().eval()))
+        with torch.no_grad():
+            return [frozen(images(4, torch.float32)) for _ in range(3)]
+
+    both(run, rtol=1e-4, atol=1e-4)
+
+
+def test_inside_a_module_that_is_scripted() -> None:
+    """With control flow around it, and two uses of one module."""
+
+    class Loop(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x: Tensor, times: int) -> Tensor:
+            for _ in range(times):
+                x = torch.relu(self.norm(x)) if self.training else self.norm(x)
+            return x
+
+    def run(library: str) -> Any:
+        scripted = torch.jit.script(Loop(plain(library, momentum=None)))
+        results = [scripted.train(mode)(images(), 3) for mode in (True, False)]
+        return results, state(scripted)
+
+    both(run)
+
+
+def test_errors_of_a_scripted_module() -> None:
+    """A wrong rank, and one value per channel."""
+    for library in LIBRARIES:
+        scripted = torch.jit.script(plain(library))
+        for shape, words in (
+            ((2, 3), r"expected 4D input \(got 2D input\)"),
+            ((1, 3, 1, 1), "Expected more than 1 value"),
+        ):
+            with pytest.raises((RuntimeError, torch.jit.Error), match=words):
+                scripted(torch.ones(shape, dtype=torch.float64))
+
+
+class Added(nn.Module):
+    """Hands a residual to its batch norm."""
+
+    def __init__(self, library: str, activation: Any) -> None:
+        super().__init__()
+        self.norm = norm(library, activation=activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x, x)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu", ("leaky_relu", 0.2)])
+def test_activation_and_residual(activation: Any) -> None:
+    """Scripted here, eager in torch.nn: the operators' names are looked up in Python there."""
+
+    def run(library: str) -> Any:
+        module, added = norm(library, activation=activation), Added(library, activation)
+        if library == "bn_ext":
+            module, added = torch.jit.script(module), torch.jit.script(added)
+            module, added = saved_and_loaded(module), saved_and_loaded(added)
+        return steps(module, images()), steps(added, images())
+
+    both(run)
+
+
+def test_converted_model() -> None:
+    """What bn_ext.convert leaves behind is scriptable as what it was given, before and after."""
+    stock = model("torch")
+    scripted = torch.jit.script(bn_ext.convert(model("torch")))
+    torch.testing.assert_close(steps(scripted, images()), steps(stock, images()))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Scripted classes are remembered by name."""
+    torch.jit._state._clear_class_state()
+    yield
+    torch.jit._state._clear_class_state()
