@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import bn_ext
 from helpers.derivatives import loss
@@ -64,7 +66,12 @@ def build(kind: str, dtype: torch.dtype = torch.float64) -> Model:
 
 def norms(model: nn.Module) -> dict[str, Any]:
     """The batch norms of a model, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    return {clean(n): m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+
+def clean(name: str) -> str:
+    """A name as if no module were wrapped by FullyShardedDataParallel."""
+    return ".".join(part for part in name.split(".") if part != "_fsdp_wrapped_module")
 
 
 def batch(rank: int, step: int, part: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -80,8 +87,8 @@ def disturb(model: nn.Module) -> None:
 
 
 def copied(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """A state of a model, to stay as it is; whole tensors in the place of sharded ones."""
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    """A state of a model, to stay as it is: whole tensors in the place of sharded ones, names as if none were."""
+    return {clean(name): whole(tensor) for name, tensor in tensors.items()}
 
 
 def whole(tensor: Any) -> Any:
@@ -182,3 +189,20 @@ def in_one_process(
     for rank, model in enumerate(models):
         found[rank]["buffers"] = copied(dict(model.named_buffers()))
     return found
+
+
+GROUPS = ["norms", "blocks", "whole"]
+"""What is sharded together: each batch norm by itself, or with its block, or with all."""
+
+
+def parts(model: nn.Module, groups: str) -> list[nn.Module]:
+    """The modules to shard, inner ones first."""
+    blocks = [] if groups == "whole" else [m for m in model.modules() if isinstance(m, Block)]
+    return [*(norms(model).values() if groups == "norms" else ()), *blocks, model]
+
+
+def shard(model: nn.Module, groups: str, **options: Any) -> Any:
+    """Shard a model in place by fully_shard."""
+    for part in parts(model, groups):
+        fully_shard(part, mesh=init_device_mesh("cpu", (RANKS,)), **options)
+    return model
