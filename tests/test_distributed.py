@@ -28,6 +28,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sharded optimizer": {},
 }
 
+# torch.nn saves running statistics for backward, and DistributedDataParallel changed them in between: pytorch#175851.
+REFUSED = ["two forwards"] if torch.__version__ < (2, 12) else []
+
 
 def how(case: str) -> str:
     """What a step is."""
@@ -56,10 +59,13 @@ def steps(rank: int, kind: str, case: str) -> dict[str, Any]:
 @pytest.mark.parametrize("case", OPTIONS)
 def test_steps(workers: Workers, kind: str, case: str) -> None:
     """Buffers at each start, losses and gradients are those of two models in one process, and torch.nn's."""
+    if kind == "torch.nn" and case in REFUSED:
+        pytest.skip("this torch refuses, as running statistics changed since the first forward: pytorch#175851")
     found = workers.run_once(steps, kind, case)
     broadcast = OPTIONS[case].get("broadcast_buffers", True)
     torch.testing.assert_close(found, in_one_process(how(case), broadcast, uses_branch(case)))
-    torch.testing.assert_close(found, workers.run_once(steps, "torch.nn", case))
+    if case not in REFUSED:
+        torch.testing.assert_close(found, workers.run_once(steps, "torch.nn", case))
     torch.testing.assert_close(found[1]["gradients"], found[0]["gradients"], rtol=0, atol=0)
 
 
