@@ -1,7 +1,5 @@
 """The processes that other tests run in: what comes back from them, and what is told of those that fail or hang."""
 
-import os
-import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -31,18 +29,12 @@ def hangs(rank: int) -> None:
         threading.Event().wait()
 
 
-def dies(rank: int) -> None:
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_failures_are_told_and_the_next_job_runs(tmp_path: Path) -> None:
     workers = Workers(tmp_path)
     try:
         for job, limit, words in (
             (fails, 60, r"(?s)^fails\(\) failed in 2 processes\n.*process 1: Traceback.*in fails\n.*: only here"),
             (hangs, 3, r"(?s)^hangs.*\nprocess 0: ended with exit status 1\nTimeout.*threading.py.* in hangs\n"),
-            (dies, 60, r"(?s)^dies.*\nprocess 1: ended with exit status -9\n"),
         ):
             with pytest.raises(RuntimeError, match=words):
                 workers.run(job, limit=limit)

@@ -24,8 +24,8 @@ class Block(nn.Module):
 
     def __init__(self, library: Any) -> None:
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(2))
-        self.bn1, self.bn2 = (library.BatchNorm2d(6) for _ in range(2))
+        self.conv1, self.conv2 = (nn.Conv2d(5, 5, 3, padding=1, bias=False) for _ in range(2))
+        self.bn1, self.bn2 = (library.BatchNorm2d(5) for _ in range(2))
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,15 +34,15 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A residual network with a branch that need not be used; odd numbers of values, which no two processes share."""
+    """A residual network with a branch that need not be used; the shards of two processes are of unequal size."""
 
     def __init__(self, library: Any) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, bias=False)
-        self.branch = library.BatchNorm2d(6)
+        self.stem = nn.Conv2d(3, 5, 3, bias=False)
+        self.branch = library.BatchNorm2d(5)
         self.block = Block(library)
-        self.bn = library.BatchNorm1d(6, momentum=None)
-        self.head = nn.Linear(6, 5)
+        self.bn = library.BatchNorm1d(5, momentum=None)
+        self.head = nn.Linear(5, 5)
 
     def forward(self, x: Tensor, branch: bool = True) -> Tensor:
         x = self.stem(x)
