@@ -20,6 +20,9 @@ COLLECTIVE = timedelta(seconds=60)
 LIMIT = 120.0
 """Seconds after which a job is taken to hang."""
 
+STARTS = 120.0
+"""Seconds that processes may take to start."""
+
 
 class Workers:
     """Processes in one gloo group, on this machine alone: started at the first job, and anew after one that failed.
@@ -45,7 +48,7 @@ class Workers:
         for connection in self._connections:
             connection.send_bytes(pickle.dumps((function, args, limit)))
         answers: dict[int, tuple[bool, Any]] = {}
-        patience = 2 * limit
+        patience = STARTS + limit
         while len(answers) < self._count:
             ready = wait([c for rank, c in enumerate(self._connections) if rank not in answers], patience)
             for rank, connection in enumerate(self._connections):
