@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers import devices
+from helpers.processes import Workers
 
 from bn_ext import build_info, testing
 
@@ -18,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register markers, and refuse a device that is not there instead of running nothing."""
     config.addinivalue_line("markers", "large_memory: needs tens of GB of memory, of the GPU where it runs on one")
+    config.addinivalue_line("markers", "processes: starts several processes")
     chosen = config.getoption("--device")
     if chosen is not None and chosen not in testing.devices():
         info = build_info()
@@ -45,6 +47,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """A device that bn_ext has kernels for; what helpers make is on it too."""
     with devices.use(str(request.param)):
         yield str(request.param)
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Two processes in one group, the same for all tests."""
+    pair = Workers(tmp_path_factory.mktemp("workers"))
+    yield pair
+    pair.stop()
 
 
 @pytest.fixture(autouse=True)
