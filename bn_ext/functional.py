@@ -1,13 +1,14 @@
 """The operator as a function: `batch_norm`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-from bn_ext import _extension, _fake, _recompute
+from bn_ext import _extension, _fake, _recompute, _sharding
 from bn_ext.activations import Activation, resolve
 
 
@@ -124,16 +125,26 @@ def batch_norm(
     if is_compiling() or has_torch_function_variadic(*positional[:5], residual):
         through_dispatcher: Callable[..., Tensor] = torch.ops.bn_ext.batch_norm
         return through_dispatcher(*positional, **dict(zip(_NAMED, named, strict=True)))
-    outputs = _recompute.current()
     try:
-        if outputs is None:
-            return _direct(*positional, *named)
-        y, saved = _direct_and_saved(*positional, *named)
-        if saved is not None and y.requires_grad:
-            outputs.add(y, input, residual, saved, (name, parameter))
-        return y
+        return _run(positional, named)
+    except NotImplementedError:
+        if not _sharding.register_for((*positional, residual)):
+            raise
+        return _run(positional, named)
     except TypeError as error:
         raise (_type_error((*positional, *named)) or error) from None
+
+
+def _run(positional: tuple[Any, ...], named: tuple[Any, ...]) -> Tensor:
+    """Call the extension, and let recompute() know of the output."""
+    outputs = _recompute.current()
+    if outputs is None:
+        return _direct(*positional, *named)
+    y, saved = _direct_and_saved(*positional, *named)
+    if saved is not None and y.requires_grad:
+        residual, *activation = named[1:4]
+        outputs.add(y, positional[0], residual, saved, tuple(activation))
+    return y
 
 
 def _type_error(arguments: tuple[object, ...]) -> TypeError | None:

@@ -17,11 +17,13 @@ _LOSING = {
     "convert_sync_batchnorm",
     "fuse_conv_bn_eval",
     "fuse_linear_bn_eval",
+    "to_mkldnn",
     "convert_syncbn_model",
     "convert_frozen_batchnorm",
 }
 
 
+_MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 OPTIONS = ("activation", "skip_nonfinite", "skip_recomputed")
 """What the modules have beyond torch.nn's: arguments of the constructor, and attributes."""
 
@@ -37,6 +39,9 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     """Whether channels keep running statistics that a batch would make inf or NaN."""
     skip_recomputed: bool = False
     """Whether a forward pass that runs again within backward, as for a checkpoint, updates and counts nothing."""
+
+    _has_properties = False
+    """Whether a subclass defines a parameter or buffer as something else."""
 
     def __init__(
         self,
@@ -60,7 +65,10 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     def __getattr__(self, name: str) -> Any:
         """Refuse statistics to those that would lose the activation (pytorch#187298)."""
         if name == "running_mean" and self.activation is not None:
-            caller = sys._getframe(1).f_code.co_name
+            frame = sys._getframe(1)
+            caller = frame.f_code.co_name
+            if frame.f_globals.get("__name__") == "torch.utils.mkldnn":
+                caller = "to_mkldnn"
             if caller in _LOSING:
                 raise RuntimeError(
                     f"{caller} would lose the activation inside {self}: set its `activation` to None and apply the "
@@ -71,6 +79,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     def __init_subclass__(cls) -> None:
         """Show the constructor's arguments: those of the torch in use, and those of this class."""
         super().__init_subclass__()
+        cls._has_properties = any(hasattr(cls, name) for name in _MEMBERS)
         shown = list(inspect.signature(super().__init__).parameters.values())[1:]
         own = inspect.signature(_FusedForward.__init__).parameters.values()
         shown += [parameter for parameter in own if parameter.kind == inspect.Parameter.KEYWORD_ONLY]
@@ -121,7 +130,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         elif self.activation is not None:
             raise ValueError(f"forward() was given activation={activation!r}, but the module has one: {self}")
         mean, var, count = self._member("running_mean"), self._member("running_var"), None
-        training, momentum = self.training, self.momentum
+        training, momentum = bool(self.training), self.momentum
         if training:
             if self.track_running_stats:
                 count = self._member("num_batches_tracked")
@@ -171,6 +180,8 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
 
     def _member(self, name: str) -> Any:
         """self.name, found at once: torch.nn.Module searches long, and on small tensors that shows."""
+        if self._has_properties:
+            return getattr(self, name)
         if name in self._parameters:
             return self._parameters[name]
         return self._buffers[name] if name in self._buffers else getattr(self, name)

@@ -31,6 +31,23 @@ FourTensors dispatch_backward(const at::Tensor& dy, const SavedForBackward& s, s
                  output_mask);
 }
 
+// Zero, as a function of every input of the node that runs. What relu and its kin pass on does not depend on how far a
+// value is from the kink: torch has gradients of zero there, not none.
+at::Tensor zero_of_inputs(const at::TensorOptions& options) {
+  at::Tensor zero = at::zeros({}, options);
+  for (const auto& edge : torch::autograd::get_current_node()->next_edges()) {
+    if (!edge.is_valid()) continue;
+    const auto& input = edge.function->input_metadata(edge.input_nr);
+    const auto sizes = input.shape_as_dim_vector();
+    // Stands for the input in the graph, and has no memory.
+    const at::Tensor stand_in =
+        at::empty_strided_symint(sizes, std::vector<c10::SymInt>(sizes.size()), input.options());
+    torch::autograd::impl::set_gradient_edge(stand_in, edge);
+    zero = zero + stand_in.narrow(0, 0, 0).sum().to(options);
+  }
+  return zero;
+}
+
 bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
 // With a residual, one bit per value is all that relu, leaky_relu and relu6 need of it.
@@ -100,8 +117,10 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
   if (!activation.name.has_value()) computed[3] = false;  // it is dy
   if (computed != std::array<bool, 4>{}) {
     const bool is_differentiated = at::GradMode::is_enabled() || has_forward_gradient(dy);
+    const bool has_kinks = at::GradMode::is_enabled() && parse(activation).kind == ActivationKind::kReluLike;
+    const at::Tensor dy_of_inputs = has_kinks ? dy + zero_of_inputs(dy.options()) : dy;
     const auto [dx, dweight, dbias, dresidual] =
-        is_differentiated ? composed_backward(dy, s, computed) : dispatch_backward(dy, s, computed);
+        is_differentiated ? composed_backward(dy_of_inputs, s, computed) : dispatch_backward(dy, s, computed);
     if (computed[0]) result[0] = dx;
     if (computed[1]) result[1] = dweight.view_as(s.weight);
     if (computed[2]) result[2] = dbias;

@@ -35,6 +35,8 @@ void check_running_statistics(const BatchNormArguments& args) {
   TORCH_CHECK_VALUE(mean == var, "running_mean and running_var must either both be None or neither be None");
   TORCH_CHECK_VALUE(!args.training || !mean || args.momentum.has_value() || is_defined(args.num_batches_tracked),
                     "momentum=None (the mean over all batches) needs num_batches_tracked, got None");
+  TORCH_CHECK(!args.training || !mean || !(args.running_mean->is_neg() || args.running_var->is_neg()),
+              "running_mean and running_var cannot be updated as lazily negated views: call resolve_neg() on them");
 }
 
 const char* parameter_type_of(const at::Tensor& input) {

@@ -53,18 +53,15 @@ at::Tensor aten_batch_norm_skipping_nonfinite(const BatchNormArguments& args, do
 at::Tensor composed_batch_norm(const BatchNormArguments& given) {
   const BatchNormArguments args = given.training && skips_this_pass(given.skip) ? without_updates(given) : given;
   const bool is_counted = args.training && is_defined(args.num_batches_tracked);
-  // Counted first, as torch.nn does: where a transform forbids changes in place, nothing else has been changed then.
+  // Says so where a transform forbids changes in place, before anything has changed.
+  if (is_counted) args.num_batches_tracked->add_(0);
+  const bool is_cumulative = is_counted && !args.momentum.has_value();
+  const double momentum =
+      is_cumulative ? 1.0 / (args.num_batches_tracked->item<double>() + 1) : args.momentum.value_or(0);
+  const bool skips = args.training && args.skip.nonfinite && is_defined(args.running_mean);
+  const at::Tensor y = skips ? aten_batch_norm_skipping_nonfinite(args, momentum) : aten_batch_norm(args, momentum);
   if (is_counted) args.num_batches_tracked->add_(1);
-  try {
-    const bool is_cumulative = is_counted && !args.momentum.has_value();
-    const double momentum = is_cumulative ? 1.0 / args.num_batches_tracked->item<double>() : args.momentum.value_or(0);
-    const bool skips = args.training && args.skip.nonfinite && is_defined(args.running_mean);
-    const at::Tensor y = skips ? aten_batch_norm_skipping_nonfinite(args, momentum) : aten_batch_norm(args, momentum);
-    return composed_activation(is_defined(args.residual) ? y + *args.residual : y, parse(args.activation));
-  } catch (...) {
-    if (is_counted) args.num_batches_tracked->sub_(1);
-    throw;
-  }
+  return composed_activation(is_defined(args.residual) ? y + *args.residual : y, parse(args.activation));
 }
 
 FourTensors composed_backward(const at::Tensor& dy, const SavedForBackward& s, std::array<bool, 4> output_mask) {

@@ -156,7 +156,8 @@ template decltype(batch_norm_from_python<TensorAndSaved>) batch_norm_from_python
 
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) { m.impl("batch_norm", &batch_norm); }
 
-// vmap does not decompose operators that write to their arguments, unless told to.
+// vmap and functionalize do not decompose operators that write to their arguments, unless told to.
 TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) { m.impl("batch_norm", &batch_norm); }
+TORCH_LIBRARY_IMPL(bn_ext, Functionalize, m) { m.impl("batch_norm", &batch_norm); }
 
 }  // namespace bn_ext
