@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-from bn_ext import _extension, _fake, _recompute
+from bn_ext import _decompositions, _extension, _fake, _recompute
 from bn_ext.activations import Activation, resolve
 
 
@@ -22,6 +22,7 @@ _direct_and_saved: Callable[..., tuple[Tensor, Tensor | None]]
 
 if _extension.module is not None:
     _fake.register()
+    _decompositions.register()
     _direct = _extension.module.batch_norm
     _direct_and_saved = _extension.module.batch_norm_and_saved
 
