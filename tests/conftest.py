@@ -50,3 +50,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """For a test that counts what torch.compile compiles, or sets how."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
