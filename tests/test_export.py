@@ -14,6 +14,7 @@ from helpers.compiling import LIBRARIES, Activated, activated, models
 from helpers.derivatives import compare, leaf, loss, modules, normal
 from torch import Tensor, nn
 
+import bn_ext
 from bn_ext.activations import NAMES
 
 pytestmark = [
@@ -112,7 +113,7 @@ def test_exported_activations(activation: str) -> None:
 
 def in_a_fresh_process(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Runs `code`, with `folder` as its current one."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(bn_ext.__file__).resolve().parent.parent
     code = f"import sys; sys.path.insert(0, {str(root)!r}); import torch; {code}"
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
 
@@ -155,6 +156,7 @@ def test_aot_inductor(tmp_path: Path) -> None:
     ours, stock = (Network(plain[library], last[library]).eval() for library in LIBRARIES)
     stock.load_state_dict(ours.state_dict())
     x = normal(4, 3, 5, 6, dtype=torch.float32)
+    ours.to(x.device), stock.to(x.device)
     program = torch.export.export(ours, (x,), dynamic_shapes=({0: BATCH_AND_IMAGE[0][0]},))
     package = str(tmp_path / "model.pt2")
     assert torch._inductor.aoti_compile_and_package(program, package_path=package) == package
