@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-from bn_ext import _extension, _fake, _recompute, _sharding
+from bn_ext import _decompositions, _extension, _fake, _recompute, _sharding
 from bn_ext.activations import Activation, resolve
 
 
@@ -23,6 +23,7 @@ _direct_and_saved: Callable[..., tuple[Tensor, Tensor | None]]
 
 if _extension.module is not None:
     _fake.register()
+    _decompositions.register()
     _direct = _extension.module.batch_norm
     _direct_and_saved = _extension.module.batch_norm_and_saved
 
@@ -121,10 +122,12 @@ def batch_norm(
     """
     name, parameter = (None, 0.0) if activation is None else resolve(activation)
     positional = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-    named = (num_batches_tracked, residual, name, parameter, skip_nonfinite, skip_recomputed)
+    named: tuple[Any, ...] = (num_batches_tracked, residual, name, parameter, skip_nonfinite, skip_recomputed)
     if is_compiling() or has_torch_function_variadic(*positional[:5], residual):
         through_dispatcher: Callable[..., Tensor] = torch.ops.bn_ext.batch_norm
         return through_dispatcher(*positional, **dict(zip(_NAMED, named, strict=True)))
+    if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # dynamo=False
+        return _decompositions.composed(*positional, **dict(zip(_NAMED, named, strict=True)))
     try:
         return _run(positional, named)
     except NotImplementedError:

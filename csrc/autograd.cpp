@@ -2,6 +2,8 @@
 // tensors and other modes see them.
 #include "autograd.h"
 
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -130,21 +132,23 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
   return result;
 }
 
-// y, and what batch_norm_repeat needs.
+// Returns y. What else there is goes to `saved_out`, what batch_norm_repeat needs: outputs marked as not differentiable
+// are more than compiled autograd takes.
 struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
-  static variable_list forward(AutogradContext* ctx,
-                               const at::Tensor& input,
-                               const OptionalTensor& weight,
-                               const OptionalTensor& bias,
-                               const OptionalTensor& residual,
-                               const OptionalTensor& running_mean,
-                               const OptionalTensor& running_var,
-                               const OptionalTensor& num_batches_tracked,
-                               bool training,
-                               std::optional<double> momentum,
-                               double eps,
-                               NamedActivation activation,
-                               Skip skip) {
+  static at::Tensor forward(AutogradContext* ctx,
+                            const at::Tensor& input,
+                            const OptionalTensor& weight,
+                            const OptionalTensor& bias,
+                            const OptionalTensor& residual,
+                            const OptionalTensor& running_mean,
+                            const OptionalTensor& running_var,
+                            const OptionalTensor& num_batches_tracked,
+                            bool training,
+                            std::optional<double> momentum,
+                            double eps,
+                            NamedActivation activation,
+                            Skip skip,
+                            at::Tensor* saved_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const BatchNormArguments args{input,
                                   running_mean,
@@ -160,27 +164,29 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
                                   skip};
     const auto [y, saved, mask] = dispatch_forward(args, wants_mask(args));
     save(ctx, args, saved, mask);
-    ctx->mark_non_differentiable({saved});
-    return {y, saved};
+    *saved_out = saved;
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return backward_of_saved(ctx, grads[0], 12);
+    return backward_of_saved(ctx, grads[0], 13);
   }
 };
 
 // The inner operator of eval, where it is called as such: in an exported and decomposed model.
 struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
-  static variable_list forward(AutogradContext* ctx,
-                               const at::Tensor& input,
-                               const OptionalTensor& weight,
-                               const OptionalTensor& bias,
-                               const OptionalTensor& residual,
-                               const at::Tensor& running_mean,
-                               const at::Tensor& running_var,
-                               double eps,
-                               NamedActivation activation,
-                               bool save_mask) {
+  static at::Tensor forward(AutogradContext* ctx,
+                            const at::Tensor& input,
+                            const OptionalTensor& weight,
+                            const OptionalTensor& bias,
+                            const OptionalTensor& residual,
+                            const at::Tensor& running_mean,
+                            const at::Tensor& running_var,
+                            double eps,
+                            NamedActivation activation,
+                            bool save_mask,
+                            at::Tensor* saved_out,
+                            at::Tensor* mask_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const OptionalTensor mean_given(running_mean), var_given(running_var), no_count;
     const BatchNormArguments args{
@@ -188,13 +194,13 @@ struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
     const bool needs_mask = wants_mask(args);
     const auto [y, saved, mask] = dispatch_forward(args, save_mask || needs_mask);
     save(ctx, args, saved, mask);
-    const at::Tensor mask_asked_for = save_mask ? mask : at::empty({0}, mask.options());
-    ctx->mark_non_differentiable({saved, mask_asked_for});
-    return {y, saved, mask_asked_for};
+    *saved_out = saved;
+    *mask_out = save_mask ? mask : at::empty({0}, mask.options());
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return backward_of_saved(ctx, grads[0], 9);
+    return backward_of_saved(ctx, grads[0], 11);
   }
 };
 
@@ -208,16 +214,19 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
                                       OptionalName activation,
                                       double activation_parameter,
                                       bool save_mask) {
-  const variable_list result = InferenceFunction::apply(input,
-                                                        weight,
-                                                        bias,
-                                                        residual,
-                                                        running_mean,
-                                                        running_var,
-                                                        eps,
-                                                        NamedActivation{activation, activation_parameter},
-                                                        save_mask);
-  return {result[0], result[1], result[2]};
+  at::Tensor saved, mask;
+  const at::Tensor y = InferenceFunction::apply(input,
+                                                weight,
+                                                bias,
+                                                residual,
+                                                running_mean,
+                                                running_var,
+                                                eps,
+                                                NamedActivation{activation, activation_parameter},
+                                                save_mask,
+                                                &saved,
+                                                &mask);
+  return {y, saved, mask};
 }
 
 }  // namespace
@@ -249,19 +258,21 @@ ThreeTensors dispatch_forward(const BatchNormArguments& a, bool save_mask) {
 }
 
 TensorAndSaved differentiable_batch_norm(const BatchNormArguments& a) {
-  const variable_list result = BatchNormFunction::apply(a.input,
-                                                        a.weight,
-                                                        a.bias,
-                                                        a.residual,
-                                                        a.running_mean,
-                                                        a.running_var,
-                                                        a.num_batches_tracked,
-                                                        a.training,
-                                                        a.momentum,
-                                                        a.eps,
-                                                        a.activation,
-                                                        a.skip);
-  return {result[0], result[1]};
+  at::Tensor saved;
+  const at::Tensor y = BatchNormFunction::apply(a.input,
+                                                a.weight,
+                                                a.bias,
+                                                a.residual,
+                                                a.running_mean,
+                                                a.running_var,
+                                                a.num_batches_tracked,
+                                                a.training,
+                                                a.momentum,
+                                                a.eps,
+                                                a.activation,
+                                                a.skip,
+                                                &saved);
+  return {y, saved};
 }
 
 TORCH_LIBRARY_IMPL(bn_ext, Autograd, m) { m.impl("batch_norm_inference", &differentiable_inference); }

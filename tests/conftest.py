@@ -60,3 +60,11 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """For a test that counts what torch.compile compiles, or sets how."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import bn_ext
+from bn_ext.activations import Activation, apply
 from helpers import devices
 from helpers.derivatives import leaf, loss, modules, normal
 
@@ -84,3 +86,37 @@ def models(dtype: torch.dtype = torch.float64) -> list[Model]:
     ours, stock = (Model(norm).to(dtype) for norm in modules())
     stock.conv.load_state_dict(ours.conv.state_dict())
     return [ours, stock]
+
+
+class Activated(nn.Module):
+    """Batch norm, a residual made of the input, and an activation: inside bn_ext's module, or behind torch.nn's."""
+
+    def __init__(self, norm: nn.Module, activation: Activation, has_residual: bool) -> None:
+        super().__init__()
+        self.norm, self.has_residual = norm, has_residual
+        self.behind = None if isinstance(norm, bn_ext.modules._FusedForward) else activation
+        if self.behind is None:
+            norm.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any number of dimensions."""
+        residual = x.sin() if self.has_residual else None
+        if isinstance(self.norm, bn_ext.modules._FusedForward):
+            return self.norm(x, residual)
+        y = self.norm(x)
+        return apply(y if residual is None else y + residual, self.behind)
+
+
+def activated(
+    activation: Activation = None,
+    has_residual: bool = False,
+    kind: str = "BatchNorm2d",
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> dict[str, Activated]:
+    """The same of both libraries, by "bn_ext" and "torch.nn"."""
+    norms = dict(zip(LIBRARIES, modules(kind, **options), strict=True))
+    return {name: Activated(norm, activation, has_residual).to(dtype) for name, norm in norms.items()}
+
+
+LIBRARIES = ["bn_ext", "torch.nn"]
