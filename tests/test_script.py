@@ -178,6 +178,27 @@ def test_converted_model() -> None:
     torch.testing.assert_close(steps(scripted, images()), steps(stock, images()))
 
 
+class Block(nn.Module):
+    """Names of this file in forward()."""
+
+    def __init__(self, library: str) -> None:
+        super().__init__()
+        self.bn = filled(LIBRARIES[library].BatchNorm2d(3).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.bn(x) + x)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_fused_model(recompute: bool) -> None:
+    """Its original forward() is what is scripted."""
+    fused = bn_ext.fuse(nn.Sequential(Block("torch"), Block("torch")), recompute=recompute)
+    scripted = torch.jit.script(fused)
+    stock = nn.Sequential(Block("torch"), Block("torch"))
+    torch.testing.assert_close(steps(scripted, images()), steps(stock, images()))
+    assert "aten::relu" in str(scripted.inlined_graph)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     """Scripted classes are remembered by name."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.ao.quantization as quantization
-from helpers.libraries import Net, both, images, norms, plain, state, step, steps
+from helpers.libraries import both, images, plain, state, step, steps
 from torch import Tensor, nn
 from torch.ao.quantization import quantize_fx
 from torch.fx.experimental import optimization
@@ -223,25 +223,3 @@ def test_skip_init_and_meta_device() -> None:
 def test_to_mkldnn_does_not_lose_an_activation() -> None:
     with pytest.raises(RuntimeError, match=r"would lose the activation inside .*set its `activation` to None"):
         to_mkldnn(convolutions("bn_ext", "relu").float().eval())
-
-
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_symbolic_trace_follows_train_and_eval(activation: Any) -> None:
-    """A batch norm is one call in the traced graph, which switches with the module."""
-    graphs = []
-
-    def run(library: str) -> Any:
-        model = convolutions(library, activation)
-        traced = torch.fx.symbolic_trace(model)
-        assert [type(m) for m in norms(traced)] == [type(m) for m in norms(model)]
-        assert list(traced.state_dict()) == list(model.state_dict())
-        graphs.append([(node.op, node.target) for node in traced.graph.nodes])
-        return steps(traced, images())
-
-    both(run)
-    assert graphs[0] == graphs[1]
-
-
-def test_symbolic_trace_of_a_net_with_residuals() -> None:
-    traced, stock = torch.fx.symbolic_trace(Net("bn_ext")), Net("torch")
-    torch.testing.assert_close(*(steps(model, images()) for model in (traced, stock)))
