@@ -174,9 +174,15 @@ def test_every_16_bit_value_is_right_on(device: str) -> None:
     check_every_16_bit_value(device)
 
 
+# No cache: all results are streamed past it.
+CACHES = pytest.mark.parametrize("cache_bytes", ["", "0"])
+
+
+@CACHES
 @pytest.mark.parametrize("name", instruction_sets())
-def test_every_instruction_set_is_right(name: str) -> None:
-    result = run_python("from bn_ext.__main__ import main; main(['verify'])", BN_EXT_CPU_CAPABILITY=name)
+def test_every_instruction_set_is_right(name: str, cache_bytes: str) -> None:
+    environment = {"BN_EXT_CPU_CAPABILITY": name, "BN_EXT_CPU_CACHE_BYTES": cache_bytes}
+    result = run_python("from bn_ext.__main__ import main; main(['verify'])", **environment)
     assert "16 of 16 within tolerance" in result.stdout, result.stdout + result.stderr
 
 
@@ -194,9 +200,10 @@ print("right", bn_ext.build_info().instruction_set)
 """
 
 
+@CACHES
 @pytest.mark.parametrize("name", instruction_sets())
-def test_activations_of_every_instruction_set(name: str) -> None:
-    result = run_python(ACTIVATIONS, BN_EXT_CPU_CAPABILITY=name)
+def test_activations_of_every_instruction_set(name: str, cache_bytes: str) -> None:
+    result = run_python(ACTIVATIONS, BN_EXT_CPU_CAPABILITY=name, BN_EXT_CPU_CACHE_BYTES=cache_bytes)
     assert result.stdout.split() == ["right", name], result.stderr
 
 

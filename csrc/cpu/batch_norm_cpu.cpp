@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 
+#include "cache.h"
 #include "channel.h"
 #include "instruction_set.h"
 #include "partition.h"
@@ -43,6 +44,12 @@ class ColumnVectors {
   int64_t columns_;
   std::unique_ptr<A[]> values_;
 };
+
+// Whether what is read and what is written do not fit into the cache together.
+template <typename T>
+bool exceeds_cache(const Shape& shape) {
+  return 2 * shape.numel() * int64_t(sizeof(T)) > last_level_cache_bytes();
+}
 
 // What a pass consists of, in this order. Without sums or without results, that stage is left out.
 template <typename Sum, typename Finalise, typename Write>
@@ -99,8 +106,13 @@ void forward(const ForwardParams& p, const P& partition) {
   const bool has_sums = needs_sums(p);
   Partials<Moments> partials(partition, has_sums);
   ColumnVectors<A> vectors(partition, 3);
-  const ApplyArguments<T> arguments{
-      x, static_cast<const T*>(p.z), static_cast<T*>(p.y), p.mask, p.activation, {vectors[0], vectors[1], vectors[2]}};
+  const ApplyArguments<T> arguments{x,
+                                    static_cast<const T*>(p.z),
+                                    static_cast<T*>(p.y),
+                                    p.mask,
+                                    p.activation,
+                                    {vectors[0], vectors[1], vectors[2]},
+                                    exceeds_cache<T>(p.shape)};
   // Nothing was written so far, and nothing fails from here on.
   if (p.mask != nullptr) std::memset(p.mask, 0, static_cast<size_t>(mask_bytes(p.shape.numel())));
   if (has_sums && p.num_batches_tracked != nullptr) ++*p.num_batches_tracked;
@@ -158,7 +170,8 @@ void backward(const BackwardParams& p, const P& partition) {
                                    vectors[3],
                                    vectors[4],
                                    static_cast<T*>(p.dx),
-                                   static_cast<T*>(p.dz)};
+                                   static_cast<T*>(p.dz),
+                                   exceeds_cache<T>(p.shape)};
   for (int64_t c = 0; c < partition.channels; ++c) {
     for_each_column(partition, c, [&](int64_t column) {
       vectors[0][column] = static_cast<const A*>(p.mean)[c];

@@ -149,6 +149,7 @@ BN_EXT_INLINE void apply_run(
   const T* z = a.z + (kHasResidual ? offset : 0);
   T* y = a.y + offset;
   const ReluLike<A> formula = relu_like<A>(a.activation);
+  const bool streams = a.streams && can_stream(y);
   constexpr int64_t L = kLanes<A>;
   // Where the run's bits begin a byte, whole vectors leave theirs at once.
   uint8_t* whole_bytes = nullptr;
@@ -166,7 +167,7 @@ BN_EXT_INLINE void apply_run(
       }
     }
     if constexpr (kForm == ApplyForm::kReluLike || kForm == ApplyForm::kMasked) u = formula.value(u);
-    if constexpr (kForm != ApplyForm::kBuffered) store(y + i, u, lanes);
+    if constexpr (kForm != ApplyForm::kBuffered) store_or_stream(y + i, u, lanes, streams);
   });
   if constexpr (kForm == ApplyForm::kMasked) {
     const int64_t done = whole_bytes == nullptr ? 0 : n / L * L;
@@ -174,8 +175,9 @@ BN_EXT_INLINE void apply_run(
   }
   if constexpr (kForm == ApplyForm::kBuffered) {
     activate(a.activation, n, b.u);
-    for_each_vector<A>(
-        n, [=, u = b.u](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA { store(y + i, load_vector(u + i), lanes); });
+    for_each_vector<A>(n, [=, u = b.u](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+      store_or_stream(y + i, load_vector(u + i), lanes, streams);
+    });
   }
 }
 
@@ -239,22 +241,24 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
   using A = acc_t<T>;
   T* dx = a.dx + (a.dx == nullptr ? 0 : offset);
   T* dz = a.dz + (a.dz == nullptr ? 0 : offset);
+  const bool streams = a.streams && can_stream(dx) && can_stream(dz);
   const auto write = [=](const auto& dx_of_g) BN_EXT_LAMBDA {
     if (dz == nullptr) {
       for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
-        store(dx + i, dx_of_g(gradient(i, lanes), i, lanes), lanes);
+        store_or_stream(dx + i, dx_of_g(gradient(i, lanes), i, lanes), lanes, streams);
       });
     } else {
       for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
         const Vec<A> g = gradient(i, lanes);
-        store(dx + i, dx_of_g(g, i, lanes), lanes);
-        store(dz + i, g, lanes);
+        store_or_stream(dx + i, dx_of_g(g, i, lanes), lanes, streams);
+        store_or_stream(dz + i, g, lanes, streams);
       });
     }
   };
   if (dx == nullptr) {
-    for_each_vector<A>(
-        n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA { store(dz + i, gradient(i, lanes), lanes); });
+    for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+      store_or_stream(dz + i, gradient(i, lanes), lanes, streams);
+    });
   } else if (a.training) {
     write(dx_of);
   } else {

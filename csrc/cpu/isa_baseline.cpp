@@ -1,4 +1,8 @@
 // The kernels for any processor: 16-byte vectors, which x86-64 (SSE2) and arm64 (NEON) always have.
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include <type_traits>
 
 #include "kernels.h"

@@ -95,6 +95,7 @@ struct ApplyArguments {
   uint8_t* mask;  // zeroed; null: not wanted
   Activation activation;
   Affine<acc_t<T>> affine;
+  bool streams;  // y is too large to be found in cache later
 };
 
 // g = dy * activation'(u + z). Training: dx = g * scale + (x - mean) * slope + shift; eval: dx = g * scale
@@ -110,8 +111,9 @@ struct GradArguments {
   bool training;
   const acc_t<T>* slope;  // indexed as affine
   const acc_t<T>* shift;
-  T* dx;  // null: not wanted
-  T* dz;  // null: not wanted
+  T* dx;         // null: not wanted
+  T* dz;         // null: not wanted
+  bool streams;  // dx and dz are too large to be found in cache later
 };
 
 // Results per channel go to out[channel - c_begin] or out[column - column_begin].

@@ -13,9 +13,11 @@ BN_EXT_INLINE void for_each_run(const PlaneRange& r, const Body& body) {
   for (int64_t m = r.m_begin; m < r.m_end;) {
     const int64_t image = m / r.s;
     const int64_t position = m - image * r.s;
-    const int64_t left = r.s - position < r.m_end - m ? r.s - position : r.m_end - m;
-    const int64_t length = left < kMaxRun ? left : kMaxRun;
-    for (int64_t c = r.c_begin; c < r.c_end; ++c) body(c, (image * r.c + c) * r.s + position, length);
+    const int64_t length = smaller(r.s - position, r.m_end - m);
+    for (int64_t c = r.c_begin; c < r.c_end; ++c) {
+      const int64_t offset = (image * r.c + c) * r.s + position;
+      for (int64_t i = 0; i < length; i += kMaxRun) body(c, offset + i, smaller(kMaxRun, length - i));
+    }
     m += length;
   }
 }
@@ -99,6 +101,7 @@ static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
       apply_run<form(), has_residual()>(a, offset, length, b, plane_u(a.affine, c, a.x + offset));
     });
   });
+  if (a.streams) end_of_stream();
 }
 
 // Calls body(c, offset, length, gradient) for every run; gradient(i, lanes) is g of the vector at i.
@@ -150,4 +153,5 @@ static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
     const auto dx_in_eval = [=](Vec<A> g, int64_t, const auto&) BN_EXT_LAMBDA { return g * scale; };
     write_gradients(a, offset, length, gradient, dx, dx_in_eval);
   });
+  if (a.streams) end_of_stream();
 }

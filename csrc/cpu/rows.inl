@@ -117,6 +117,7 @@ static void row_apply(const RowRange& r, const ApplyArguments<T>& a) {
       apply_run<form(), has_residual()>(a, offset, width, b, row_u(a.affine, r, a.x + offset));
     }
   });
+  if (a.streams) end_of_stream();
 }
 
 // Where a row's part of dy begins.
@@ -182,4 +183,5 @@ static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
       write_gradients(a, offset, width, gradient, dx, dx_in_eval);
     }
   });
+  if (a.streams) end_of_stream();
 }

@@ -187,6 +187,43 @@ BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const FirstLanes<acc_t<T>>& lane
   __builtin_memcpy(p, buffer, lanes.count * sizeof(T));
 }
 
+// Past the caches, for results that are too large to be found there later: ordinary stores would first read the memory
+// that they are going to overwrite. p is aligned to kBytes.
+template <int kBytes>
+BN_EXT_INLINE void stream_bytes(void* p, const void* v) {
+#if defined(BN_EXT_AVX512)
+  if constexpr (kBytes == 64) return _mm512_stream_si512((__m512i*)p, load_bits<__m512i>(v));
+#endif
+#if defined(BN_EXT_AVX2) || defined(BN_EXT_AVX512)
+  if constexpr (kBytes == 32) return _mm256_stream_si256((__m256i*)p, load_bits<__m256i>(v));
+#endif
+#if defined(__SSE2__)
+  if constexpr (kBytes == 16) return _mm_stream_si128((__m128i*)p, load_bits<__m128i>(v));
+#endif
+  __builtin_memcpy(p, v, kBytes);
+}
+// Other threads see what was streamed before.
+BN_EXT_INLINE void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <typename T>
+BN_EXT_INLINE bool can_stream(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes<acc_t<T>> * sizeof(T)) == 0;
+}
+template <typename T, typename Lanes>
+BN_EXT_INLINE void store_or_stream(T* p, Vec<acc_t<T>> v, const Lanes& lanes, bool streams) {
+  if (std::is_same_v<Lanes, AllLanes> && streams) {
+    T buffer[kLanes<acc_t<T>>];
+    store_vector(buffer, v);
+    stream_bytes<sizeof(buffer)>(p, buffer);
+  } else {
+    store(p, v, lanes);
+  }
+}
+
 // Not std::min: a library's template compiled for this instruction set might serve the whole program.
 BN_EXT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -1,0 +1,41 @@
+// From sysfs: what sysconf knows can be another machine's.
+#include "cache.h"
+
+#include <cstdlib>
+#include <fstream>
+#include <string>
+
+namespace bn_ext::cpu {
+namespace {
+
+constexpr int64_t kUnknown = int64_t(32) << 20;
+
+// The largest of the first core's caches, each given as "32768K"; 0 if there are none to be read.
+int64_t largest_cache() {
+  int64_t largest = 0;
+  for (int index = 0; index < 8; ++index) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+    int64_t size = 0;
+    char unit = ' ';
+    if (!(file >> size >> unit)) continue;
+    const int64_t bytes = size * (unit == 'K' ? 1 << 10 : unit == 'M' ? 1 << 20 : 1);
+    largest = bytes > largest ? bytes : largest;
+  }
+  return largest;
+}
+
+int64_t choose() {
+  const char* given = std::getenv("BN_EXT_CPU_CACHE_BYTES");
+  if (given != nullptr && *given != '\0') return std::atoll(given);
+  const int64_t found = largest_cache();
+  return found == 0 ? kUnknown : found;
+}
+
+}  // namespace
+
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = choose();
+  return bytes;
+}
+
+}  // namespace bn_ext::cpu
