@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from bn_ext import _sharding
+
 
 def _saved(input: Tensor) -> Tensor:
     """Mean, rstd, scale and offset, of the dtype that statistics have."""
@@ -17,6 +19,7 @@ def _mask(input: Tensor, wanted: bool) -> Tensor:
 
 def _like(input: Tensor) -> Tensor:
     """A tensor like input, in the memory format that the kernels write."""
+    _sharding.register()  # a DTensor asks here for its result's shape, before it asks how to share the work
     return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
 
 

@@ -1,34 +1,31 @@
 """For torch.distributed.tensor: the inner operators see whole tensors, also where they were given in shards."""
 
-from collections.abc import Iterable
+import sys
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _registered = False
 
 
-def register_for(tensors: Iterable[object]) -> bool:
-    """Tell torch about the operators at the first DTensor: to import torch.distributed.tensor takes a second.
-
-    Returns:
-        Whether it was done now, and a call that failed for the lack of it is worth another try.
-    """
+def register() -> None:
+    """Tell torch about the operators, once, where torch.distributed.tensor is in use: to import it takes a second."""
     global _registered
-    if _registered or not any(type(tensor).__name__ == "DTensor" for tensor in tensors):
-        return False
-    from torch.distributed.tensor.experimental import register_sharding
+    if _registered or "torch.distributed.tensor" not in sys.modules:
+        return
+    with unset_fake_temporarily():
+        from torch.distributed.tensor.experimental import register_sharding
 
-    operators = torch.ops.bn_ext
-    for operator in (
-        operators.batch_norm_forward.default,
-        operators.batch_norm_inference.default,
-        operators.batch_norm_repeat.default,
-        operators.batch_norm_backward.default,
-    ):
-        register_sharding(operator)(_Whole(len(operator._schema.returns)))
+        operators = torch.ops.bn_ext
+        for operator in (
+            operators.batch_norm_forward.default,
+            operators.batch_norm_inference.default,
+            operators.batch_norm_repeat.default,
+            operators.batch_norm_backward.default,
+        ):
+            register_sharding(operator)(_Whole(len(operator._schema.returns)))
     _registered = True
-    return True
 
 
 class _Whole:

@@ -54,7 +54,7 @@ def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed
     for name, module in model.named_modules():
         if type(module) in _FUSED:
             module.__class__ = _FUSED[type(module)]
-        elif isinstance(module, tuple(_FUSED)) and type(module) not in _STOCK:
+        elif isinstance(module, tuple(_FUSED)) and not isinstance(module, tuple(_STOCK)):
             left_alone.append(f"{name or 'the model'} ({type(module).__module__}.{type(module).__qualname__})")
         if isinstance(module, tuple(_STOCK)):
             vars(module).update(given)

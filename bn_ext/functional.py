@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-from bn_ext import _decompositions, _extension, _fake, _recompute, _sharding
+from bn_ext import _decompositions, _extension, _fake, _recompute
 from bn_ext.activations import Activation, resolve
 
 
@@ -129,10 +129,6 @@ def batch_norm(
     if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # dynamo=False
         return _decompositions.composed(*positional, **dict(zip(_NAMED, named, strict=True)))
     try:
-        return _run(positional, named)
-    except NotImplementedError:
-        if not _sharding.register_for((*positional, residual)):
-            raise
         return _run(positional, named)
     except TypeError as error:
         raise (_type_error((*positional, *named)) or error) from None

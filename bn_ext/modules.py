@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Proxy
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from bn_ext.activations import Activation, apply, describe, resolve
 from bn_ext.functional import batch_norm
@@ -23,6 +24,7 @@ _LOSING = {
 }
 
 
+_OF_ALL_MODULES = (_global_forward_hooks, _global_forward_pre_hooks)  # dicts, which torch changes in place
 _MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 OPTIONS = ("activation", "skip_nonfinite", "skip_recomputed")
 """What the modules have beyond torch.nn's: arguments of the constructor, and attributes."""
@@ -120,7 +122,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             path = _path_in_graph(self, input)
             if path:
                 options = {"activation": activation, "unlike": unlike}
-                return _call_in_graph(path, input, residual, options)
+                return _call_in_graph(self, path, input, residual, options)
         if unlike is not None and not _alike(input, residual):
             return apply(getattr(self.forward(input), unlike)(residual), resolve(activation))
         if not isinstance(input, Proxy):  # there are no dimensions to look at
@@ -195,11 +197,24 @@ def _path_in_graph(module: torch.nn.Module, input: Proxy) -> str:
         return ""
 
 
-def _call_in_graph(path: str, input: Proxy, residual: object, options: dict[str, Any]) -> Any:
-    """One call of the module in the graph, as torch.nn's modules come out; training stays the module's own."""
-    arguments = (input,) if residual is None else (input, residual)
+def _call_in_graph(module: torch.nn.Module, path: str, input: Proxy, residual: object, options: dict[str, Any]) -> Any:
+    """One call in the graph, as torch.nn's modules come out; training stays the module's own."""
+    create, arguments = input.tracer.create_proxy, (input,) if residual is None else (input, residual)
     given = {name: value for name, value in options.items() if value is not None}
-    return input.tracer.create_proxy("call_module", path, arguments, given)
+    if _is_plain(module):
+        return create("call_module", path, arguments, given)
+    return create("call_function", plain_forward, (create("get_attr", path, (), {}), *arguments), given)
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether a call is _FusedForward.forward(): what hooks and subclasses do besides lies in the graph already."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, *_OF_ALL_MODULES)
+    return type(module).forward is _FusedForward.forward and "forward" not in vars(module) and not any(hooks)
+
+
+def plain_forward(module: _FusedForward, *args: Any, **kwargs: Any) -> Any:
+    """The module's forward(), without hooks and without what a subclass adds; for graphs of torch.fx."""
+    return _FusedForward.forward(module, *args, **kwargs)
 
 
 def _alike(input: Tensor, residual: object) -> bool:

@@ -154,3 +154,15 @@ def test_activation_is_not_lost_without_a_word(convert: str) -> None:
     assert norm.activation == ("relu", 0.0)
     norm.activation = None
     assert not isinstance(list(run(norm).modules())[-1], kind)
+
+
+class Ours(bn_ext.BatchNorm2d):
+    """A subclass of this package's."""
+
+
+def test_subclasses_of_ours_need_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """They are what was asked for, and take options."""
+    model = bn_ext.convert(nn.Sequential(Ours(3)), skip_nonfinite=True)
+    assert type(model[0]) is Ours
+    assert model[0].skip_nonfinite
+    assert not recwarn

@@ -1,5 +1,7 @@
 """Batch norms of distributed tensors, without FSDP: in two processes, the same as on the whole tensors in one."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +66,26 @@ def test_activation_and_residual(workers: Workers, place: str, training: bool) -
     expected = step(build("bn_ext", training, activation="silu"), [leaf(x) for x in inputs(2)])
     for found in workers.run(distributed, "bn_ext", place, training, True):
         torch.testing.assert_close(found, expected)
+
+
+AROUND: dict[str, Any] = {"compiled": contextlib.nullcontext(), "default device": torch.device("cpu")}
+
+
+def first_call(rank: int, around: str) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (1,))
+    norm = distribute_module(build("bn_ext", True), mesh)
+    if around == "compiled":
+        norm.compile(backend="aot_eager")
+    with AROUND[around]:
+        return step(norm, [leaf(distribute_tensor(batch(0, 0, 0), mesh, [Shard(0)]))])
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_first_call_of_a_process(tmp_path: Path, around: str) -> None:
+    """There, too, torch knows what to do with the operators."""
+    alone = Workers(tmp_path, 1)
+    try:
+        (found,) = alone.run(first_call, around)
+    finally:
+        alone.stop()
+    torch.testing.assert_close(found, step(build("bn_ext", True), [leaf(batch(0, 0, 0))]))

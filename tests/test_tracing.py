@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import pickle
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from helpers.compiling import LIBRARIES, Activated, activated, models, step
 from helpers.derivatives import compare, normal
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
 import bn_ext
 
@@ -102,6 +105,60 @@ def test_two_calls_in_their_order() -> None:
     torch.testing.assert_close(traced(x, z), expected(x, z))
     assert traced.norm.num_batches_tracked == expected.norm.num_batches_tracked == 2
     torch.testing.assert_close(traced.state_dict(), expected.state_dict())
+
+
+class Around(bn_ext.BatchNorm2d):
+    """A forward of its own, around the one it inherits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2) + 1
+
+
+def of_a_subclass(norm: Any) -> Any:
+    norm.__class__ = Around
+
+
+def patched(norm: Any) -> Any:
+    forward = norm.forward
+    norm.forward = lambda x: forward(x + 1) * 2
+
+
+def with_hook_for_all(norm: Any) -> Any:
+    return register_module_forward_hook(lambda m, x, y: y * 2 if m is norm else None)
+
+
+ADDITIONS: dict[str, Any] = {
+    "forward hook": lambda norm: norm.register_forward_hook(lambda m, x, y: y * 2),
+    "forward pre-hook": lambda norm: norm.register_forward_pre_hook(lambda m, x: (x[0] + 1,)),
+    "hook of all modules": with_hook_for_all,
+    "subclass": of_a_subclass,
+    "patched": patched,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks:UserWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_additions_are_made_once(name: str, training: bool) -> None:
+    """What hooks and subclasses do besides is traced, and not done by the call again; modes are heeded."""
+    model, x = nn.Sequential(activated("relu")["bn_ext"].norm, nn.Tanh()), normal(4, 3, 5, 6)
+    handle = ADDITIONS[name](model[0])
+    try:
+        traced = torch.fx.symbolic_trace(model.train(not training)).train(training)
+        forms = (model, traced, torch.fx.symbolic_trace(traced), torch.compile(traced, backend="aot_eager"))
+        state, results = copy.deepcopy(model.state_dict()), []
+        for form in forms:
+            model.load_state_dict(state)
+            results.append((form(x), copy.deepcopy(model.state_dict())))
+    finally:
+        if isinstance(handle, RemovableHandle):
+            handle.remove()
+    assert results[0][1]["0.num_batches_tracked"] == training
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+    if name == "subclass":
+        model.load_state_dict(state)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(traced))(x), results[0][0])
 
 
 @pytest.mark.parametrize("training", [True, False])
