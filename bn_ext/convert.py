@@ -57,7 +57,8 @@ def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed
         elif isinstance(module, tuple(_FUSED)) and not isinstance(module, tuple(_STOCK)):
             left_alone.append(f"{name or 'the model'} ({type(module).__module__}.{type(module).__qualname__})")
         if isinstance(module, tuple(_STOCK)):
-            vars(module).update(given)
+            for option, value in given.items():
+                setattr(module, option, value)
     if left_alone:
         warnings.warn(
             "bn_ext.convert left these alone, subclasses of torch.nn's batch norms that may behave differently: "
@@ -69,6 +70,8 @@ def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed
 
 def revert(model: Model) -> Model:
     """Undo :func:`convert` and :func:`fuse`: make every batch norm of this package torch.nn's again, in place.
+
+    `skip_nonfinite` and `skip_recomputed` go with it: torch.nn's have no such thing.
 
     Args:
         model: Any module, or a batch norm itself.

@@ -59,9 +59,11 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         self.skip_recomputed = skip_recomputed
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Take an activation of any kind by its name: a module would become a child."""
+        """Take an activation of any kind by its name: a module would become a child. Refuse flags that are none."""
         if name == "activation":
             value = None if value is None else resolve(value)
+        elif name in OPTIONS and not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:

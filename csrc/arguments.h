@@ -11,6 +11,8 @@ namespace bn_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
 // Training forward passes that leave running statistics as they are; off unless asked for.
 struct Skip {
   bool nonfinite;   // of a channel, what would make its running statistics inf or NaN

@@ -45,12 +45,10 @@ at::Tensor zero_of_inputs(const at::TensorOptions& options) {
     const at::Tensor stand_in =
         at::empty_strided_symint(sizes, std::vector<c10::SymInt>(sizes.size()), input.options());
     torch::autograd::impl::set_gradient_edge(stand_in, edge);
-    zero = zero + stand_in.narrow(0, 0, 0).sum().to(options);
+    zero = zero + stand_in.unsqueeze(0).narrow(0, 0, 0).sum().to(options);
   }
   return zero;
 }
-
-bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
 // With a residual, one bit per value is all that relu, leaky_relu and relu6 need of it.
 bool wants_mask(const BatchNormArguments& args) {

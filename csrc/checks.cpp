@@ -7,8 +7,6 @@
 namespace bn_ext {
 namespace {
 
-bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
 void check_dimensions(const at::Tensor& input) {
   TORCH_CHECK(input.dim() >= 2, "input must have at least 2 dimensions (N, C, ...), got ", input.dim(), "D input");
 }

@@ -23,8 +23,6 @@ bool needs_composed(const BatchNormArguments& args) {
 
 namespace {
 
-bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
-
 at::Tensor aten_batch_norm(const BatchNormArguments& args, double momentum) {
   return at::batch_norm(args.input,
                         args.weight,

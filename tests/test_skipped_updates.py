@@ -222,3 +222,7 @@ def test_option_that_is_no_bool(device: str, name: str) -> None:
     x = torch.randn(2, 3, 4, 4, device=device)
     with pytest.raises(TypeError, match=rf"batch_norm\(\): argument '{name}' must be bool, not int"):
         bn_ext.batch_norm(x, None, None, training=True, **{name: 1})
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 1"):
+        bn_ext.BatchNorm2d(3, **{name: 1})
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'yes'"):
+        bn_ext.convert(nn.BatchNorm2d(3), **{name: "yes"})

@@ -269,3 +269,16 @@ def test_functionalize_of_the_dispatched_operator(mode: str) -> None:
         with BaseTorchFunctionMode():
             results.append([func.functionalize(f)(x, w, b), func.functionalize(func.grad(value(f)))(x, w, b)])
     torch.testing.assert_close(*results)
+
+
+def test_second_derivative_of_a_number_as_weight() -> None:
+    """A weight without dimensions, as this package takes one for a single channel."""
+    x, w = leaf(normal(4, 1, 2, 2)), leaf(normal().abs() + 0.5)
+
+    def penalty(weight: Tensor) -> Tensor:
+        (dx,) = grad(
+            bn_ext.batch_norm(x, None, None, weight, None, True, activation="relu").sum(), x, create_graph=True
+        )
+        return grad(dx.square().sum(), weight)[0]
+
+    torch.testing.assert_close(penalty(w), penalty(leaf(w.reshape(1))).reshape(()))
