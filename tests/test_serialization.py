@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.libraries import Net, both, images, norm, plain, state, step, steps, train_in_child
+from helpers.libraries import (
+    Net,
+    both,
+    images,
+    norm,
+    plain,
+    state,
+    step,
+    steps,
+    train_in_child,
+    train_in_forked_child,
+)
 from torch import multiprocessing, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -205,13 +216,13 @@ def test_lazy_model_with_a_dry_run() -> None:
     both(run, rtol=1e-4, atol=1e-3)  # float32; the convolution's bias gets differences of what cancels
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_memory_shared_with_another_process(start: str) -> None:
+@pytest.mark.parametrize("train", [train_in_child, train_in_forked_child])
+def test_memory_shared_with_another_process(train: Callable[..., None]) -> None:
     """As in Hogwild training: what a child changes of parameters and statistics is the parent's."""
     options = {"activation": "silu", "momentum": None, "device": "cpu"}
     trained = {library: norm(library, **options).share_memory() for library in ("torch", "bn_ext")}
     arguments = (list(trained.values()), images().cpu())
-    child = multiprocessing.get_context(start).Process(target=train_in_child, args=arguments)
+    child = multiprocessing.get_context("spawn").Process(target=train, args=arguments)
     child.start()
     child.join()
     assert child.exitcode == 0

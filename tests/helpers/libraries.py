@@ -1,10 +1,12 @@
 """The same module from torch.nn and from bn_ext: with activation and residual behind it there, inside here."""
 
+import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 import bn_ext
 from bn_ext.activations import apply
@@ -141,3 +143,17 @@ def train_in_child(modules: list[Any], x: Tensor) -> None:
             optimizer.zero_grad()
             module(x).pow(3).mean().backward()
             optimizer.step()
+
+
+def train_in_forked_child(modules: list[Any], x: Tensor) -> None:
+    """The same, forked off by a process that has run forward passes only.
+
+    After a backward pass, autograd may have threads for devices, and forbids it: with a GPU, and with a torch for CUDA
+    that has made fake tensors.
+    """
+    for module in copy.deepcopy(modules):
+        module(x)
+    child = multiprocessing.get_context("fork").Process(target=train_in_child, args=(modules, x))
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
