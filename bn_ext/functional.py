@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function_variadic
 
-from bn_ext import _decompositions, _extension, _fake, _recompute
+from bn_ext import _extension, _fake, _onnx, _recompute
 from bn_ext.activations import Activation, resolve
 
 
@@ -23,7 +23,7 @@ _direct_and_saved: Callable[..., tuple[Tensor, Tensor | None]]
 
 if _extension.module is not None:
     _fake.register()
-    _decompositions.register()
+    _onnx.register()
     _direct = _extension.module.batch_norm
     _direct_and_saved = _extension.module.batch_norm_and_saved
 
@@ -127,7 +127,7 @@ def batch_norm(
         through_dispatcher: Callable[..., Tensor] = torch.ops.bn_ext.batch_norm
         return through_dispatcher(*positional, **dict(zip(_NAMED, named, strict=True)))
     if torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export():  # dynamo=False
-        return _decompositions.composed(*positional, **dict(zip(_NAMED, named, strict=True)))
+        return _onnx.in_torchs_operators(*positional, **dict(zip(_NAMED, named, strict=True)))
     try:
         return _run(positional, named)
     except TypeError as error:

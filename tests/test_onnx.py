@@ -161,7 +161,6 @@ def test_networks(how: Any) -> None:
 
 FORMS = {
     "program": lambda program: program,
-    "decomposed": lambda program: program.run_decompositions(),
     "loaded": lambda program: saved_and_loaded(program),
 }
 

@@ -1,7 +1,6 @@
-"""The operators as torch's tools see them: opcheck, make_fx, fake and meta tensors, and their decompositions."""
+"""The operators as torch's tools see them: opcheck, make_fx, fake and meta tensors, and what ONNX gets."""
 
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -14,8 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import bn_ext
-from bn_ext import _decompositions
-from bn_ext.activations import NAMES
+from bn_ext import _onnx
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -123,31 +121,6 @@ def test_fake_and_meta_tensors(name: str, layout: str, dtype: torch.dtype, train
         assert describe(module, mode.from_tensor(x.detach())) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", [None, *NAMES])
-def test_decomposition_of_inference(activation: str | None, dtype: torch.dtype) -> None:
-    """The kernels' results, with a rounding to 16 bits after each of the three steps."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias, mean, var = ((normal(3).abs() + 0.5).to(wide) for _ in range(4))
-    x, z = (normal(4, 3, 5, 6, dtype=dtype) for _ in range(2))
-    tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(dtype)
-    for residual, scale, shift in itertools.product((None, z), (None, weight), (None, bias)):
-        inputs = (x, scale, shift, mean, var, residual, 1e-3, activation, 0.2)
-        expected, saved, mask = torch.ops.bn_ext.batch_norm_inference(*inputs)
-        actual = _decompositions.inference(*inputs)
-        torch.testing.assert_close(actual[0], expected, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(actual[1:], (saved, mask))
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "relu6"])
-def test_decomposition_of_a_mask(activation: str, layout: str) -> None:
-    """Bit by bit."""
-    x = 8 * laid_out((3, 3, 5, 7), layout)
-    inputs = (x, None, None, x.new_zeros(3), x.new_ones(3), x.cos(), 1e-3, activation, 0.2, True)
-    torch.testing.assert_close(_decompositions.inference(*inputs), torch.ops.bn_ext.batch_norm_inference(*inputs))
-
-
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("training", [True, False])
 def test_composed(training: bool, momentum: float | None) -> None:
@@ -158,12 +131,12 @@ def test_composed(training: bool, momentum: float | None) -> None:
         mine = copy.deepcopy(values) | {"momentum": momentum}
         return f(**mine), [mine[name] for name in mine if isinstance(mine[name], Tensor)]
 
-    compare(run, _decompositions.composed, torch.ops.bn_ext.batch_norm)
+    compare(run, _onnx.in_torchs_operators, torch.ops.bn_ext.batch_norm)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_symbolic_sizes(layout: str) -> None:
-    """Fake tensors with symbolic sizes prefer decompositions to fake kernels: strides must remain the kernels'."""
+    """Fake tensors with symbolic sizes have the kernels' strides."""
     x = laid_out((4, 3, 5, 6), layout)
     mean, var = normal(3), normal(3).abs()
 
