@@ -32,16 +32,16 @@ const KernelsOf<T, RowRange>& kernels_for(const RowPartition&) {
   return kernels<T>().rows;
 }
 
-// `count` vectors of one value per column, uninitialised.
+// `count` vectors of coefficients, uninitialised.
 template <typename A>
-class ColumnVectors {
+class Coefficients {
  public:
-  ColumnVectors(const Partition& partition, int64_t count)
-      : columns_(partition.columns), values_(new A[static_cast<size_t>(columns_ * count)]) {}
-  A* operator[](int64_t i) { return values_.get() + i * columns_; }
+  Coefficients(const Partition& partition, int64_t count)
+      : length_(partition.columns * partition.coefficient_rows), values_(new A[static_cast<size_t>(length_ * count)]) {}
+  A* operator[](int64_t i) { return values_.get() + i * length_; }
 
  private:
-  int64_t columns_;
+  int64_t length_;
   std::unique_ptr<A[]> values_;
 };
 
@@ -105,7 +105,7 @@ void forward(const ForwardParams& p, const P& partition) {
   const T* x = static_cast<const T*>(p.x);
   const bool has_sums = needs_sums(p);
   Partials<Moments> partials(partition, has_sums);
-  ColumnVectors<A> vectors(partition, 3);
+  Coefficients<A> vectors(partition, 3);
   const ApplyArguments<T> arguments{x,
                                     static_cast<const T*>(p.z),
                                     static_cast<T*>(p.y),
@@ -140,10 +140,10 @@ void forward(const ForwardParams& p, const P& partition) {
         static_cast<A*>(p.scale)[c] = affine.scale;
         static_cast<A*>(p.offset)[c] = affine.offset;
       }
-      for_each_column(partition, c, [&](int64_t column) {
-        vectors[0][column] = affine.mean;
-        vectors[1][column] = affine.scale;
-        vectors[2][column] = affine.offset;
+      for_each_coefficient(partition, c, [&](int64_t i) {
+        vectors[0][i] = affine.mean;
+        vectors[1][i] = affine.scale;
+        vectors[2][i] = affine.offset;
       });
     }
   };
@@ -158,7 +158,7 @@ void backward(const BackwardParams& p, const P& partition) {
   const std::vector<T> repeated(p.dy_is_scalar ? kMaxRun : 0, *static_cast<const T*>(p.dy));
   const bool has_sums = p.needs_sums();
   Partials<GradSums> partials(partition, has_sums);
-  ColumnVectors<A> vectors(partition, 5);
+  Coefficients<A> vectors(partition, 5);
   const GradArguments<T> arguments{p.dy_is_scalar ? repeated.data() : static_cast<const T*>(p.dy),
                                    p.dy_is_scalar,
                                    static_cast<const T*>(p.x),
@@ -173,10 +173,10 @@ void backward(const BackwardParams& p, const P& partition) {
                                    static_cast<T*>(p.dz),
                                    exceeds_cache<T>(p.shape)};
   for (int64_t c = 0; c < partition.channels; ++c) {
-    for_each_column(partition, c, [&](int64_t column) {
-      vectors[0][column] = static_cast<const A*>(p.mean)[c];
-      vectors[1][column] = static_cast<const A*>(p.scale)[c];
-      vectors[2][column] = static_cast<const A*>(p.offset)[c];
+    for_each_coefficient(partition, c, [&](int64_t i) {
+      vectors[0][i] = static_cast<const A*>(p.mean)[c];
+      vectors[1][i] = static_cast<const A*>(p.scale)[c];
+      vectors[2][i] = static_cast<const A*>(p.offset)[c];
     });
   }
 
@@ -199,9 +199,9 @@ void backward(const BackwardParams& p, const P& partition) {
       write_param(p.dbias, p.params_dtype, c, sum_dy);
       const double scale = static_cast<const A*>(p.scale)[c];
       const double count = double(p.shape.values_per_channel());
-      for_each_column(partition, c, [&](int64_t column) {
-        vectors[3][column] = static_cast<A>(-scale * rstd * sum_dy_xhat / count);
-        vectors[4][column] = static_cast<A>(-scale * sum_dy / count);
+      for_each_coefficient(partition, c, [&](int64_t i) {
+        vectors[3][i] = static_cast<A>(-scale * rstd * sum_dy_xhat / count);
+        vectors[4][i] = static_cast<A>(-scale * sum_dy / count);
       });
     }
   };

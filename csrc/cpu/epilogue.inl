@@ -144,22 +144,25 @@ BN_EXT_INLINE void with_form(const ApplyArguments<T>& a, const Body& body) {
 // Writes y of the run at `offset`; u_at(i, lanes) gives u of the vector at i of the run.
 template <ApplyForm kForm, bool kHasResidual, typename T, typename U>
 BN_EXT_INLINE void apply_run(
-    const ApplyArguments<T>& a, int64_t offset, int64_t n, Buffer<acc_t<T>>& b, const U& u_at) {
+    const ApplyArguments<T>& a, int64_t ahead, int64_t offset, int64_t n, Buffer<acc_t<T>>& b, const U& u_at) {
   using A = acc_t<T>;
   const T* z = a.z + (kHasResidual ? offset : 0);
   T* y = a.y + offset;
   const ReluLike<A> formula = relu_like<A>(a.activation);
-  const bool streams = a.streams && can_stream(y);
   constexpr int64_t L = kLanes<A>;
   // Where the run's bits begin a byte, whole vectors leave theirs at once.
+  const bool streams = a.streams && (kForm != ApplyForm::kMasked || before_line(y) == 0);
+  const int64_t whole = n / L * L;
   uint8_t* whole_bytes = nullptr;
   if (kForm == ApplyForm::kMasked && L % 8 == 0 && offset % 8 == 0) whole_bytes = a.mask + offset / 8;
-  for_each_vector<A>(n, [=, &b](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+  const auto write = [=, &a, &b](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
+    fetch_ahead(a.x + offset + i, k, ahead);
+    if constexpr (kHasResidual) fetch_ahead(z + i, k, kPageBytes);
     Vec<A> u = u_at(i, lanes);
     if constexpr (kHasResidual) u += load(z + i, lanes);
     if constexpr (kForm == ApplyForm::kBuffered) store_vector(b.u + i, u);
     if constexpr (kForm == ApplyForm::kMasked) {
-      if (whole_bytes != nullptr && std::is_same_v<decltype(lanes), const AllLanes&>) {
+      if (whole_bytes != nullptr && i % 8 == 0 && i + L <= whole) {
         const uint32_t passed = passed_bits(formula, u);
         __builtin_memcpy(whole_bytes + i / 8, &passed, L / 8);
       } else {
@@ -167,17 +170,20 @@ BN_EXT_INLINE void apply_run(
       }
     }
     if constexpr (kForm == ApplyForm::kReluLike || kForm == ApplyForm::kMasked) u = formula.value(u);
-    if constexpr (kForm != ApplyForm::kBuffered) store_or_stream(y + i, u, lanes, streams);
-  });
-  if constexpr (kForm == ApplyForm::kMasked) {
-    const int64_t done = whole_bytes == nullptr ? 0 : n / L * L;
-    write_mask(formula, b.u + done, n - done, offset + done, a.mask);
-  }
+    if constexpr (kForm != ApplyForm::kBuffered) store(y + i, u, lanes);
+  };
   if constexpr (kForm == ApplyForm::kBuffered) {
+    for_each_vector<A>(n, write);
     activate(a.activation, n, b.u);
-    for_each_vector<A>(n, [=, u = b.u](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
-      store_or_stream(y + i, load_vector(u + i), lanes, streams);
+    write_vectors(a.streams, y, n, [=, u = b.u](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+      store(y + i, load_vector(u + i), lanes);
     });
+  } else {
+    write_vectors(streams, y, n, write);
+  }
+  if constexpr (kForm == ApplyForm::kMasked) {
+    const int64_t done = whole_bytes == nullptr ? 0 : whole;
+    write_mask(formula, b.u + done, n - done, offset + done, a.mask);
   }
 }
 
@@ -233,6 +239,7 @@ BN_EXT_INLINE void differentiate_run(
 // dx_in_eval(g, i, lanes), which does not look at x: an inf in it must not reach dx.
 template <typename T, typename Gradient, typename Dx, typename DxInEval>
 BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
+                                   int64_t ahead,
                                    int64_t offset,
                                    int64_t n,
                                    const Gradient& gradient,
@@ -241,23 +248,32 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
   using A = acc_t<T>;
   T* dx = a.dx + (a.dx == nullptr ? 0 : offset);
   T* dz = a.dz + (a.dz == nullptr ? 0 : offset);
-  const bool streams = a.streams && can_stream(dx) && can_stream(dz);
+  const T* x = a.x + offset;
+  const T* dy = a.dy_repeats ? x : a.dy + offset;
+  const T* to = dx == nullptr ? dz : dx;
+  const bool streams = a.streams && (dx == nullptr || dz == nullptr || before_line(dz) == before_line(dx));
   const auto write = [=](const auto& dx_of_g) BN_EXT_LAMBDA {
     if (dz == nullptr) {
-      for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
-        store_or_stream(dx + i, dx_of_g(gradient(i, lanes), i, lanes), lanes, streams);
+      write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
+        fetch_ahead(x + i, k, ahead);
+        fetch_ahead(dy + i, k, ahead);
+        store(dx + i, dx_of_g(gradient(i, lanes), i, lanes), lanes);
       });
     } else {
-      for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+      write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
+        fetch_ahead(x + i, k, ahead);
+        fetch_ahead(dy + i, k, ahead);
         const Vec<A> g = gradient(i, lanes);
-        store_or_stream(dx + i, dx_of_g(g, i, lanes), lanes, streams);
-        store_or_stream(dz + i, g, lanes, streams);
+        store(dx + i, dx_of_g(g, i, lanes), lanes);
+        store(dz + i, g, lanes);
       });
     }
   };
   if (dx == nullptr) {
-    for_each_vector<A>(n, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
-      store_or_stream(dz + i, gradient(i, lanes), lanes, streams);
+    write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
+      fetch_ahead(x + i, k, ahead);
+      fetch_ahead(dy + i, k, ahead);
+      store(dz + i, gradient(i, lanes), lanes);
     });
   } else if (a.training) {
     write(dx_of);

@@ -36,16 +36,23 @@ struct PlaneRange {
   int64_t c_end;
   int64_t m_begin;
   int64_t m_end;
+  int64_t ahead;  // bytes from what results are computed of to what is fetched meanwhile
 };
 
-// A contiguous (rows, columns) tensor, and of it the part [row_begin, row_end) x [column_begin, column_end).
+// A contiguous (rows, columns) tensor, and of it the part [row_begin, row_end) x [column_begin, column_end). The
+// coefficients of whole rows that are narrow are given for several of them, one after the other.
 struct RowRange {
   int64_t columns;
   int64_t column_begin;
   int64_t column_end;
   int64_t row_begin;
   int64_t row_end;
+  int64_t coefficient_rows;
+  bool sums_several;  // rows at a time
+  int64_t ahead;      // bytes from what is read to what is fetched meanwhile
 };
+
+constexpr int64_t kPageBytes = 4096;
 
 constexpr int64_t kMaxRun = 2048;      // adjacent values that go together: float sums stay short, buffers in L1
 constexpr int64_t kMaxColumns = 1024;  // of a RowRange: the accumulators of one range stay in L1

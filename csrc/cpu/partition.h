@@ -17,6 +17,9 @@ constexpr int64_t kNarrowPlane = 16;        // planes of fewer values do not fil
 constexpr int64_t kManyImages = 32;         // from here on, sums per column are little beside the tensor
 constexpr int64_t kManyColumns = 1 << 17;   // up to here, 32 bytes for each of them are little anyway
 constexpr int64_t kNarrowRow = 64;          // channels_last rows of fewer values are joined with their neighbours
+constexpr int64_t kFewColumns = 128;        // so narrow a row ends before the prefetchers have taken notice
+constexpr int64_t kRunBytes = 512;          // of rows that results are written for at a time, where they are narrower
+constexpr int64_t kSmallBytes = 8 << 20;    // of a tensor: several rows at a time are several streams from memory
 constexpr int64_t kGroupBytes = 4096;       // of one image's run of a group of planes: enough for the prefetchers
 constexpr int64_t kCachedBytes = 1 << 20;   // a group up to this size is still in cache when it is visited again
 
@@ -31,8 +34,9 @@ struct Partition {
   int64_t run;
   int64_t groups;
   int64_t segments;
-  bool cached;  // a group's values stay in cache between its sums and its results
-  bool joined;  // a column's channel repeats within a row; then there is one group
+  bool cached;               // a group's values stay in cache between its sums and its results
+  bool joined;               // a column's channel repeats within a row; then there is one group
+  int64_t coefficient_rows;  // how many times the coefficients of all columns are given, one after the other
 };
 
 // Contiguous (N, C, S). A column is a channel.
@@ -41,6 +45,7 @@ struct PlanePartition : Partition {
   Shape shape;
   int64_t group_channels;
   int64_t segment_values;
+  int64_t ahead;
 
   PlanePartition(const Shape& shape, int64_t item_bytes, bool has_sums) : shape(shape) {
     const int64_t values = shape.values_per_channel();
@@ -52,15 +57,18 @@ struct PlanePartition : Partition {
       group_channels = std::clamp<int64_t>(std::min({wanted, cacheable, shape.c / 16}), 1, kMaxGroup);
       segments = ceil_div(values, kPlaneSegment);
       segment_values = ceil_div(values, segments);
-    } else {  // an image's adjacent channels, or whole images
+      ahead = group_channels * shape.s * item_bytes;  // the next group: its sums come after this group's results
+    } else {                                          // an image's adjacent channels, or whole images
       group_channels = std::clamp<int64_t>(kUnitValues / shape.s, 1, shape.c);
       const int64_t images = kUnitValues / (group_channels * shape.s);
       segment_values = images == 0 ? kUnitValues : images * shape.s;
       segments = ceil_div(values, segment_values);
+      ahead = kPageBytes;
     }
     groups = ceil_div(channels, group_channels);
     cached = true;  // at worst in the last-level cache
     joined = false;
+    coefficient_rows = 1;
   }
 
   int64_t column_begin(int64_t group) const { return group * group_channels; }
@@ -70,7 +78,7 @@ struct PlanePartition : Partition {
   }
   Range range(int64_t group, int64_t segment) const {
     const int64_t begin = segment * segment_values;
-    return {shape.c, shape.s, column_begin(group), column_end(group), begin, begin + count(segment)};
+    return {shape.c, shape.s, column_begin(group), column_end(group), begin, begin + count(segment), ahead};
   }
 };
 
@@ -80,6 +88,8 @@ struct RowPartition : Partition {
   int64_t rows;
   int64_t group_columns;
   int64_t segment_rows;
+  bool sums_several;
+  int64_t ahead;
 
   RowPartition(const Shape& shape, int64_t item_bytes, bool has_sums) {
     channels = shape.c;
@@ -97,6 +107,9 @@ struct RowPartition : Partition {
     segment_rows = ceil_div(rows, segments);
     segments = ceil_div(rows, segment_rows);
     cached = rows * group_columns * item_bytes <= kCachedBytes;
+    coefficient_rows = groups == 1 ? std::clamp<int64_t>(kRunBytes / (columns * item_bytes), 1, rows) : 1;
+    sums_several = columns <= kFewColumns || rows * columns * item_bytes <= kSmallBytes;
+    ahead = groups == 1 ? kPageBytes : 2 * columns * item_bytes;  // the same columns of a later row
   }
 
   int64_t column_begin(int64_t group) const { return group * group_columns; }
@@ -104,7 +117,14 @@ struct RowPartition : Partition {
   int64_t count(int64_t segment) const { return std::min(rows, (segment + 1) * segment_rows) - segment * segment_rows; }
   Range range(int64_t group, int64_t segment) const {
     const int64_t begin = segment * segment_rows;
-    return {columns, column_begin(group), column_end(group), begin, begin + count(segment)};
+    return {columns,
+            column_begin(group),
+            column_end(group),
+            begin,
+            begin + count(segment),
+            coefficient_rows,
+            sums_several,
+            ahead};
   }
 
  private:

@@ -39,6 +39,7 @@ BN_EXT_INLINE void add_run_moments(const T* x, int64_t n, acc_t<T> shift, double
   Vec<A> s[4] = {};
   Vec<A> q[4] = {};
   for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int u) BN_EXT_LAMBDA {
+    fetch_ahead(x + i, u, kPageBytes);
     const Vec<A> d = keep(load(x + i, lanes) - vshift, lanes);
     s[u] += d;
     q[u] += d * d;
@@ -98,7 +99,7 @@ static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
   Buffer<acc_t<T>> b;
   with_form(a, [&](auto form, auto has_residual) BN_EXT_LAMBDA {
     for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
-      apply_run<form(), has_residual()>(a, offset, length, b, plane_u(a.affine, c, a.x + offset));
+      apply_run<form(), has_residual()>(a, r.ahead, offset, length, b, plane_u(a.affine, c, a.x + offset));
     });
   });
   if (a.streams) end_of_stream();
@@ -127,9 +128,12 @@ static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Grad
   for_each_gradient_run(r, a, [&](int64_t c, int64_t offset, int64_t length, const auto& gradient) BN_EXT_LAMBDA {
     const Vec<A> mean = broadcast(a.affine.mean[c]);
     const T* x = a.x + offset;
+    const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
     Vec<A> s[4] = {};
     Vec<A> q[4] = {};
     for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
+      fetch_ahead(x + i, k, kPageBytes);
+      fetch_ahead(dy + i, k, kPageBytes);
       const Vec<A> g = gradient(i, lanes);
       s[k] += keep(g, lanes);
       q[k] += keep(g * (load(x + i, lanes) - mean), lanes);
@@ -151,7 +155,7 @@ static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
     const auto dx = [=](Vec<A> g, int64_t i, const auto& lanes)
                         BN_EXT_LAMBDA { return g * scale + ((load(x + i, lanes) - mean) * slope + shift); };
     const auto dx_in_eval = [=](Vec<A> g, int64_t, const auto&) BN_EXT_LAMBDA { return g * scale; };
-    write_gradients(a, offset, length, gradient, dx, dx_in_eval);
+    write_gradients(a, r.ahead, offset, length, gradient, dx, dx_in_eval);
   });
   if (a.streams) end_of_stream();
 }

@@ -29,6 +29,14 @@ void for_each_column(const Partition& p, int64_t c, const Body& body) {
   }
 }
 
+// Calls body(i) for the places of a channel's coefficients.
+template <typename Body>
+void for_each_coefficient(const Partition& p, int64_t c, const Body& body) {
+  for_each_column(p, c, [&](int64_t column) {
+    for (int64_t row = 0; row < p.coefficient_rows; ++row) body(row * p.columns + column);
+  });
+}
+
 // Moments merge as means about the common mean, and squares that make up for the distance from it (Chan, Golub and
 // LeVeque 1979, for all parts at once).
 

@@ -4,14 +4,16 @@
 #include "planes.inl"
 
 constexpr int64_t kRowBlock = 128;     // rows summed in the accumulate type before they go into double
-constexpr int64_t kRowsToSum = 8;      // at a time
+constexpr int64_t kRowsToSum = 8;      // at a time, or one
 constexpr int64_t kRowsForShift = 16;  // whose mean the moments are taken around
 
 // Calls body(first row, integral_constant of the number of rows) for [begin, end).
 template <typename Body>
-BN_EXT_INLINE void for_each_rows(int64_t begin, int64_t end, const Body& body) {
+BN_EXT_INLINE void for_each_rows(const RowRange& r, int64_t begin, int64_t end, const Body& body) {
   int64_t row = begin;
-  for (; row + kRowsToSum <= end; row += kRowsToSum) body(row, std::integral_constant<int64_t, kRowsToSum>{});
+  if (r.sums_several) {
+    for (; row + kRowsToSum <= end; row += kRowsToSum) body(row, std::integral_constant<int64_t, kRowsToSum>{});
+  }
   for (; row < end; ++row) body(row, std::integral_constant<int64_t, 1>{});
 }
 
@@ -21,10 +23,11 @@ struct ColumnSums {
   double second[kMaxColumns];
 };
 
-// Calls terms(row, column, lanes, s, q), which adds to the vectors s and q, for all rows of the range and its columns,
-// counted from column_begin on; before some rows, prepare(first row, their number), at most kRowsToSum.
+// Calls terms(row, column, lanes, u, s, q), which adds to the vectors s and q, for all rows of the range and its
+// columns, counted from column_begin on; before some rows, prepare(first row, their number), at most kRowsToSum.
 template <typename A, typename Prepare, typename Terms>
 BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Prepare& prepare, const Terms& terms) {
+  constexpr int64_t L = kLanes<A>;
   const int64_t width = r.column_end - r.column_begin;
   // Padded: a vector at the last column may reach beyond it.
   A first[kMaxColumns + kLanes<A>];
@@ -34,15 +37,24 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Prepare& 
     const int64_t end = begin + kRowBlock < r.row_end ? begin + kRowBlock : r.row_end;
     __builtin_memset(first, 0, sizeof(A) * (width + kLanes<A>));
     __builtin_memset(second, 0, sizeof(A) * (width + kLanes<A>));
-    for_each_rows(begin, end, [&](int64_t row, auto rows) BN_EXT_LAMBDA {
+    for_each_rows(r, begin, end, [&](int64_t row, auto rows) BN_EXT_LAMBDA {
       prepare(row, int64_t(rows));
-      for_each_vector<A>(width, [&](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
-        Vec<A> s = {};  // of these rows first: short sums round less
-        Vec<A> q = {};
-        for (int64_t k = 0; k < rows; ++k) terms(row + k, i, lanes, s, q);
-        store_vector(first + i, load_vector(first + i) + s);
-        store_vector(second + i, load_vector(second + i) + q);
-      });
+      const auto add_vectors = [&](int64_t i, const auto& lanes, auto vectors) BN_EXT_LAMBDA {
+        Vec<A> s[vectors] = {};  // of these rows first: short sums round less
+        Vec<A> q[vectors] = {};
+        for (int64_t k = 0; k < rows; ++k) {
+          for (int u = 0; u < vectors; ++u) terms(row + k, i + u * L, lanes, u, s[u], q[u]);
+        }
+        for (int u = 0; u < vectors; ++u) {
+          store_vector(first + i + u * L, load_vector(first + i + u * L) + s[u]);
+          store_vector(second + i + u * L, load_vector(second + i + u * L) + q[u]);
+        }
+      };
+      int64_t i = 0;
+      for (; i + 4 * L <= width; i += 4 * L) add_vectors(i, AllLanes{}, std::integral_constant<int, 4>{});
+      const auto add_vector = [&](int64_t j, const auto& lanes, int)
+                                  BN_EXT_LAMBDA { add_vectors(j, lanes, std::integral_constant<int, 1>{}); };
+      for_each_vector<A>(width, add_vector, i);
     });
     for (int64_t i = 0; i < width; ++i) sums.first[i] += first[i];
     for (int64_t i = 0; i < width; ++i) sums.second[i] += second[i];
@@ -61,7 +73,8 @@ static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* sh
   const T* base = x + r.column_begin;
   const double count = double(r.row_end - r.row_begin);
   ColumnSums sums;
-  sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
+  sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, int u, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
+    fetch_ahead(base + row * r.columns + i, u, r.ahead);
     const Vec<A> d = keep(load(base + row * r.columns + i, lanes) - load_vector(shift + i), lanes);
     s += d;
     q += d * d;
@@ -82,9 +95,9 @@ static void row_moments(const RowRange& r, const T* x, Moments* out) {
   const T* base = x + r.column_begin;
   A shift[kMaxColumns + kLanes<A>] = {};
   RowRange head = r;
-  head.row_end = smaller(r.row_end, r.row_begin + kRowsForShift);
+  head.row_end = r.row_begin + smaller(kRowsForShift, (r.row_end - r.row_begin + 3) / 4);
   ColumnSums sums;
-  sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>&) BN_EXT_LAMBDA {
+  sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, int u, Vec<A>& s, Vec<A>&) BN_EXT_LAMBDA {
     s += keep(load(base + row * r.columns + i, lanes), lanes);
   });
   const double head_rows = double(head.row_end - head.row_begin);
@@ -106,16 +119,23 @@ BN_EXT_INLINE auto row_u(const Affine<acc_t<T>>& affine, const RowRange& r, cons
   };
 }
 
-// Writers go row by row, in memory order: several rows at a time were slower, by up to a third where C is 256 or 512.
+// Calls body(offset, length) for each row's part, in memory order, or for as many whole rows as there are coefficients
+// for.
+template <typename Body>
+BN_EXT_INLINE void for_each_row_run(const RowRange& r, const Body& body) {
+  for (int64_t row = r.row_begin; row < r.row_end; row += r.coefficient_rows) {
+    const int64_t rows = smaller(r.coefficient_rows, r.row_end - row);
+    body(row * r.columns + r.column_begin, (rows - 1) * r.columns + r.column_end - r.column_begin);
+  }
+}
+
 template <typename T>
 static void row_apply(const RowRange& r, const ApplyArguments<T>& a) {
   Buffer<acc_t<T>> b;
   with_form(a, [&](auto form, auto has_residual) BN_EXT_LAMBDA {
-    for (int64_t row = r.row_begin; row < r.row_end; ++row) {
-      const int64_t offset = row * r.columns + r.column_begin;
-      const int64_t width = r.column_end - r.column_begin;
-      apply_run<form(), has_residual()>(a, offset, width, b, row_u(a.affine, r, a.x + offset));
-    }
+    for_each_row_run(r, [&](int64_t offset, int64_t width) BN_EXT_LAMBDA {
+      apply_run<form(), has_residual()>(a, r.ahead, offset, width, b, row_u(a.affine, r, a.x + offset));
+    });
   });
   if (a.streams) end_of_stream();
 }
@@ -143,15 +163,18 @@ static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums
         differentiate_run(a, offset, width, of_row, row_u(a.affine, r, a.x + offset));
       }
     };
-    sum_rows<A>(r, sums, prepare, [&](int64_t row, int64_t i, const auto& lanes, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
-      const int64_t offset = row * r.columns + r.column_begin;
-      const T* x = a.x + offset;
-      const A* of_row = derivatives + row % kRowsToSum * kStride;
-      const auto u_at = row_u(a.affine, r, x);
-      const Vec<A> g = gradient_at<form()>(a, dy_of_row(a, offset), offset, of_row, u_at, i, lanes);
-      s += keep(g, lanes);
-      q += keep(g * (load(x + i, lanes) - load(mean + i, lanes)), lanes);
-    });
+    sum_rows<A>(
+        r, sums, prepare, [&](int64_t row, int64_t i, const auto& lanes, int u, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
+          const int64_t offset = row * r.columns + r.column_begin;
+          const T* x = a.x + offset;
+          const A* of_row = derivatives + row % kRowsToSum * kStride;
+          const auto u_at = row_u(a.affine, r, x);
+          const Vec<A> g = gradient_at<form()>(a, dy_of_row(a, offset), offset, of_row, u_at, i, lanes);
+          fetch_ahead(x + i, u, r.ahead);
+          fetch_ahead(a.dy_repeats ? x + i : a.dy + offset + i, u, r.ahead);
+          s += keep(g, lanes);
+          q += keep(g * (load(x + i, lanes) - load(mean + i, lanes)), lanes);
+        });
   });
   for (int64_t i = 0; i < width; ++i) out[i] = {sums.first[i], sums.second[i]};
 }
@@ -159,15 +182,13 @@ static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums
 template <typename T>
 static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
   using A = acc_t<T>;
-  const int64_t width = r.column_end - r.column_begin;
   const A* mean = a.affine.mean + r.column_begin;
   const A* scale = a.affine.scale + r.column_begin;
   const A* slope = a.slope + r.column_begin;
   const A* shift = a.shift + r.column_begin;
   Buffer<A> b;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
-    for (int64_t row = r.row_begin; row < r.row_end; ++row) {
-      const int64_t offset = row * r.columns + r.column_begin;
+    for_each_row_run(r, [&](int64_t offset, int64_t width) BN_EXT_LAMBDA {
       const T* x = a.x + offset;
       const T* dy = dy_of_row(a, offset);
       const auto u_at = row_u(a.affine, r, x);
@@ -180,8 +201,8 @@ static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
       };
       const auto dx_in_eval = [=](Vec<A> g, int64_t i, const auto& lanes)
                                   BN_EXT_LAMBDA { return g * load(scale + i, lanes); };
-      write_gradients(a, offset, width, gradient, dx, dx_in_eval);
-    }
+      write_gradients(a, r.ahead, offset, width, gradient, dx, dx_in_eval);
+    });
   });
   if (a.streams) end_of_stream();
 }

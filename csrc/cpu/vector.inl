@@ -41,6 +41,13 @@ struct FirstLanes {
   Mask<A> mask;
   int64_t count;
 };
+// All, which fill a part of a cache line that is written past the caches.
+struct StreamedLanes {};
+// Only these are written: the others lie in memory that is streamed to, or is not this run's.
+struct SomeLanes {
+  int64_t first;
+  int64_t count;
+};
 
 template <typename A>
 BN_EXT_INLINE Mask<A> lane_index() {
@@ -176,17 +183,6 @@ BN_EXT_INLINE Vec<acc_t<T>> load(const T* p, const FirstLanes<acc_t<T>>& lanes) 
   __builtin_memcpy(buffer, p, lanes.count * sizeof(T));
   return load_vector(buffer);
 }
-template <typename T, typename Lanes>
-BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const Lanes&) {
-  store_vector(p, v);
-}
-template <typename T>
-BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const FirstLanes<acc_t<T>>& lanes) {
-  T buffer[kLanes<acc_t<T>>];
-  store_vector(buffer, v);
-  __builtin_memcpy(p, buffer, lanes.count * sizeof(T));
-}
-
 // Past the caches, for results that are too large to be found there later: ordinary stores would first read the memory
 // that they are going to overwrite. p is aligned to kBytes.
 template <int kBytes>
@@ -209,19 +205,43 @@ BN_EXT_INLINE void end_of_stream() {
 #endif
 }
 
-template <typename T>
-BN_EXT_INLINE bool can_stream(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (kLanes<acc_t<T>> * sizeof(T)) == 0;
+// Copies `count` values, less than 2 * kHalf.
+template <int64_t kHalf, typename T>
+BN_EXT_INLINE void copy_some(T* to, const T* from, int64_t count) {
+  const int64_t copied = count & kHalf;
+  if (copied) __builtin_memcpy(to, from, kHalf * sizeof(T));
+  if constexpr (kHalf > 1) copy_some<kHalf / 2>(to + copied, from + copied, count);
 }
+
 template <typename T, typename Lanes>
-BN_EXT_INLINE void store_or_stream(T* p, Vec<acc_t<T>> v, const Lanes& lanes, bool streams) {
-  if (std::is_same_v<Lanes, AllLanes> && streams) {
-    T buffer[kLanes<acc_t<T>>];
-    store_vector(buffer, v);
-    stream_bytes<sizeof(buffer)>(p, buffer);
-  } else {
-    store(p, v, lanes);
-  }
+BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const Lanes&) {
+  store_vector(p, v);
+}
+template <typename T>
+BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const SomeLanes& lanes) {
+  constexpr int64_t L = kLanes<acc_t<T>>;
+  T buffer[L];
+  store_vector(buffer, v);
+  copy_some<L>(p + lanes.first, buffer + lanes.first, lanes.count);
+}
+template <typename T>
+BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const FirstLanes<acc_t<T>>& lanes) {
+  store(p, v, SomeLanes{0, lanes.count});
+}
+template <typename T>
+BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, StreamedLanes) {
+  T buffer[kLanes<acc_t<T>>];
+  store_vector(buffer, v);
+  stream_bytes<sizeof(buffer)>(p, buffer);
+}
+
+// Asks for what a walk comes to later: the processor's own prefetchers stop at the end of a page, and do not know where
+// the next run begins. u: as in for_each_vector; a cache line is asked for once.
+constexpr int64_t kLineBytes = 64;
+template <typename T>
+BN_EXT_INLINE void fetch_ahead(const T* p, int u, int64_t bytes) {
+  constexpr int kPerLine = kLineBytes / int(kLanes<acc_t<T>> * sizeof(T));
+  if (u % kPerLine == 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 2);
 }
 
 // Not std::min: a library's template compiled for this instruction set might serve the whole program.
@@ -234,11 +254,12 @@ BN_EXT_INLINE Vec<A> broadcast(A value) {
 
 // ---- walking ----
 
-// Visits [0, n): body(i, lanes, u) for the vector at i; u in 0..3 numbers the independent accumulators.
+// Visits [begin, n): body(i, lanes, u) for the vector at i; u in 0..3 numbers the independent accumulators. Before
+// `begin` there is nothing, or whole vectors.
 template <typename A, typename Body>
-BN_EXT_INLINE void for_each_vector(int64_t n, const Body& body) {
+BN_EXT_INLINE void for_each_vector(int64_t n, const Body& body, int64_t begin = 0) {
   constexpr int64_t L = kLanes<A>;
-  int64_t i = 0;
+  int64_t i = begin;
   for (; i + 4 * L <= n; i += 4 * L) {
     body(i, AllLanes{}, 0);
     body(i + L, AllLanes{}, 1);
@@ -252,6 +273,47 @@ BN_EXT_INLINE void for_each_vector(int64_t n, const Body& body) {
     body(n - L, last_lanes<A>(rest), 1);
   } else {
     body(i, first_lanes<A>(rest), 1);
+  }
+}
+
+// Visits [0, n) to write it past the caches: whole lines, of which `head` values of the run are before the first, with
+// StreamedLanes; the ends, whose lines are shared with a neighbour, with SomeLanes. n is a vector at least.
+template <typename T, typename Body>
+BN_EXT_INLINE void for_each_streamed_vector(int64_t head, int64_t n, const Body& body) {
+  constexpr int64_t L = kLanes<acc_t<T>>;
+  constexpr int64_t kPerLine = kLineBytes / int64_t(sizeof(T));
+  const int64_t tail = head + (n - head) / kPerLine * kPerLine;
+  const auto write_end = [&](int64_t begin, int64_t end) BN_EXT_LAMBDA {
+    for (int64_t i = begin; i < end; i += L) {
+      const int64_t p = smaller(i, n - L);
+      body(p, SomeLanes{i - p, smaller(L, end - i)}, 0);
+    }
+  };
+  write_end(0, head);
+  int64_t i = head;
+  for (; i + 4 * L <= tail; i += 4 * L) {
+    body(i, StreamedLanes{}, 0);
+    body(i + L, StreamedLanes{}, 1);
+    body(i + 2 * L, StreamedLanes{}, 2);
+    body(i + 3 * L, StreamedLanes{}, 3);
+  }
+  for (; i < tail; i += L) body(i, StreamedLanes{}, 0);
+  write_end(tail, n);
+}
+
+// How many values lie before the first whole cache line.
+template <typename T>
+BN_EXT_INLINE int64_t before_line(const T* p) {
+  return int64_t(-reinterpret_cast<uintptr_t>(p) % kLineBytes / sizeof(T));
+}
+
+// Visits [0, n) to write it to `to`.
+template <typename T, typename Body>
+BN_EXT_INLINE void write_vectors(bool streams, const T* to, int64_t n, const Body& body) {
+  if (streams && n * int64_t(sizeof(T)) >= 2 * kLineBytes) {
+    for_each_streamed_vector<T>(before_line(to), n, body);
+  } else {
+    for_each_vector<acc_t<T>>(n, body);
   }
 }
 
