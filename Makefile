@@ -5,6 +5,7 @@
 #   make lint     ruff, mypy, clang-format
 #   make test-cuda-on-cpu  the test suite once more, with the CUDA kernels executed on the CPU
 #   make test-cuda-build   builds with CUDA kernels and checks what came of it; needs nvcc and 5.5 GB, no GPU
+#   make test-arm64        compiles the CPU kernels for arm64; needs Debian's g++-aarch64-linux-gnu
 #   make test-gpu          all that a GPU can tell, into the folder OUT: build, tests, benchmark, compute-sanitizer
 # TORCH=torch==2.13.0 installs that torch; otherwise one that PYTHON can import is used, else the newest.
 
@@ -15,7 +16,7 @@ OUT ?= gpu-check
 RUN := $(VENV)/bin/python
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-cuda-on-cpu test-cuda-build test-gpu bench lint format build clean
+.PHONY: demo test test-cuda-on-cpu test-cuda-build test-arm64 test-gpu bench lint format build clean
 
 # The environment, and the extension built in it; again where a source has changed.
 build:
@@ -33,6 +34,9 @@ test-cuda-on-cpu: build
 # Not in .venv: an environment of its own with the oldest torch, kept in the user's cache folder.
 test-cuda-build:
 	$(PYTHON) scripts/cuda_build_check.py
+
+test-arm64:
+	scripts/arm64_check.sh
 
 # With the torch that PYTHON has; installs nothing.
 test-gpu:

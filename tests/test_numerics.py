@@ -1,9 +1,6 @@
 """Numbers at their limits: large means, constants, overflow, inf and NaN, every 16-bit value, bit-equality."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -141,70 +138,8 @@ def check_every_16_bit_value(device: str) -> None:
                 assert same.all(), (dtype, scale, shape, (~same).sum())
 
 
-EVERY_VALUE = """
-import sys, bn_ext
-sys.path.insert(0, "tests")
-from test_numerics import check_every_16_bit_value
-check_every_16_bit_value("cpu")
-print(bn_ext.build_info().instruction_set)
-"""
-
-
-def instruction_sets() -> list[str]:
-    """Those that this processor can run; a wrong name's error lists them."""
-    output = run_python("import bn_ext; print(bn_ext.build_info())", BN_EXT_CPU_CAPABILITY="none").stdout
-    return output.split("must be one of ")[1].split(" on this")[0].split(", ")
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, without a GPU: a processor's instruction set is chosen once."""
-    environment |= {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.mark.parametrize("name", instruction_sets())
-def test_every_16_bit_value_is_loaded_and_rounded_right(name: str) -> None:
-    result = run_python(EVERY_VALUE, BN_EXT_CPU_CAPABILITY=name)
-    assert result.stdout.split() == [name], result.stderr
-
-
 def test_every_16_bit_value_is_right_on(device: str) -> None:
     check_every_16_bit_value(device)
-
-
-# No cache: all results are streamed past it.
-CACHES = pytest.mark.parametrize("cache_bytes", ["", "0"])
-
-
-@CACHES
-@pytest.mark.parametrize("name", instruction_sets())
-def test_every_instruction_set_is_right(name: str, cache_bytes: str) -> None:
-    environment = {"BN_EXT_CPU_CAPABILITY": name, "BN_EXT_CPU_CACHE_BYTES": cache_bytes}
-    result = run_python("from bn_ext.__main__ import main; main(['verify'])", **environment)
-    assert "16 of 16 within tolerance" in result.stdout, result.stdout + result.stderr
-
-
-ACTIVATIONS = """
-import bn_ext
-from bn_ext import testing
-from bn_ext.activations import NAMES
-for seed, name in enumerate([None, *NAMES]):
-    for shape in ((5, 3, 7, 9), (3, 16, 14, 14), (33, 5)):
-        for residual in (True, False):
-            for dtype in testing.TOLERANCE:
-                case = testing.Case(shape, dtype, activation=name, residual=residual, seed=seed)
-                assert max(testing.check(bn_ext.batch_norm, case).values()) <= 1, case
-print("right", bn_ext.build_info().instruction_set)
-"""
-
-
-@CACHES
-@pytest.mark.parametrize("name", instruction_sets())
-def test_activations_of_every_instruction_set(name: str, cache_bytes: str) -> None:
-    result = run_python(ACTIVATIONS, BN_EXT_CPU_CAPABILITY=name, BN_EXT_CPU_CACHE_BYTES=cache_bytes)
-    assert result.stdout.split() == ["right", name], result.stderr
 
 
 @pytest.mark.parametrize("memory_format", LAYOUTS)

@@ -9,6 +9,7 @@
 #include "cache.h"
 #include "channel.h"
 #include "instruction_set.h"
+#include "pages.h"
 #include "partition.h"
 #include "reduce.h"
 
@@ -238,12 +239,14 @@ void dispatch(DType dtype, const Shape& shape, bool has_sums, const Body& body) 
 
 void forward(const ForwardParams& p) {
   dispatch(p.dtype, p.shape, needs_sums(p), [&](auto value, const auto& partition) {
+    expect_writes(p.y, p.shape.numel() * int64_t(sizeof(value)));
     forward<decltype(value)>(p, partition);
   });
 }
 
 void backward(const BackwardParams& p) {
   dispatch(p.dtype, p.shape, p.needs_sums(), [&](auto value, const auto& partition) {
+    for (void* result : {p.dx, p.dz}) expect_writes(result, p.shape.numel() * int64_t(sizeof(value)));
     backward<decltype(value)>(p, partition);
   });
 }

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Compiles for arm64 what of the CPU back-end needs no torch: the loops, and what the system is asked for. Nothing runs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+compiler="${ARM64_CXX:-aarch64-linux-gnu-g++}"
+if ! command -v "$compiler" > /dev/null; then
+  echo "arm64_check: there is no $compiler; on Debian, 'apt-get install g++-aarch64-linux-gnu' brings it" >&2
+  exit 2
+fi
+out="$(mktemp -d)"
+trap 'rm -rf "$out"' EXIT
+for name in isa_baseline isa_avx2 isa_avx512 instruction_set cache pages; do
+  "$compiler" -O0 -Wall -Werror -c "csrc/cpu/$name.cpp" -o "$out/$name.o"
+done
+echo "arm64_check: the CPU kernels compile with $("$compiler" --version | head -n 1)"

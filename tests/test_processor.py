@@ -1,0 +1,126 @@
+"""What the CPU back-end does in its own way on each processor: instruction sets, streamed results, pages, caches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EVERY_VALUE = """
+import sys, bn_ext
+sys.path.insert(0, "tests")
+from test_numerics import check_every_16_bit_value
+check_every_16_bit_value("cpu")
+print(bn_ext.build_info().instruction_set)
+"""
+
+
+def instruction_sets() -> list[str]:
+    """Those that this processor can run; a wrong name's error lists them."""
+    output = run_python("import bn_ext; print(bn_ext.build_info())", BN_EXT_CPU_CAPABILITY="none").stdout
+    return output.split("must be one of ")[1].split(" on this")[0].split(", ")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, without a GPU: a processor's instruction set is chosen once."""
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_every_16_bit_value_is_loaded_and_rounded_right(name: str) -> None:
+    result = run_python(EVERY_VALUE, BN_EXT_CPU_CAPABILITY=name)
+    assert result.stdout.split() == [name], result.stderr
+
+
+# No cache: all results are streamed past it.
+CACHES = pytest.mark.parametrize("cache_bytes", ["", "0"])
+
+
+@CACHES
+@pytest.mark.parametrize("name", instruction_sets())
+def test_every_instruction_set_is_right(name: str, cache_bytes: str) -> None:
+    environment = {"BN_EXT_CPU_CAPABILITY": name, "BN_EXT_CPU_CACHE_BYTES": cache_bytes}
+    result = run_python("from bn_ext.__main__ import main; main(['verify'])", **environment)
+    assert "16 of 16 within tolerance" in result.stdout, result.stdout + result.stderr
+
+
+ACTIVATIONS = """
+import bn_ext
+from bn_ext import testing
+from bn_ext.activations import NAMES
+for seed, name in enumerate([None, *NAMES]):
+    for shape in ((5, 3, 7, 9), (3, 16, 14, 14), (33, 5)):
+        for residual in (True, False):
+            for dtype in testing.TOLERANCE:
+                case = testing.Case(shape, dtype, activation=name, residual=residual, seed=seed)
+                assert max(testing.check(bn_ext.batch_norm, case).values()) <= 1, case
+print("right", bn_ext.build_info().instruction_set)
+"""
+
+
+@CACHES
+@pytest.mark.parametrize("name", instruction_sets())
+def test_activations_of_every_instruction_set(name: str, cache_bytes: str) -> None:
+    result = run_python(ACTIVATIONS, BN_EXT_CPU_CAPABILITY=name, BN_EXT_CPU_CACHE_BYTES=cache_bytes)
+    assert result.stdout.split() == ["right", name], result.stderr
+
+
+RESULTS = """
+import hashlib, torch, bn_ext
+torch.manual_seed(0)
+found = hashlib.sha256()
+for shape in ((3, 16, 14, 14), (2, 20, 7, 9), (33, 40), (5, 3, 31, 33), (40, 6, 6, 6)):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for layout in (torch.contiguous_format, torch.channels_last)[: len(shape) - 2 or 1]:
+            x, z, dy = (torch.randn(shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+            x.requires_grad_(), z.requires_grad_()
+            weight = torch.rand(shape[1], dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+            for options in ({}, {"activation": "relu"}, {"activation": "relu", "residual": z}, {"activation": "silu"}):
+                y = bn_ext.batch_norm(x, None, None, weight, training=True, **options)
+                inputs = [x, weight, *[z] * ("residual" in options)]
+                for result in (y, *torch.autograd.grad(y, inputs, dy)):
+                    found.update(result.detach().contiguous().view(torch.uint8).numpy().tobytes())
+print(found.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_streamed_results_are_the_same_to_the_bit(name: str) -> None:
+    """Runs that share a cache line with their neighbours are written partly past the caches and partly not."""
+    streamed, stored = (
+        run_python(RESULTS, BN_EXT_CPU_CAPABILITY=name, BN_EXT_CPU_CACHE_BYTES=size) for size in ("0", str(1 << 40))
+    )
+    assert streamed.stdout, streamed.stderr
+    assert streamed.stdout == stored.stdout
+
+
+FAULTS = """
+import resource, torch, bn_ext
+x, dy = torch.randn(2, 16, 64, 112, 112)
+norm = bn_ext.BatchNorm2d(64)
+x.requires_grad_()
+inputs = [x, norm.weight, norm.bias]
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.autograd.grad(norm(x), inputs, dy)
+before = faults()
+y = norm(x)
+forward = faults()
+dx = torch.autograd.grad(y, inputs, dy)[0]
+print(forward - before, faults() - forward, x.nbytes // 4096)
+"""
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="this system gives no huge pages on request"
+)
+def test_large_results_do_not_cost_a_page_fault_per_page() -> None:
+    """As torch's do, whose allocator gets memory of this size from the system for every call."""
+    result = run_python(FAULTS, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+    forward, backward, pages = map(int, result.stdout.split())
+    assert forward < pages / 4, (forward, pages, result.stderr)
+    assert backward < pages / 4, (backward, pages)
