@@ -1,6 +1,6 @@
 // Functions of vectors that the activations need, to a few units in the last place; exp gives 0 for less than the
 // smallest normal number, and inf a little before the greatest.
-#include "vector.inl"
+#include "walk.inl"
 
 template <typename A>
 struct ExpConstants;

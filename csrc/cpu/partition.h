@@ -21,6 +21,7 @@ constexpr int64_t kFewColumns = 128;        // so narrow a row ends before the p
 constexpr int64_t kRunBytes = 512;          // of rows that results are written for at a time, where they are narrower
 constexpr int64_t kSmallBytes = 8 << 20;    // of a tensor: several rows at a time are several streams from memory
 constexpr int64_t kGroupBytes = 4096;       // of one image's run of a group of planes: enough for the prefetchers
+constexpr int64_t kFetchedBytes = 2 << 20;  // of a group that is fetched while another's results are written
 constexpr int64_t kCachedBytes = 1 << 20;   // a group up to this size is still in cache when it is visited again
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -57,8 +58,10 @@ struct PlanePartition : Partition {
       group_channels = std::clamp<int64_t>(std::min({wanted, cacheable, shape.c / 16}), 1, kMaxGroup);
       segments = ceil_div(values, kPlaneSegment);
       segment_values = ceil_div(values, segments);
-      ahead = group_channels * shape.s * item_bytes;  // the next group: its sums come after this group's results
-    } else {                                          // an image's adjacent channels, or whole images
+      // The next group, whose sums come after this group's results, if it will still be in cache then.
+      const bool fetches_group = group_channels * values * item_bytes <= kFetchedBytes;
+      ahead = fetches_group ? group_channels * shape.s * item_bytes : kPageBytes;
+    } else {  // an image's adjacent channels, or whole images
       group_channels = std::clamp<int64_t>(kUnitValues / shape.s, 1, shape.c);
       const int64_t images = kUnitValues / (group_channels * shape.s);
       segment_values = images == 0 ? kUnitValues : images * shape.s;
