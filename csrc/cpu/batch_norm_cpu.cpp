@@ -59,7 +59,7 @@ struct Stages {
   bool has_results;
   Sum sum;            // (group, segment)
   Finalise finalise;  // (first channel, last channel + 1)
-  Write write;        // (group, segment)
+  Write write;        // (group, segment, whether the next group's sums come after it)
 };
 template <typename Sum, typename Finalise, typename Write>
 Stages(bool, bool, Sum, Finalise, Write) -> Stages<Sum, Finalise, Write>;
@@ -75,7 +75,7 @@ void run_stages(const P& p, int64_t numel, const S& stages) {
         for (int64_t segment = 0; segment < p.segments; ++segment) stages.sum(group, segment);
         stages.finalise(p.column_begin(group) / p.run, std::min(p.channels, p.column_end(group) / p.run));
         if (!stages.has_results) continue;
-        for (int64_t segment = p.segments - 1; segment >= 0; --segment) stages.write(group, segment);
+        for (int64_t segment = p.segments - 1; segment >= 0; --segment) stages.write(group, segment, true);
       }
     });
     return;
@@ -92,7 +92,7 @@ void run_stages(const P& p, int64_t numel, const S& stages) {
   at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t unit = stages.has_sums ? begin + end - 1 - i : i;
-      stages.write(unit % p.groups, unit / p.groups);
+      stages.write(unit % p.groups, unit / p.groups, false);
     }
   });
 }
@@ -120,7 +120,7 @@ void forward(const ForwardParams& p, const P& partition) {
   const double momentum = p.cumulative && p.num_batches_tracked ? 1.0 / double(*p.num_batches_tracked) : p.momentum;
 
   const auto sum = [&](int64_t group, int64_t segment) {
-    kernels.moments(partition.range(group, segment), x, partials.at(segment) + partition.column_begin(group));
+    kernels.moments(partition.range(group, segment, false), x, partials.at(segment) + partition.column_begin(group));
   };
   const auto batch_moments = [&](int64_t c, double column_count) {
     const Moments total = merge_columns(partition, c, column_count, partials.at(0));
@@ -148,7 +148,9 @@ void forward(const ForwardParams& p, const P& partition) {
       });
     }
   };
-  const auto write = [&](int64_t group, int64_t segment) { kernels.apply(partition.range(group, segment), arguments); };
+  const auto write = [&](int64_t group, int64_t segment, bool by_group) {
+    kernels.apply(partition.range(group, segment, by_group), arguments);
+  };
   run_stages(partition, p.shape.numel(), Stages{has_sums, true, sum, finalise, write});
 }
 
@@ -183,7 +185,7 @@ void backward(const BackwardParams& p, const P& partition) {
 
   const auto sum = [&](int64_t group, int64_t segment) {
     GradSums* out = partials.at(segment) + partition.column_begin(group);
-    kernels.grad_sums(partition.range(group, segment), arguments, out);
+    kernels.grad_sums(partition.range(group, segment, false), arguments, out);
   };
   const auto finalise = [&](int64_t c_begin, int64_t c_end) {
     if (!has_sums) return;
@@ -206,8 +208,8 @@ void backward(const BackwardParams& p, const P& partition) {
       });
     }
   };
-  const auto write = [&](int64_t group, int64_t segment) {
-    kernels.grad_input(partition.range(group, segment), arguments);
+  const auto write = [&](int64_t group, int64_t segment, bool by_group) {
+    kernels.grad_input(partition.range(group, segment, by_group), arguments);
   };
   const bool has_results = p.dx != nullptr || p.dz != nullptr;
   run_stages(partition, p.shape.numel(), Stages{has_sums, has_results, sum, finalise, write});

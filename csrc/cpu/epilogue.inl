@@ -150,8 +150,9 @@ BN_EXT_INLINE void apply_run(
   T* y = a.y + offset;
   const ReluLike<A> formula = relu_like<A>(a.activation);
   constexpr int64_t L = kLanes<A>;
-  // Where the run's bits begin a byte, whole vectors leave theirs at once.
+  // Bits of a mask go by vectors that begin with the run: it must begin a line to be streamed.
   const bool streams = a.streams && (kForm != ApplyForm::kMasked || before_line(y) == 0);
+  // Where the run's bits begin a byte, whole vectors leave theirs at once.
   const int64_t whole = n / L * L;
   uint8_t* whole_bytes = nullptr;
   if (kForm == ApplyForm::kMasked && L % 8 == 0 && offset % 8 == 0) whole_bytes = a.mask + offset / 8;
@@ -162,7 +163,7 @@ BN_EXT_INLINE void apply_run(
     if constexpr (kHasResidual) u += load(z + i, lanes);
     if constexpr (kForm == ApplyForm::kBuffered) store_vector(b.u + i, u);
     if constexpr (kForm == ApplyForm::kMasked) {
-      if (whole_bytes != nullptr && i % 8 == 0 && i + L <= whole) {
+      if (whole_bytes != nullptr && i + L <= whole) {
         const uint32_t passed = passed_bits(formula, u);
         __builtin_memcpy(whole_bytes + i / 8, &passed, L / 8);
       } else {
@@ -175,7 +176,7 @@ BN_EXT_INLINE void apply_run(
   if constexpr (kForm == ApplyForm::kBuffered) {
     for_each_vector<A>(n, write);
     activate(a.activation, n, b.u);
-    write_vectors(a.streams, y, n, [=, u = b.u](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+    write_vectors(streams, y, n, [=, u = b.u](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
       store(y + i, load_vector(u + i), lanes);
     });
   } else {
@@ -248,21 +249,25 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
   using A = acc_t<T>;
   T* dx = a.dx + (a.dx == nullptr ? 0 : offset);
   T* dz = a.dz + (a.dz == nullptr ? 0 : offset);
-  const T* x = a.x + offset;
-  const T* dy = a.dy_repeats ? x : a.dy + offset;
+  // Only what is read: in eval dx comes from dy alone, unless u is asked for.
+  const bool has_u = a.activation.kind != ActivationKind::kNone && a.mask == nullptr;
+  const bool reads_x = has_u || (a.training && dx != nullptr);
+  const auto fetch = [=, x = a.x + offset, dy = a.dy + (a.dy_repeats ? 0 : offset), repeats = a.dy_repeats](
+                         int64_t i, int k) BN_EXT_LAMBDA {
+    if (reads_x) fetch_ahead(x + i, k, ahead);
+    if (!repeats) fetch_ahead(dy + i, k, ahead);
+  };
   const T* to = dx == nullptr ? dz : dx;
   const bool streams = a.streams && (dx == nullptr || dz == nullptr || before_line(dz) == before_line(dx));
   const auto write = [=](const auto& dx_of_g) BN_EXT_LAMBDA {
     if (dz == nullptr) {
       write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
-        fetch_ahead(x + i, k, ahead);
-        fetch_ahead(dy + i, k, ahead);
+        fetch(i, k);
         store(dx + i, dx_of_g(gradient(i, lanes), i, lanes), lanes);
       });
     } else {
       write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
-        fetch_ahead(x + i, k, ahead);
-        fetch_ahead(dy + i, k, ahead);
+        fetch(i, k);
         const Vec<A> g = gradient(i, lanes);
         store(dx + i, dx_of_g(g, i, lanes), lanes);
         store(dz + i, g, lanes);
@@ -271,8 +276,7 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
   };
   if (dx == nullptr) {
     write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
-      fetch_ahead(x + i, k, ahead);
-      fetch_ahead(dy + i, k, ahead);
+      fetch(i, k);
       store(dz + i, gradient(i, lanes), lanes);
     });
   } else if (a.training) {

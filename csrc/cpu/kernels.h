@@ -52,7 +52,7 @@ struct RowRange {
   int64_t ahead;      // bytes from what is read to what is fetched meanwhile
 };
 
-constexpr int64_t kPageBytes = 4096;
+constexpr int64_t kPageBytes = 4096;  // how far ahead values are fetched: a page of most systems
 
 constexpr int64_t kMaxRun = 2048;      // adjacent values that go together: float sums stay short, buffers in L1
 constexpr int64_t kMaxColumns = 1024;  // of a RowRange: the accumulators of one range stay in L1

@@ -46,7 +46,7 @@ struct PlanePartition : Partition {
   Shape shape;
   int64_t group_channels;
   int64_t segment_values;
-  int64_t ahead;
+  int64_t group_ahead;  // from one group's values to the next's
 
   PlanePartition(const Shape& shape, int64_t item_bytes, bool has_sums) : shape(shape) {
     const int64_t values = shape.values_per_channel();
@@ -58,15 +58,14 @@ struct PlanePartition : Partition {
       group_channels = std::clamp<int64_t>(std::min({wanted, cacheable, shape.c / 16}), 1, kMaxGroup);
       segments = ceil_div(values, kPlaneSegment);
       segment_values = ceil_div(values, segments);
-      // The next group, whose sums come after this group's results, if it will still be in cache then.
-      const bool fetches_group = group_channels * values * item_bytes <= kFetchedBytes;
-      ahead = fetches_group ? group_channels * shape.s * item_bytes : kPageBytes;
+      const bool stays_in_cache = group_channels * values * item_bytes <= kFetchedBytes;
+      group_ahead = stays_in_cache ? group_channels * shape.s * item_bytes : kPageBytes;
     } else {  // an image's adjacent channels, or whole images
       group_channels = std::clamp<int64_t>(kUnitValues / shape.s, 1, shape.c);
       const int64_t images = kUnitValues / (group_channels * shape.s);
       segment_values = images == 0 ? kUnitValues : images * shape.s;
       segments = ceil_div(values, segment_values);
-      ahead = kPageBytes;
+      group_ahead = kPageBytes;
     }
     groups = ceil_div(channels, group_channels);
     cached = true;  // at worst in the last-level cache
@@ -79,8 +78,10 @@ struct PlanePartition : Partition {
   int64_t count(int64_t segment) const {  // of a column's values in a segment
     return std::min(shape.values_per_channel(), (segment + 1) * segment_values) - segment * segment_values;
   }
-  Range range(int64_t group, int64_t segment) const {
+  // by_group: the next group's sums come after this group's results.
+  Range range(int64_t group, int64_t segment, bool by_group) const {
     const int64_t begin = segment * segment_values;
+    const int64_t ahead = by_group ? group_ahead : kPageBytes;
     return {shape.c, shape.s, column_begin(group), column_end(group), begin, begin + count(segment), ahead};
   }
 };
@@ -118,7 +119,7 @@ struct RowPartition : Partition {
   int64_t column_begin(int64_t group) const { return group * group_columns; }
   int64_t column_end(int64_t group) const { return std::min(columns, column_begin(group) + group_columns); }
   int64_t count(int64_t segment) const { return std::min(rows, (segment + 1) * segment_rows) - segment * segment_rows; }
-  Range range(int64_t group, int64_t segment) const {
+  Range range(int64_t group, int64_t segment, bool /*by_group*/) const {
     const int64_t begin = segment * segment_rows;
     return {columns,
             column_begin(group),

@@ -23,8 +23,9 @@ struct ColumnSums {
   double second[kMaxColumns];
 };
 
-// Calls terms(row, column, lanes, u, s, q), which adds to the vectors s and q, for all rows of the range and its
-// columns, counted from column_begin on; before some rows, prepare(first row, their number), at most kRowsToSum.
+// Calls terms(row, column, lanes, k, s, q), k as for_each_vector's u, which adds to the vectors s and q, for all rows
+// of the range and its columns, counted from column_begin on; before some rows, prepare(first row, their number), at
+// most kRowsToSum.
 template <typename A, typename Prepare, typename Terms>
 BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Prepare& prepare, const Terms& terms) {
   constexpr int64_t L = kLanes<A>;
@@ -97,7 +98,7 @@ static void row_moments(const RowRange& r, const T* x, Moments* out) {
   RowRange head = r;
   head.row_end = r.row_begin + smaller(kRowsForShift, (r.row_end - r.row_begin + 3) / 4);
   ColumnSums sums;
-  sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, int u, Vec<A>& s, Vec<A>&) BN_EXT_LAMBDA {
+  sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, int, Vec<A>& s, Vec<A>&) BN_EXT_LAMBDA {
     s += keep(load(base + row * r.columns + i, lanes), lanes);
   });
   const double head_rows = double(head.row_end - head.row_begin);

@@ -1,9 +1,10 @@
 // Ways through a run of adjacent values, vector by vector.
 #include "vector.inl"
 
-// Asks for what a walk comes to later: the processor's own prefetchers stop at the end of a page, and do not know where
-// the next run begins. u: as in for_each_vector; a cache line is asked for once.
 constexpr int64_t kLineBytes = 64;
+
+// Asks for what a walk comes to later: the processor's own prefetchers stop at the end of a page, and do not know where
+// the next run begins. u: as in for_each_vector; mostly, a cache line is asked for once.
 template <typename T>
 BN_EXT_INLINE void fetch_ahead(const T* p, int u, int64_t bytes) {
   constexpr int kPerLine = kLineBytes / int(kLanes<acc_t<T>> * sizeof(T));
@@ -33,7 +34,7 @@ BN_EXT_INLINE void for_each_vector(int64_t n, const Body& body, int64_t begin = 
 }
 
 // Visits [0, n) to write it past the caches: whole lines, of which `head` values of the run are before the first, with
-// StreamedLanes; the ends, whose lines are shared with a neighbour, with SomeLanes. n is a vector at least.
+// StreamedLanes; the ends, whose lines are shared with a neighbour, with SomeLanes. n is two lines at least.
 template <typename T, typename Body>
 BN_EXT_INLINE void for_each_streamed_vector(int64_t head, int64_t n, const Body& body) {
   constexpr int64_t L = kLanes<acc_t<T>>;
