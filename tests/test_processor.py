@@ -47,6 +47,14 @@ def test_every_instruction_set_is_right(name: str, cache_bytes: str) -> None:
     assert "16 of 16 within tolerance" in result.stdout, result.stdout + result.stderr
 
 
+@pytest.mark.parametrize("cache_bytes", ["32M", "-1", "much"])
+def test_a_cache_size_that_is_no_number_is_refused(cache_bytes: str) -> None:
+    code = "import torch, bn_ext; bn_ext.BatchNorm1d(3)(torch.randn(5, 3))"
+    result = run_python(code, BN_EXT_CPU_CACHE_BYTES=cache_bytes)
+    assert result.returncode != 0
+    assert f"BN_EXT_CPU_CACHE_BYTES must be a number of bytes, as 33554432, got {cache_bytes}" in result.stderr
+
+
 ACTIVATIONS = """
 import bn_ext
 from bn_ext import testing

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <fstream>
+#include <stdexcept>
 #include <string>
 
 namespace bn_ext::cpu {
@@ -24,9 +25,15 @@ int64_t largest_cache() {
   return largest;
 }
 
+int64_t parse(const std::string& given) {
+  const bool is_number = given.size() <= 18 && given.find_first_not_of("0123456789") == std::string::npos;
+  if (is_number) return std::stoll(given);
+  throw std::invalid_argument("BN_EXT_CPU_CACHE_BYTES must be a number of bytes, as 33554432, got " + given);
+}
+
 int64_t choose() {
   const char* given = std::getenv("BN_EXT_CPU_CACHE_BYTES");
-  if (given != nullptr && *given != '\0') return std::atoll(given);
+  if (given != nullptr && *given != '\0') return parse(given);
   const int64_t found = largest_cache();
   return found == 0 ? kUnknown : found;
 }

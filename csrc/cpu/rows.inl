@@ -5,7 +5,7 @@
 
 constexpr int64_t kRowBlock = 128;     // rows summed in the accumulate type before they go into double
 constexpr int64_t kRowsToSum = 8;      // at a time, or one
-constexpr int64_t kRowsForShift = 16;  // whose mean the moments are taken around
+constexpr int64_t kRowsForShift = 16;  // at most, whose mean the moments are taken around: they are read twice
 
 // Calls body(first row, integral_constant of the number of rows) for [begin, end).
 template <typename Body>
@@ -43,12 +43,12 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Prepare& 
       const auto add_vectors = [&](int64_t i, const auto& lanes, auto vectors) BN_EXT_LAMBDA {
         Vec<A> s[vectors] = {};  // of these rows first: short sums round less
         Vec<A> q[vectors] = {};
-        for (int64_t k = 0; k < rows; ++k) {
-          for (int u = 0; u < vectors; ++u) terms(row + k, i + u * L, lanes, u, s[u], q[u]);
+        for (int64_t below = 0; below < rows; ++below) {
+          for (int k = 0; k < vectors; ++k) terms(row + below, i + k * L, lanes, k, s[k], q[k]);
         }
-        for (int u = 0; u < vectors; ++u) {
-          store_vector(first + i + u * L, load_vector(first + i + u * L) + s[u]);
-          store_vector(second + i + u * L, load_vector(second + i + u * L) + q[u]);
+        for (int k = 0; k < vectors; ++k) {
+          store_vector(first + i + k * L, load_vector(first + i + k * L) + s[k]);
+          store_vector(second + i + k * L, load_vector(second + i + k * L) + q[k]);
         }
       };
       int64_t i = 0;
@@ -74,8 +74,8 @@ static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* sh
   const T* base = x + r.column_begin;
   const double count = double(r.row_end - r.row_begin);
   ColumnSums sums;
-  sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, int u, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
-    fetch_ahead(base + row * r.columns + i, u, r.ahead);
+  sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, int k, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
+    fetch_ahead(base + row * r.columns + i, k, r.ahead);
     const Vec<A> d = keep(load(base + row * r.columns + i, lanes) - load_vector(shift + i), lanes);
     s += d;
     q += d * d;
@@ -165,14 +165,15 @@ static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums
       }
     };
     sum_rows<A>(
-        r, sums, prepare, [&](int64_t row, int64_t i, const auto& lanes, int u, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
+        r, sums, prepare, [&](int64_t row, int64_t i, const auto& lanes, int k, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
           const int64_t offset = row * r.columns + r.column_begin;
           const T* x = a.x + offset;
           const A* of_row = derivatives + row % kRowsToSum * kStride;
           const auto u_at = row_u(a.affine, r, x);
-          const Vec<A> g = gradient_at<form()>(a, dy_of_row(a, offset), offset, of_row, u_at, i, lanes);
-          fetch_ahead(x + i, u, r.ahead);
-          fetch_ahead(a.dy_repeats ? x + i : a.dy + offset + i, u, r.ahead);
+          const T* dy = dy_of_row(a, offset);
+          fetch_ahead(x + i, k, r.ahead);
+          fetch_ahead(dy + i, k, r.ahead);
+          const Vec<A> g = gradient_at<form()>(a, dy, offset, of_row, u_at, i, lanes);
           s += keep(g, lanes);
           q += keep(g * (load(x + i, lanes) - load(mean + i, lanes)), lanes);
         });
