@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -16,7 +17,7 @@
 namespace bn_ext::cpu {
 namespace {
 
-constexpr int64_t kSerialValues = 32768;   // a tensor this small is done before a second thread has started
+constexpr int64_t kSerialValues = 16384;   // a tensor this small is done before a second thread has started
 constexpr int64_t kSerialChannels = 8192;  // likewise for per-channel arithmetic
 
 double to_double(float value) { return value; }
@@ -33,18 +34,44 @@ const KernelsOf<T, RowRange>& kernels_for(const RowPartition&) {
   return kernels<T>().rows;
 }
 
-// `count` vectors of coefficients, uninitialised.
+// Whether the kernels can take a vector with one value per channel as it is.
+bool is_by_channel(const Partition& p) { return p.columns * p.coefficient_rows == p.channels; }
+
+// `count` vectors of coefficients as the kernels index them, uninitialised.
 template <typename A>
 class Coefficients {
  public:
   Coefficients(const Partition& partition, int64_t count)
-      : length_(partition.columns * partition.coefficient_rows), values_(new A[static_cast<size_t>(length_ * count)]) {}
-  A* operator[](int64_t i) { return values_.get() + i * length_; }
+      : partition_(partition),
+        length_(partition.columns * partition.coefficient_rows),
+        values_(new A[static_cast<size_t>(length_ * count)]) {}
+
+  A* operator[](int64_t vector) { return values_.get() + vector * length_; }
+
+  // Sets the coefficients of n channels.
+  void set(int64_t vector, int64_t begin, int64_t n, const A* of_channels) {
+    A* values = (*this)[vector];
+    if (is_by_channel(partition_)) {
+      std::copy_n(of_channels, n, values + begin);
+      return;
+    }
+    const int64_t stride = partition_.channels * partition_.run;
+    for (int64_t block = begin * partition_.run; block < length_; block += stride) {
+      for (int64_t i = 0; i < n; ++i) std::fill_n(values + block + i * partition_.run, partition_.run, of_channels[i]);
+    }
+  }
 
  private:
+  const Partition& partition_;
   int64_t length_;
   std::unique_ptr<A[]> values_;
 };
+
+// Calls body(begin, n) for blocks of the channels [begin, end).
+template <typename Body>
+void for_each_block(int64_t begin, int64_t end, const Body& body) {
+  for (; begin < end; begin += kChannelBlock) body(begin, std::min(kChannelBlock, end - begin));
+}
 
 // Whether what is read and what is written do not fit into the cache together.
 template <typename T>
@@ -69,13 +96,16 @@ Stages(bool, bool, Sum, Finalise, Write) -> Stages<Sum, Finalise, Write>;
 template <typename P, typename S>
 void run_stages(const P& p, int64_t numel, const S& stages) {
   const bool serial = numel <= kSerialValues || at::get_num_threads() == 1;
-  if (stages.has_sums && p.cached && (serial || p.groups >= 4 * at::get_num_threads())) {
+  const bool by_group = stages.has_sums && p.cached && (serial || p.groups >= 4 * at::get_num_threads());
+  if (by_group || p.segments == 1) {
     at::parallel_for(0, p.groups, serial ? p.groups : 1, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) {
-        for (int64_t segment = 0; segment < p.segments; ++segment) stages.sum(group, segment);
+        if (stages.has_sums) {
+          for (int64_t segment = 0; segment < p.segments; ++segment) stages.sum(group, segment);
+        }
         stages.finalise(p.column_begin(group) / p.run, std::min(p.channels, p.column_end(group) / p.run));
         if (!stages.has_results) continue;
-        for (int64_t segment = p.segments - 1; segment >= 0; --segment) stages.write(group, segment, true);
+        for (int64_t segment = p.segments - 1; segment >= 0; --segment) stages.write(group, segment, stages.has_sums);
       }
     });
     return;
@@ -106,47 +136,41 @@ void forward(const ForwardParams& p, const P& partition) {
   const T* x = static_cast<const T*>(p.x);
   const bool has_sums = needs_sums(p);
   Partials<Moments> partials(partition, has_sums);
-  Coefficients<A> vectors(partition, 3);
-  const ApplyArguments<T> arguments{x,
-                                    static_cast<const T*>(p.z),
-                                    static_cast<T*>(p.y),
-                                    p.mask,
-                                    p.activation,
-                                    {vectors[0], vectors[1], vectors[2]},
-                                    exceeds_cache<T>(p.shape)};
+  const SavedVectors<A> saved(p, 0);
+  const bool by_channel = is_by_channel(partition);
+  Coefficients<A> vectors(partition, by_channel ? 0 : 3);
+  const Affine<A> affine =
+      by_channel ? Affine<A>{saved.mean, saved.scale, saved.offset} : Affine<A>{vectors[0], vectors[1], vectors[2]};
+  const ApplyArguments<T> arguments{
+      x, static_cast<const T*>(p.z), static_cast<T*>(p.y), p.mask, p.activation, affine, exceeds_cache<T>(p.shape)};
   // Nothing was written so far, and nothing fails from here on.
   if (p.mask != nullptr) std::memset(p.mask, 0, static_cast<size_t>(mask_bytes(p.shape.numel())));
   if (has_sums && p.num_batches_tracked != nullptr) ++*p.num_batches_tracked;
   const double momentum = p.cumulative && p.num_batches_tracked ? 1.0 / double(*p.num_batches_tracked) : p.momentum;
 
   const auto sum = [&](int64_t group, int64_t segment) {
-    kernels.moments(partition.range(group, segment, false), x, partials.at(segment) + partition.column_begin(group));
-  };
-  const auto batch_moments = [&](int64_t c, double column_count) {
-    const Moments total = merge_columns(partition, c, column_count, partials.at(0));
-    if (std::isfinite(total.m2)) return total;
-    return moments_in_double(p.shape, x, c, [](T value) { return to_double(value); });
+    Moments* out = partials.at(segment) + partition.column_begin(group) / partition.run;
+    kernels.moments(partition.range(group, segment, false), x, out);
   };
   const auto finalise = [&](int64_t c_begin, int64_t c_end) {
-    const double count =
-        has_sums ? merge_segments(partition, columns_begin(partition, c_begin), columns_end(partition, c_end), partials)
-                 : 0;
-    for (int64_t c = c_begin; c < c_end; ++c) {
-      const ChannelAffine<A> affine = has_sums    ? affine_of_batch<A>(p, c, batch_moments(c, count), momentum)
-                                      : p.repeats ? affine_of_saved<A>(p, c)
-                                                  : affine_of_running<A>(p, c);
-      if (!p.repeats) {
-        static_cast<A*>(p.mean)[c] = affine.mean;
-        static_cast<A*>(p.rstd)[c] = affine.rstd;
-        static_cast<A*>(p.scale)[c] = affine.scale;
-        static_cast<A*>(p.offset)[c] = affine.offset;
-      }
-      for_each_coefficient(partition, c, [&](int64_t i) {
-        vectors[0][i] = affine.mean;
-        vectors[1][i] = affine.scale;
-        vectors[2][i] = affine.offset;
-      });
+    const double count = has_sums ? merge_segments(partition, c_begin, runs_end(partition, c_end), partials) : 0;
+    Moments* moments = partials.at(0);
+    for (int64_t c = c_begin; has_sums && c < c_end; ++c) {
+      if (partition.joined) merge_runs(partition, c, count, moments);
+      if (std::isfinite(moments[c].m2)) continue;
+      moments[c] = moments_in_double(p.shape, x, c, [](T value) { return to_double(value); });
     }
+    for_each_block(c_begin, c_end, [&](int64_t begin, int64_t n) {
+      if (has_sums) {
+        save_batch<A>(p, momentum, begin, n, moments + begin);
+      } else if (!p.repeats) {
+        save_running<A>(p, begin, n);
+      }
+      if (by_channel) return;
+      vectors.set(0, begin, n, saved.mean + begin);
+      vectors.set(1, begin, n, saved.scale + begin);
+      vectors.set(2, begin, n, saved.offset + begin);
+    });
   };
   const auto write = [&](int64_t group, int64_t segment, bool by_group) {
     kernels.apply(partition.range(group, segment, by_group), arguments);
@@ -159,54 +183,49 @@ void backward(const BackwardParams& p, const P& partition) {
   using A = acc_t<T>;
   const auto& kernels = kernels_for<T>(partition);
   const std::vector<T> repeated(p.dy_is_scalar ? kMaxRun : 0, *static_cast<const T*>(p.dy));
+  const T* x = static_cast<const T*>(p.x);
   const bool has_sums = p.needs_sums();
   Partials<GradSums> partials(partition, has_sums);
-  Coefficients<A> vectors(partition, 5);
+  const A* mean = static_cast<const A*>(p.mean);
+  const A* scale = static_cast<const A*>(p.scale);
+  const A* offset = static_cast<const A*>(p.offset);
+  const bool by_channel = is_by_channel(partition);
+  Coefficients<A> vectors(partition, by_channel ? 2 : 5);
+  const Affine<A> affine = by_channel ? Affine<A>{mean, scale, offset} : Affine<A>{vectors[2], vectors[3], vectors[4]};
   const GradArguments<T> arguments{p.dy_is_scalar ? repeated.data() : static_cast<const T*>(p.dy),
                                    p.dy_is_scalar,
-                                   static_cast<const T*>(p.x),
+                                   x,
                                    static_cast<const T*>(p.z),
                                    p.mask,
                                    p.activation,
-                                   {vectors[0], vectors[1], vectors[2]},
+                                   affine,
                                    p.training,
-                                   vectors[3],
-                                   vectors[4],
+                                   vectors[0],
+                                   vectors[1],
                                    static_cast<T*>(p.dx),
                                    static_cast<T*>(p.dz),
                                    exceeds_cache<T>(p.shape)};
-  for (int64_t c = 0; c < partition.channels; ++c) {
-    for_each_coefficient(partition, c, [&](int64_t i) {
-      vectors[0][i] = static_cast<const A*>(p.mean)[c];
-      vectors[1][i] = static_cast<const A*>(p.scale)[c];
-      vectors[2][i] = static_cast<const A*>(p.offset)[c];
-    });
+  if (!by_channel) {
+    vectors.set(2, 0, partition.channels, mean);
+    vectors.set(3, 0, partition.channels, scale);
+    vectors.set(4, 0, partition.channels, offset);
   }
 
   const auto sum = [&](int64_t group, int64_t segment) {
-    GradSums* out = partials.at(segment) + partition.column_begin(group);
+    GradSums* out = partials.at(segment) + partition.column_begin(group) / partition.run;
     kernels.grad_sums(partition.range(group, segment, false), arguments, out);
   };
   const auto finalise = [&](int64_t c_begin, int64_t c_end) {
     if (!has_sums) return;
-    merge_segments(partition, columns_begin(partition, c_begin), columns_end(partition, c_end), partials);
-    for (int64_t c = c_begin; c < c_end; ++c) {
-      const double rstd = static_cast<const A*>(p.rstd)[c];
-      double sum_dy = 0;
-      double sum_dy_xhat = 0;
-      for_each_column(partition, c, [&](int64_t column) {
-        sum_dy += partials.at(0)[column].dy;
-        sum_dy_xhat += partials.at(0)[column].dy_centred * rstd;
-      });
-      write_param(p.dweight, p.params_dtype, c, sum_dy_xhat);
-      write_param(p.dbias, p.params_dtype, c, sum_dy);
-      const double scale = static_cast<const A*>(p.scale)[c];
-      const double count = double(p.shape.values_per_channel());
-      for_each_coefficient(partition, c, [&](int64_t i) {
-        vectors[3][i] = static_cast<A>(-scale * rstd * sum_dy_xhat / count);
-        vectors[4][i] = static_cast<A>(-scale * sum_dy / count);
-      });
-    }
+    merge_segments(partition, c_begin, runs_end(partition, c_end), partials);
+    GradSums* sums = partials.at(0);
+    for (int64_t c = c_begin; partition.joined && c < c_end; ++c) merge_runs(partition, c, sums);
+    for_each_block(c_begin, c_end, [&](int64_t begin, int64_t n) {
+      A slope[kChannelBlock], shift[kChannelBlock];
+      save_gradients<A>(p, begin, n, sums + begin, slope, shift);
+      vectors.set(0, begin, n, slope);
+      vectors.set(1, begin, n, shift);
+    });
   };
   const auto write = [&](int64_t group, int64_t segment, bool by_group) {
     kernels.grad_input(partition.range(group, segment, by_group), arguments);
@@ -215,14 +234,16 @@ void backward(const BackwardParams& p, const P& partition) {
   run_stages(partition, p.shape.numel(), Stages{has_sums, has_results, sum, finalise, write});
 }
 
-// Calls body(T{}, partition) for the tensor's type and layout.
+// Calls body(T{}, partition) for the tensor's type and layout. Of tensors so large that `cached_bytes` do not hold
+// one, values are fetched ahead.
 template <typename Body>
-void dispatch(DType dtype, const Shape& shape, bool has_sums, const Body& body) {
+void dispatch(DType dtype, const Shape& shape, bool has_sums, int64_t cached_bytes, const Body& body) {
   const auto with_type = [&](auto value) {
+    const bool fetches = shape.numel() * int64_t(sizeof(value)) > cached_bytes;
     if (walks_rows(shape, has_sums)) {
-      body(value, RowPartition(shape, sizeof(value), has_sums));
+      body(value, RowPartition(shape, sizeof(value), has_sums, fetches));
     } else {
-      body(value, PlanePartition(shape, sizeof(value), has_sums));
+      body(value, PlanePartition(shape, sizeof(value), has_sums, fetches));
     }
   };
   switch (dtype) {
@@ -240,14 +261,18 @@ void dispatch(DType dtype, const Shape& shape, bool has_sums, const Body& body) 
 }  // namespace
 
 void forward(const ForwardParams& p) {
-  dispatch(p.dtype, p.shape, needs_sums(p), [&](auto value, const auto& partition) {
+  // x was likely made just now: if it fits, it is in cache, and fetching it ahead would be wasted work.
+  const int64_t cached_bytes = last_level_cache_bytes() / 2;
+  dispatch(p.dtype, p.shape, needs_sums(p), cached_bytes, [&](auto value, const auto& partition) {
     expect_writes(p.y, p.shape.numel() * int64_t(sizeof(value)));
     forward<decltype(value)>(p, partition);
   });
 }
 
 void backward(const BackwardParams& p) {
-  dispatch(p.dtype, p.shape, p.needs_sums(), [&](auto value, const auto& partition) {
+  // x was made long ago.
+  const int64_t cached_bytes = last_level_cache_bytes() / 6;
+  dispatch(p.dtype, p.shape, p.needs_sums(), cached_bytes, [&](auto value, const auto& partition) {
     for (void* result : {p.dx, p.dz}) expect_writes(result, p.shape.numel() * int64_t(sizeof(value)));
     backward<decltype(value)>(p, partition);
   });

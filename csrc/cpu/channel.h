@@ -1,4 +1,5 @@
-// The arithmetic of one channel: from its sums to running statistics and coefficients, in double.
+// The arithmetic of channels: from their sums to running statistics, saved vectors and coefficients, in double. It goes
+// by blocks of channels, whose loops the compiler makes vectors of: where planes are small it is much of the work.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -12,38 +13,43 @@
 
 namespace bn_ext::cpu {
 
-// p[i] of a (C,) vector; `otherwise` if there is none.
-inline double read_param(const void* p, DType dtype, int64_t i, double otherwise) {
-  if (p == nullptr) return otherwise;
+constexpr int64_t kChannelBlock = 128;  // channels, at most, that are computed together
+
+using ChannelValues = double[kChannelBlock];
+
+// Calls body(a value of the dtype's type).
+template <typename Body>
+void with_param_type(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::kFloat32:
-      return static_cast<const float*>(p)[i];
+      return body(float{});
     case DType::kFloat64:
-      return static_cast<const double*>(p)[i];
+      return body(double{});
     case DType::kFloat16:
-      return static_cast<float>(static_cast<const c10::Half*>(p)[i]);
+      return body(c10::Half{});
     case DType::kBFloat16:
-      return static_cast<float>(static_cast<const c10::BFloat16*>(p)[i]);
+      return body(c10::BFloat16{});
   }
-  return otherwise;
 }
 
-inline void write_param(void* p, DType dtype, int64_t i, double value) {
-  if (p == nullptr) return;
-  switch (dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(p)[i] = static_cast<float>(value);
-      break;
-    case DType::kFloat64:
-      static_cast<double*>(p)[i] = value;
-      break;
-    case DType::kFloat16:
-      static_cast<c10::Half*>(p)[i] = static_cast<c10::Half>(static_cast<float>(value));
-      break;
-    case DType::kBFloat16:
-      static_cast<c10::BFloat16*>(p)[i] = static_cast<c10::BFloat16>(static_cast<float>(value));
-      break;
+// Values [begin, begin + n) of a (C,) vector; `otherwise` if there is none.
+inline void read_params(const void* p, DType dtype, int64_t begin, int64_t n, double otherwise, ChannelValues& out) {
+  if (p == nullptr) {
+    for (int64_t i = 0; i < n; ++i) out[i] = otherwise;
+    return;
   }
+  with_param_type(dtype, [&](auto type) {
+    const auto* values = static_cast<const decltype(type)*>(p) + begin;
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(values[i]);
+  });
+}
+
+inline void write_params(void* p, DType dtype, int64_t begin, int64_t n, const ChannelValues& values) {
+  if (p == nullptr) return;
+  with_param_type(dtype, [&](auto type) {
+    auto* out = static_cast<decltype(type)*>(p) + begin;
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<decltype(type)>(values[i]);
+  });
 }
 
 // One channel's moments in double throughout, two passes: for data whose squares overflow the accumulate type.
@@ -64,55 +70,95 @@ Moments moments_in_double(const Shape& shape, const T* x, int64_t c, const ToDou
   return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
 }
 
-// What a channel's u is made with, in the accumulate type, as it is saved: u = (x - mean) * scale + offset.
+// What is saved of the channels from `begin` on, in the accumulate type: u = (x - mean) * scale + offset.
 template <typename A>
-struct ChannelAffine {
-  A mean;
-  A rstd;
-  A scale;
-  A offset;
+struct SavedVectors {
+  A* mean;
+  A* rstd;
+  A* scale;
+  A* offset;
+
+  SavedVectors(const ForwardParams& p, int64_t begin)
+      : mean(static_cast<A*>(p.mean) + begin),
+        rstd(static_cast<A*>(p.rstd) + begin),
+        scale(static_cast<A*>(p.scale) + begin),
+        offset(static_cast<A*>(p.offset) + begin) {}
 };
 
-template <typename A>
-A scale_of(const ForwardParams& p, int64_t c, A rstd) {
-  return static_cast<A>(rstd * read_param(p.weight, p.params_dtype, c, 1));
+// Training: updates the running statistics of n channels. `momentum` is this batch's weight in them.
+inline void update_running(const ForwardParams& p, double momentum, int64_t begin, int64_t n, const Moments* moments) {
+  if (p.running_mean == nullptr) return;
+  const double count = double(p.shape.values_per_channel());
+  ChannelValues mean, var;
+  read_params(p.running_mean, p.params_dtype, begin, n, 0, mean);
+  read_params(p.running_var, p.params_dtype, begin, n, 0, var);
+  for (int64_t i = 0; i < n; ++i) {
+    const double new_mean = momentum * moments[i].mean + (1 - momentum) * mean[i];
+    const double new_var = momentum * (moments[i].m2 / (count - 1)) + (1 - momentum) * var[i];
+    const bool keeps = p.skip_nonfinite && !(can_hold(p.params_dtype, new_mean) && can_hold(p.params_dtype, new_var));
+    mean[i] = keeps ? mean[i] : new_mean;
+    var[i] = keeps ? var[i] : new_var;
+  }
+  write_params(p.running_mean, p.params_dtype, begin, n, mean);
+  write_params(p.running_var, p.params_dtype, begin, n, var);
 }
 
-// Training: updates the running statistics of channel c. `momentum` is this batch's weight in them. The offset makes up
-// for the mean's rounding.
+// The saved vectors of n channels with this mean and variance. In training the offset makes up for the mean's rounding.
 template <typename A>
-ChannelAffine<A> affine_of_batch(const ForwardParams& p, int64_t c, const Moments& moments, double momentum) {
-  const double count = double(p.shape.values_per_channel());
-  const double var = moments.m2 / count;
-  const auto updated = [&](const void* running, double value) {
-    return momentum * value + (1 - momentum) * read_param(running, p.params_dtype, c, 0);
-  };
-  const double running_mean = updated(p.running_mean, moments.mean);
-  const double running_var = updated(p.running_var, moments.m2 / (count - 1));
-  if (!p.skip_nonfinite || (can_hold(p.params_dtype, running_mean) && can_hold(p.params_dtype, running_var))) {
-    write_param(p.running_mean, p.params_dtype, c, running_mean);
-    write_param(p.running_var, p.params_dtype, c, running_var);
+void save_affine(
+    const ForwardParams& p, int64_t begin, int64_t n, const ChannelValues& mean, const ChannelValues& var) {
+  ChannelValues weight, bias;
+  read_params(p.weight, p.params_dtype, begin, n, 1, weight);
+  read_params(p.bias, p.params_dtype, begin, n, 0, bias);
+  const SavedVectors<A> saved(p, begin);
+  for (int64_t i = 0; i < n; ++i) {
+    saved.mean[i] = static_cast<A>(mean[i]);
+    saved.rstd[i] = static_cast<A>(1 / std::sqrt(var[i] + p.eps));
+    saved.scale[i] = static_cast<A>(saved.rstd[i] * weight[i]);
   }
-  const A mean = static_cast<A>(moments.mean);
-  const A rstd = static_cast<A>(1 / std::sqrt(var + p.eps));
-  const A scale = scale_of(p, c, rstd);
-  const double offset = read_param(p.bias, p.params_dtype, c, 0) - (moments.mean - mean) * scale;
-  return {mean, rstd, scale, static_cast<A>(offset)};
+  for (int64_t i = 0; i < n; ++i) {
+    const double correction = p.training ? (mean[i] - saved.mean[i]) * saved.scale[i] : 0;
+    saved.offset[i] = static_cast<A>(bias[i] - correction);
+  }
+}
+
+// Training: running statistics and saved vectors of n channels, from their moments.
+template <typename A>
+void save_batch(const ForwardParams& p, double momentum, int64_t begin, int64_t n, const Moments* moments) {
+  update_running(p, momentum, begin, n, moments);
+  const double count = double(p.shape.values_per_channel());
+  ChannelValues mean, var;
+  for (int64_t i = 0; i < n; ++i) {
+    mean[i] = moments[i].mean;
+    var[i] = moments[i].m2 / count;
+  }
+  save_affine<A>(p, begin, n, mean, var);
 }
 
 // Eval.
 template <typename A>
-ChannelAffine<A> affine_of_running(const ForwardParams& p, int64_t c) {
-  const A mean = static_cast<A>(read_param(p.running_mean, p.params_dtype, c, 0));
-  const A rstd = static_cast<A>(1 / std::sqrt(read_param(p.running_var, p.params_dtype, c, 1) + p.eps));
-  return {mean, rstd, scale_of(p, c, rstd), static_cast<A>(read_param(p.bias, p.params_dtype, c, 0))};
+void save_running(const ForwardParams& p, int64_t begin, int64_t n) {
+  ChannelValues mean, var;
+  read_params(p.running_mean, p.params_dtype, begin, n, 0, mean);
+  read_params(p.running_var, p.params_dtype, begin, n, 1, var);
+  save_affine<A>(p, begin, n, mean, var);
 }
 
-// A repeated forward pass.
+// Backward: dweight and dbias of n channels, from their sums; training: dx = g * scale + (x - mean) * slope + shift.
 template <typename A>
-ChannelAffine<A> affine_of_saved(const ForwardParams& p, int64_t c) {
-  const auto read = [c](const void* saved) { return static_cast<const A*>(saved)[c]; };
-  return {read(p.mean), read(p.rstd), read(p.scale), read(p.offset)};
+void save_gradients(const BackwardParams& p, int64_t begin, int64_t n, const GradSums* sums, A* slope, A* shift) {
+  const A* rstd = static_cast<const A*>(p.rstd) + begin;
+  const A* scale = static_cast<const A*>(p.scale) + begin;
+  const double count = double(p.shape.values_per_channel());
+  ChannelValues dweight, dbias;
+  for (int64_t i = 0; i < n; ++i) {
+    dweight[i] = sums[i].dy_centred * rstd[i];
+    dbias[i] = sums[i].dy;
+    slope[i] = static_cast<A>(-double(scale[i]) * rstd[i] * dweight[i] / count);
+    shift[i] = static_cast<A>(-double(scale[i]) * dbias[i] / count);
+  }
+  write_params(p.dweight, p.params_dtype, begin, n, dweight);
+  write_params(p.dbias, p.params_dtype, begin, n, dbias);
 }
 
 }  // namespace bn_ext::cpu

@@ -158,7 +158,7 @@ BN_EXT_INLINE void apply_run(
   if (kForm == ApplyForm::kMasked && L % 8 == 0 && offset % 8 == 0) whole_bytes = a.mask + offset / 8;
   const auto write = [=, &a, &b](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
     fetch_ahead(a.x + offset + i, k, ahead);
-    if constexpr (kHasResidual) fetch_ahead(z + i, k, kPageBytes);
+    if constexpr (kHasResidual) fetch_ahead(z + i, k, ahead == 0 ? 0 : kPageBytes);
     Vec<A> u = u_at(i, lanes);
     if constexpr (kHasResidual) u += load(z + i, lanes);
     if constexpr (kForm == ApplyForm::kBuffered) store_vector(b.u + i, u);

@@ -36,7 +36,7 @@ struct PlaneRange {
   int64_t c_end;
   int64_t m_begin;
   int64_t m_end;
-  int64_t ahead;  // bytes from what results are computed of to what is fetched meanwhile
+  int64_t ahead;  // bytes from what is read to what is fetched meanwhile; 0: nothing is
 };
 
 // A contiguous (rows, columns) tensor, and of it the part [row_begin, row_end) x [column_begin, column_end). The
@@ -47,9 +47,12 @@ struct RowRange {
   int64_t column_end;
   int64_t row_begin;
   int64_t row_end;
+  int64_t run;  // adjacent columns of one channel; a range has whole runs
   int64_t coefficient_rows;
   bool sums_several;  // rows at a time
-  int64_t ahead;      // bytes from what is read to what is fetched meanwhile
+  int64_t ahead;      // as of a PlaneRange
+
+  int64_t runs() const { return (column_end - column_begin) / run; }
 };
 
 constexpr int64_t kPageBytes = 4096;  // how far ahead values are fetched: a page of most systems
@@ -123,7 +126,7 @@ struct GradArguments {
   bool streams;  // dx and dz are too large to be found in cache later
 };
 
-// Results per channel go to out[channel - c_begin] or out[column - column_begin].
+// Sums go to out[channel - c_begin], or out[i] for the range's run of columns i.
 template <typename T, typename Range>
 struct KernelsOf {
   void (*moments)(const Range& range, const T* x, Moments* out);

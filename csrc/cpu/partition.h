@@ -11,8 +11,9 @@
 namespace bn_ext::cpu {
 
 constexpr int64_t kPlaneSegment = 1 << 16;  // values of a channel
-constexpr int64_t kRowSegment = 1 << 18;    // values of a block of columns
-constexpr int64_t kUnitValues = 1 << 16;    // of a pass without sums, which walks the memory from end to end
+constexpr int64_t kRowSegment = 1 << 18;    // values of a block of columns, at most
+constexpr int64_t kRowSegments = 8;         // at least, if they are not smaller than a unit
+constexpr int64_t kUnitValues = 1 << 13;    // of a pass without sums, which walks the memory from end to end
 constexpr int64_t kNarrowPlane = 16;        // planes of fewer values do not fill a vector
 constexpr int64_t kManyImages = 32;         // from here on, sums per column are little beside the tensor
 constexpr int64_t kManyColumns = 1 << 17;   // up to here, 32 bytes for each of them are little anyway
@@ -27,8 +28,8 @@ constexpr int64_t kCachedBytes = 1 << 20;   // a group up to this size is still 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What both cuts have in common. A group holds whole channels, a segment a part of their values; kernels are called
-// for a group's part of a segment. Coefficients and sums are indexed by column: there are `columns` of them, and
-// column j belongs to channel (j / run) % channels.
+// for a group's part of a segment. Coefficients are indexed by column, sums by run of adjacent columns: run i belongs
+// to channel i % channels.
 struct Partition {
   int64_t channels;
   int64_t columns;
@@ -38,6 +39,8 @@ struct Partition {
   bool cached;               // a group's values stay in cache between its sums and its results
   bool joined;               // a column's channel repeats within a row; then there is one group
   int64_t coefficient_rows;  // how many times the coefficients of all columns are given, one after the other
+
+  int64_t runs() const { return columns / run; }
 };
 
 // Contiguous (N, C, S). A column is a channel.
@@ -47,8 +50,9 @@ struct PlanePartition : Partition {
   int64_t group_channels;
   int64_t segment_values;
   int64_t group_ahead;  // from one group's values to the next's
+  bool fetches;
 
-  PlanePartition(const Shape& shape, int64_t item_bytes, bool has_sums) : shape(shape) {
+  PlanePartition(const Shape& shape, int64_t item_bytes, bool has_sums, bool fetches) : shape(shape), fetches(fetches) {
     const int64_t values = shape.values_per_channel();
     channels = columns = shape.c;
     run = 1;
@@ -75,13 +79,13 @@ struct PlanePartition : Partition {
 
   int64_t column_begin(int64_t group) const { return group * group_channels; }
   int64_t column_end(int64_t group) const { return std::min(columns, column_begin(group) + group_channels); }
-  int64_t count(int64_t segment) const {  // of a column's values in a segment
+  int64_t count(int64_t segment) const {  // of a run's values in a segment
     return std::min(shape.values_per_channel(), (segment + 1) * segment_values) - segment * segment_values;
   }
   // by_group: the next group's sums come after this group's results.
   Range range(int64_t group, int64_t segment, bool by_group) const {
     const int64_t begin = segment * segment_values;
-    const int64_t ahead = by_group ? group_ahead : kPageBytes;
+    const int64_t ahead = !fetches ? 0 : by_group ? group_ahead : kPageBytes;
     return {shape.c, shape.s, column_begin(group), column_end(group), begin, begin + count(segment), ahead};
   }
 };
@@ -95,7 +99,7 @@ struct RowPartition : Partition {
   bool sums_several;
   int64_t ahead;
 
-  RowPartition(const Shape& shape, int64_t item_bytes, bool has_sums) {
+  RowPartition(const Shape& shape, int64_t item_bytes, bool has_sums, bool fetches) {
     channels = shape.c;
     run = shape.channels_last ? 1 : shape.s;
     columns = shape.channels_last ? shape.c : shape.c * shape.s;
@@ -107,25 +111,29 @@ struct RowPartition : Partition {
     const int64_t widest = std::max(run, (has_sums ? kMaxColumns : 2 * kMaxColumns) / run * run);  // whole channels
     group_columns = joined ? columns : std::min(columns, widest);
     groups = ceil_div(columns, group_columns);
-    segments = ceil_div(rows * group_columns, has_sums ? kRowSegment : kUnitValues);
+    const int64_t segment_values = has_sums ? std::min(shape.numel() / kRowSegments, kRowSegment) : kUnitValues;
+    segments = ceil_div(rows * group_columns, std::max(segment_values, kUnitValues));
     segment_rows = ceil_div(rows, segments);
     segments = ceil_div(rows, segment_rows);
     cached = rows * group_columns * item_bytes <= kCachedBytes;
     coefficient_rows = groups == 1 ? std::clamp<int64_t>(kRunBytes / (columns * item_bytes), 1, rows) : 1;
     sums_several = columns <= kFewColumns || rows * columns * item_bytes <= kSmallBytes;
-    ahead = groups == 1 ? kPageBytes : 2 * columns * item_bytes;  // the same columns of a later row
+    const int64_t later_row = 2 * columns * item_bytes;  // the same columns of it
+    ahead = !fetches ? 0 : groups == 1 ? kPageBytes : later_row;
   }
 
   int64_t column_begin(int64_t group) const { return group * group_columns; }
   int64_t column_end(int64_t group) const { return std::min(columns, column_begin(group) + group_columns); }
-  int64_t count(int64_t segment) const { return std::min(rows, (segment + 1) * segment_rows) - segment * segment_rows; }
+  int64_t row_end(int64_t segment) const { return std::min(rows, (segment + 1) * segment_rows); }
+  int64_t count(int64_t segment) const { return (row_end(segment) - segment * segment_rows) * run; }
   Range range(int64_t group, int64_t segment, bool /*by_group*/) const {
     const int64_t begin = segment * segment_rows;
     return {columns,
             column_begin(group),
             column_end(group),
             begin,
-            begin + count(segment),
+            row_end(segment),
+            run,
             coefficient_rows,
             sums_several,
             ahead};

@@ -33,13 +33,13 @@ static acc_t<T> run_sum(const T* x, int64_t n) {
 
 // Sum of (x - shift) and of its square, added to `sum` and `squares`.
 template <typename T>
-BN_EXT_INLINE void add_run_moments(const T* x, int64_t n, acc_t<T> shift, double& sum, double& squares) {
+BN_EXT_INLINE void add_run_moments(const T* x, int64_t n, acc_t<T> shift, int64_t ahead, double& sum, double& squares) {
   using A = acc_t<T>;
   const Vec<A> vshift = broadcast(shift);
   Vec<A> s[4] = {};
   Vec<A> q[4] = {};
   for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int u) BN_EXT_LAMBDA {
-    fetch_ahead(x + i, u, kPageBytes);
+    fetch_ahead(x + i, u, ahead);
     const Vec<A> d = keep(load(x + i, lanes) - vshift, lanes);
     s[u] += d;
     q[u] += d * d;
@@ -56,7 +56,8 @@ static bool plane_moments_around(const PlaneRange& r, const T* x, const acc_t<T>
   for (int64_t i = 0; i < channels; ++i) out[i] = {0, 0};
   for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
     const int64_t i = c - r.c_begin;
-    add_run_moments(x + offset, length, shift[i], out[i].mean, out[i].m2);  // the two sums, until all is read
+    // The two sums, until all is read.
+    add_run_moments(x + offset, length, shift[i], r.ahead, out[i].mean, out[i].m2);
   });
   bool any_far = false;
   for (int64_t i = 0; i < channels; ++i) {
@@ -132,8 +133,8 @@ static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Grad
     Vec<A> s[4] = {};
     Vec<A> q[4] = {};
     for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
-      fetch_ahead(x + i, k, kPageBytes);
-      fetch_ahead(dy + i, k, kPageBytes);
+      fetch_ahead(x + i, k, r.ahead);
+      fetch_ahead(dy + i, k, r.ahead);
       const Vec<A> g = gradient(i, lanes);
       s[k] += keep(g, lanes);
       q[k] += keep(g * (load(x + i, lanes) - mean), lanes);

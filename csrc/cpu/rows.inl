@@ -67,12 +67,28 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Terms& te
   sum_rows<A>(r, sums, [](int64_t, int64_t) {}, terms);
 }
 
+// The sums of every run of columns, in the places of the first columns.
+static void add_runs(const RowRange& r, double* sums) {
+  if (r.run == 1) return;
+  for (int64_t i = 0; i < r.runs(); ++i) sums[i] = run_sum(sums + i * r.run, r.run);
+}
+
+// From one value for every run, in the places of the first columns, to one for every column.
+template <typename A>
+BN_EXT_INLINE void repeat_runs(const RowRange& r, A* values) {
+  if (r.run == 1) return;
+  for (int64_t i = r.runs() - 1; i >= 0; --i) {
+    const A value = values[i];
+    for (int64_t k = 0; k < r.run; ++k) values[i * r.run + k] = value;
+  }
+}
+
 // As plane_moments_around, one shift per column, kLanes more readable ones behind them.
 template <typename T>
 static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* shift, Moments* out) {
   using A = acc_t<T>;
   const T* base = x + r.column_begin;
-  const double count = double(r.row_end - r.row_begin);
+  const double count = double((r.row_end - r.row_begin) * r.run);
   ColumnSums sums;
   sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, int k, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
     fetch_ahead(base + row * r.columns + i, k, r.ahead);
@@ -80,10 +96,13 @@ static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* sh
     s += d;
     q += d * d;
   });
+  add_runs(r, sums.first);
+  add_runs(r, sums.second);
   bool any_far = false;
-  for (int64_t i = 0; i < r.column_end - r.column_begin; ++i) {
-    out[i] = moments_around(double(shift[i]), sums.first[i], sums.second[i], count);
-    any_far |= is_far(double(shift[i]), out[i], count);
+  for (int64_t i = 0; i < r.runs(); ++i) {
+    const double around = double(shift[i * r.run]);
+    out[i] = moments_around(around, sums.first[i], sums.second[i], count);
+    any_far |= is_far(around, out[i], count);
   }
   return any_far;
 }
@@ -92,19 +111,21 @@ static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* sh
 template <typename T>
 static void row_moments(const RowRange& r, const T* x, Moments* out) {
   using A = acc_t<T>;
-  const int64_t width = r.column_end - r.column_begin;
   const T* base = x + r.column_begin;
   A shift[kMaxColumns + kLanes<A>] = {};
   RowRange head = r;
-  head.row_end = r.row_begin + smaller(kRowsForShift, (r.row_end - r.row_begin + 3) / 4);
+  head.row_end = r.row_begin + smaller(kRowsForShift, (r.row_end - r.row_begin + 7) / 8);
   ColumnSums sums;
   sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, int, Vec<A>& s, Vec<A>&) BN_EXT_LAMBDA {
     s += keep(load(base + row * r.columns + i, lanes), lanes);
   });
-  const double head_rows = double(head.row_end - head.row_begin);
-  for (int64_t i = 0; i < width; ++i) shift[i] = finite_or_zero(A(sums.first[i] / head_rows));
+  add_runs(head, sums.first);
+  const double count = double((head.row_end - head.row_begin) * r.run);
+  for (int64_t i = 0; i < r.runs(); ++i) shift[i] = finite_or_zero(A(sums.first[i] / count));
+  repeat_runs(r, shift);
   if (!row_moments_around(r, x, shift, out)) return;
-  for (int64_t i = 0; i < width; ++i) shift[i] = finite_or_zero(A(out[i].mean));
+  for (int64_t i = 0; i < r.runs(); ++i) shift[i] = finite_or_zero(A(out[i].mean));
+  repeat_runs(r, shift);
   row_moments_around(r, x, shift, out);
 }
 
@@ -178,7 +199,9 @@ static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums
           q += keep(g * (load(x + i, lanes) - load(mean + i, lanes)), lanes);
         });
   });
-  for (int64_t i = 0; i < width; ++i) out[i] = {sums.first[i], sums.second[i]};
+  add_runs(r, sums.first);
+  add_runs(r, sums.second);
+  for (int64_t i = 0; i < r.runs(); ++i) out[i] = {sums.first[i], sums.second[i]};
 }
 
 template <typename T>

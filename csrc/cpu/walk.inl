@@ -4,11 +4,11 @@
 constexpr int64_t kLineBytes = 64;
 
 // Asks for what a walk comes to later: the processor's own prefetchers stop at the end of a page, and do not know where
-// the next run begins. u: as in for_each_vector; mostly, a cache line is asked for once.
+// the next run begins. u: as in for_each_vector; mostly, a cache line is asked for once. 0 bytes: nothing.
 template <typename T>
 BN_EXT_INLINE void fetch_ahead(const T* p, int u, int64_t bytes) {
   constexpr int kPerLine = kLineBytes / int(kLanes<acc_t<T>> * sizeof(T));
-  if (u % kPerLine == 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 2);
+  if (u % kPerLine == 0 && bytes != 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 2);
 }
 
 // Visits [begin, n): body(i, lanes, u) for the vector at i; u in 0..3 numbers the independent accumulators. Before
