@@ -120,6 +120,12 @@ BN_EXT_INLINE Vec<A> select_passed(const uint8_t* mask, int64_t first, Vec<A> a,
   return ((Mask<A>{} + int32_t(bits)) & lane_bits<A>()) != 0 ? a : b;
 }
 
+// Calls body(form...) as a function of its own: the loops of all forms together in one would not get registers enough.
+template <typename Body, typename... Form>
+static __attribute__((noinline)) void call_apart(const Body& body, Form... form) {
+  body(form...);
+}
+
 // ---- forward ----
 
 // How y comes from u: at once, and bits of a mask or several steps by way of a buffer.
@@ -129,7 +135,7 @@ enum class ApplyForm { kPlain, kReluLike, kMasked, kBuffered };
 template <typename T, typename Body>
 BN_EXT_INLINE void with_form(const ApplyArguments<T>& a, const Body& body) {
   const auto with_residual = [&](auto form) BN_EXT_LAMBDA {
-    return a.z == nullptr ? body(form, std::false_type{}) : body(form, std::true_type{});
+    return a.z == nullptr ? call_apart(body, form, std::false_type{}) : call_apart(body, form, std::true_type{});
   };
   if (a.activation.kind == ActivationKind::kNone) {
     return with_residual(std::integral_constant<ApplyForm, ApplyForm::kPlain>{});
@@ -197,13 +203,13 @@ enum class GradientForm { kPlain, kMasked, kReluLike, kBuffered };
 template <typename T, typename Body>
 BN_EXT_INLINE void with_form(const GradArguments<T>& a, const Body& body) {
   if (a.activation.kind == ActivationKind::kNone) {
-    return body(std::integral_constant<GradientForm, GradientForm::kPlain>{});
+    return call_apart(body, std::integral_constant<GradientForm, GradientForm::kPlain>{});
   }
-  if (a.mask != nullptr) return body(std::integral_constant<GradientForm, GradientForm::kMasked>{});
+  if (a.mask != nullptr) return call_apart(body, std::integral_constant<GradientForm, GradientForm::kMasked>{});
   if (a.activation.kind == ActivationKind::kReluLike && a.z == nullptr) {
-    return body(std::integral_constant<GradientForm, GradientForm::kReluLike>{});
+    return call_apart(body, std::integral_constant<GradientForm, GradientForm::kReluLike>{});
   }
-  return body(std::integral_constant<GradientForm, GradientForm::kBuffered>{});
+  return call_apart(body, std::integral_constant<GradientForm, GradientForm::kBuffered>{});
 }
 
 // g of the vector at i of the run at `offset`. dy: of the run; derivatives: of the run, kBuffered.
@@ -251,11 +257,11 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
   T* dz = a.dz + (a.dz == nullptr ? 0 : offset);
   // Only what is read: in eval dx comes from dy alone, unless u is asked for.
   const bool has_u = a.activation.kind != ActivationKind::kNone && a.mask == nullptr;
-  const bool reads_x = has_u || (a.training && dx != nullptr);
-  const auto fetch = [=, x = a.x + offset, dy = a.dy + (a.dy_repeats ? 0 : offset), repeats = a.dy_repeats](
-                         int64_t i, int k) BN_EXT_LAMBDA {
-    if (reads_x) fetch_ahead(x + i, k, ahead);
-    if (!repeats) fetch_ahead(dy + i, k, ahead);
+  const int64_t ahead_of_x = has_u || (a.training && dx != nullptr) ? ahead : 0;
+  const int64_t ahead_of_dy = a.dy_repeats ? 0 : ahead;
+  const auto fetch = [=, x = a.x + offset, dy = a.dy + (a.dy_repeats ? 0 : offset)](int64_t i, int k) BN_EXT_LAMBDA {
+    fetch_ahead(x + i, k, ahead_of_x);
+    fetch_ahead(dy + i, k, ahead_of_dy);
   };
   const T* to = dx == nullptr ? dz : dx;
   const bool streams = a.streams && (dx == nullptr || dz == nullptr || before_line(dz) == before_line(dx));

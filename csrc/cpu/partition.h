@@ -15,7 +15,7 @@ constexpr int64_t kRowSegment = 1 << 18;    // values of a block of columns, at 
 constexpr int64_t kRowSegments = 8;         // at least, if they are not smaller than a unit
 constexpr int64_t kUnitValues = 1 << 13;    // of a pass without sums, which walks the memory from end to end
 constexpr int64_t kNarrowPlane = 16;        // planes of fewer values do not fill a vector
-constexpr int64_t kManyImages = 32;         // from here on, sums per column are little beside the tensor
+constexpr int64_t kManyImages = 16;         // from here on, sums per column are little beside the tensor
 constexpr int64_t kManyColumns = 1 << 17;   // up to here, 32 bytes for each of them are little anyway
 constexpr int64_t kNarrowRow = 64;          // channels_last rows of fewer values are joined with their neighbours
 constexpr int64_t kFewColumns = 128;        // so narrow a row ends before the prefetchers have taken notice
@@ -66,8 +66,8 @@ struct PlanePartition : Partition {
       group_ahead = stays_in_cache ? group_channels * shape.s * item_bytes : kPageBytes;
     } else {  // an image's adjacent channels, or whole images
       group_channels = std::clamp<int64_t>(kUnitValues / shape.s, 1, shape.c);
-      const int64_t images = kUnitValues / (group_channels * shape.s);
-      segment_values = images == 0 ? kUnitValues : images * shape.s;
+      const int64_t images = std::max<int64_t>(kUnitValues / (group_channels * shape.s), 1);
+      segment_values = std::min(images * shape.s, kPlaneSegment);
       segments = ceil_div(values, segment_values);
       group_ahead = kPageBytes;
     }

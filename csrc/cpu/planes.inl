@@ -22,6 +22,49 @@ BN_EXT_INLINE void for_each_run(const PlaneRange& r, const Body& body) {
   }
 }
 
+// As for_each_run, for one channel: body(offset, length).
+template <typename Body>
+BN_EXT_INLINE void for_each_run_of(const PlaneRange& r, int64_t c, const Body& body) {
+  int64_t image = r.m_begin / r.s;
+  int64_t position = r.m_begin - image * r.s;
+  for (int64_t left = r.m_end - r.m_begin; left > 0; ++image) {
+    const int64_t length = smaller(r.s - position, left);
+    const int64_t offset = (image * r.c + c) * r.s + position;
+    for (int64_t i = 0; i < length; i += kMaxRun) body(offset + i, smaller(kMaxRun, length - i));
+    position = 0;
+    left -= length;
+  }
+}
+
+// Two sums over a channel's values, which add(offset, length, s, q) adds to the vectors s and q for a run of them. The
+// vectors go on from run to run, up to kMaxRun values, then into double.
+struct PlaneSums {
+  double first = 0;
+  double second = 0;
+};
+template <typename A, typename Add>
+BN_EXT_INLINE PlaneSums sum_plane(const PlaneRange& r, int64_t c, const Add& add) {
+  PlaneSums sums;
+  Vec<A> s[4] = {};
+  Vec<A> q[4] = {};
+  int64_t pending = 0;
+  const auto collect = [&]() BN_EXT_LAMBDA {
+    sums.first += sum_of_four<A>(s);
+    sums.second += sum_of_four<A>(q);
+  };
+  for_each_run_of(r, c, [&](int64_t offset, int64_t length) BN_EXT_LAMBDA {
+    if (pending + length > kMaxRun) {
+      collect();
+      for (int k = 0; k < 4; ++k) s[k] = q[k] = Vec<A>{};
+      pending = 0;
+    }
+    add(offset, length, s, q);
+    pending += length;
+  });
+  collect();
+  return sums;
+}
+
 template <typename T>
 static acc_t<T> run_sum(const T* x, int64_t n) {
   using A = acc_t<T>;
@@ -31,40 +74,19 @@ static acc_t<T> run_sum(const T* x, int64_t n) {
   return sum_of_four<A>(sum);
 }
 
-// Sum of (x - shift) and of its square, added to `sum` and `squares`.
 template <typename T>
-BN_EXT_INLINE void add_run_moments(const T* x, int64_t n, acc_t<T> shift, int64_t ahead, double& sum, double& squares) {
+static Moments channel_moments(const PlaneRange& r, const T* x, int64_t c, acc_t<T> shift) {
   using A = acc_t<T>;
-  const Vec<A> vshift = broadcast(shift);
-  Vec<A> s[4] = {};
-  Vec<A> q[4] = {};
-  for_each_vector<A>(n, [&](int64_t i, const auto& lanes, int u) BN_EXT_LAMBDA {
-    fetch_ahead(x + i, u, ahead);
-    const Vec<A> d = keep(load(x + i, lanes) - vshift, lanes);
-    s[u] += d;
-    q[u] += d * d;
+  const Vec<A> around = broadcast(shift);
+  const auto sums = sum_plane<A>(r, c, [&](int64_t offset, int64_t length, Vec<A>(&s)[4], Vec<A>(&q)[4]) BN_EXT_LAMBDA {
+    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int u) BN_EXT_LAMBDA {
+      fetch_ahead(x + offset + i, u, r.ahead);
+      const Vec<A> d = keep(load(x + offset + i, lanes) - around, lanes);
+      s[u] += d;
+      q[u] += d * d;
+    });
   });
-  sum += sum_of_four<A>(s);
-  squares += sum_of_four<A>(q);
-}
-
-// The moments around `shift`, one value per channel; whether a shift was too far from the mean.
-template <typename T>
-static bool plane_moments_around(const PlaneRange& r, const T* x, const acc_t<T>* shift, Moments* out) {
-  const int64_t channels = r.c_end - r.c_begin;
-  const double count = double(r.m_end - r.m_begin);
-  for (int64_t i = 0; i < channels; ++i) out[i] = {0, 0};
-  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
-    const int64_t i = c - r.c_begin;
-    // The two sums, until all is read.
-    add_run_moments(x + offset, length, shift[i], r.ahead, out[i].mean, out[i].m2);
-  });
-  bool any_far = false;
-  for (int64_t i = 0; i < channels; ++i) {
-    out[i] = moments_around(double(shift[i]), out[i].mean, out[i].m2, count);
-    any_far |= is_far(double(shift[i]), out[i], count);
-  }
-  return any_far;
+  return moments_around(double(shift), sums.first, sums.second, double(r.m_end - r.m_begin));
 }
 
 // One pass around a shift, the mean of each channel's first run: no cancellation where the mean is large beside the
@@ -72,16 +94,17 @@ static bool plane_moments_around(const PlaneRange& r, const T* x, const acc_t<T>
 template <typename T>
 static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
   using A = acc_t<T>;
-  A shift[kMaxGroup] = {};
-  PlaneRange head = r;
-  const int64_t left = r.s - r.m_begin % r.s;
-  head.m_end = smaller(r.m_end, r.m_begin + smaller(left, kMaxRun));
-  for_each_run(head, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
-    shift[c - r.c_begin] = finite_or_zero(run_sum(x + offset, length) / A(length));
-  });
-  if (!plane_moments_around(r, x, shift, out)) return;
-  for (int64_t i = 0; i < r.c_end - r.c_begin; ++i) shift[i] = finite_or_zero(A(out[i].mean));
-  plane_moments_around(r, x, shift, out);
+  const int64_t image = r.m_begin / r.s;
+  const int64_t position = r.m_begin - image * r.s;
+  const int64_t length = smaller(smaller(r.s - position, r.m_end - r.m_begin), kMaxRun);
+  for (int64_t c = r.c_begin; c < r.c_end; ++c) {
+    const A shift = finite_or_zero(run_sum(x + (image * r.c + c) * r.s + position, length) / A(length));
+    Moments moments = channel_moments(r, x, c, shift);
+    if (is_far(double(shift), moments, double(r.m_end - r.m_begin))) {
+      moments = channel_moments(r, x, c, finite_or_zero(A(moments.mean)));
+    }
+    out[c - r.c_begin] = moments;
+  }
 }
 
 // u of a channel's run that begins at x: u(i, lanes) is that of the vector at i.
@@ -106,57 +129,59 @@ static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
   if (a.streams) end_of_stream();
 }
 
-// Calls body(c, offset, length, gradient) for every run; gradient(i, lanes) is g of the vector at i.
-template <typename T, typename Body>
-BN_EXT_INLINE void for_each_gradient_run(const PlaneRange& r, const GradArguments<T>& a, const Body& body) {
-  Buffer<acc_t<T>> b;
-  with_form(a, [&](auto form) BN_EXT_LAMBDA {
-    for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
-      const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
-      const auto u_at = plane_u(a.affine, c, a.x + offset);
-      if constexpr (form() == GradientForm::kBuffered) differentiate_run(a, offset, length, b.u, u_at);
-      body(c, offset, length, [=, &a, u = b.u](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
-        return gradient_at<form()>(a, dy, offset, u, u_at, i, lanes);
-      });
-    });
-  });
+// g of a channel's run at `offset`, as a function of the vector's place i and its lanes.
+template <GradientForm kForm, typename T>
+BN_EXT_INLINE auto plane_gradient(
+    const GradArguments<T>& a, int64_t c, int64_t offset, int64_t length, Buffer<acc_t<T>>& b) {
+  const auto u_at = plane_u(a.affine, c, a.x + offset);
+  if constexpr (kForm == GradientForm::kBuffered) differentiate_run(a, offset, length, b.u, u_at);
+  return [=, &a, dy = a.dy_repeats ? a.dy : a.dy + offset, u = b.u](int64_t i, const auto& lanes)
+             BN_EXT_LAMBDA { return gradient_at<kForm>(a, dy, offset, u, u_at, i, lanes); };
 }
 
 template <typename T>
 static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, GradSums* out) {
   using A = acc_t<T>;
-  for (int64_t i = 0; i < r.c_end - r.c_begin; ++i) out[i] = {0, 0};
-  for_each_gradient_run(r, a, [&](int64_t c, int64_t offset, int64_t length, const auto& gradient) BN_EXT_LAMBDA {
-    const Vec<A> mean = broadcast(a.affine.mean[c]);
-    const T* x = a.x + offset;
-    const T* dy = a.dy_repeats ? a.dy : a.dy + offset;
-    Vec<A> s[4] = {};
-    Vec<A> q[4] = {};
-    for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
-      fetch_ahead(x + i, k, r.ahead);
-      fetch_ahead(dy + i, k, r.ahead);
-      const Vec<A> g = gradient(i, lanes);
-      s[k] += keep(g, lanes);
-      q[k] += keep(g * (load(x + i, lanes) - mean), lanes);
-    });
-    out[c - r.c_begin].dy += sum_of_four<A>(s);
-    out[c - r.c_begin].dy_centred += sum_of_four<A>(q);
+  Buffer<A> b;
+  const int64_t ahead_of_dy = a.dy_repeats ? 0 : r.ahead;
+  with_form(a, [&](auto form) BN_EXT_LAMBDA {
+    for (int64_t c = r.c_begin; c < r.c_end; ++c) {
+      const Vec<A> mean = broadcast(a.affine.mean[c]);
+      const auto add = [&](int64_t offset, int64_t length, Vec<A>(&s)[4], Vec<A>(&q)[4]) BN_EXT_LAMBDA {
+        const T* x = a.x + offset;
+        const T* dy = a.dy + (a.dy_repeats ? 0 : offset);
+        const auto gradient = plane_gradient<form()>(a, c, offset, length, b);
+        for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
+          fetch_ahead(x + i, k, r.ahead);
+          fetch_ahead(dy + i, k, ahead_of_dy);
+          const Vec<A> g = gradient(i, lanes);
+          s[k] += keep(g, lanes);
+          q[k] += keep(g * (load(x + i, lanes) - mean), lanes);
+        });
+      };
+      const auto sums = sum_plane<A>(r, c, add);
+      out[c - r.c_begin] = {sums.first, sums.second};
+    }
   });
 }
 
 template <typename T>
 static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
   using A = acc_t<T>;
-  for_each_gradient_run(r, a, [&](int64_t c, int64_t offset, int64_t length, const auto& gradient) BN_EXT_LAMBDA {
-    const Vec<A> mean = broadcast(a.affine.mean[c]);
-    const Vec<A> scale = broadcast(a.affine.scale[c]);
-    const Vec<A> slope = broadcast(a.slope[c]);
-    const Vec<A> shift = broadcast(a.shift[c]);
-    const T* x = a.x + offset;
-    const auto dx = [=](Vec<A> g, int64_t i, const auto& lanes)
-                        BN_EXT_LAMBDA { return g * scale + ((load(x + i, lanes) - mean) * slope + shift); };
-    const auto dx_in_eval = [=](Vec<A> g, int64_t, const auto&) BN_EXT_LAMBDA { return g * scale; };
-    write_gradients(a, r.ahead, offset, length, gradient, dx, dx_in_eval);
+  Buffer<A> b;
+  with_form(a, [&](auto form) BN_EXT_LAMBDA {
+    for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
+      const Vec<A> mean = broadcast(a.affine.mean[c]);
+      const Vec<A> scale = broadcast(a.affine.scale[c]);
+      const Vec<A> slope = broadcast(a.slope[c]);
+      const Vec<A> shift = broadcast(a.shift[c]);
+      const T* x = a.x + offset;
+      const auto dx = [=](Vec<A> g, int64_t i, const auto& lanes)
+                          BN_EXT_LAMBDA { return g * scale + ((load(x + i, lanes) - mean) * slope + shift); };
+      const auto dx_in_eval = [=](Vec<A> g, int64_t, const auto&) BN_EXT_LAMBDA { return g * scale; };
+      const auto gradient = plane_gradient<form()>(a, c, offset, length, b);
+      write_gradients(a, r.ahead, offset, length, gradient, dx, dx_in_eval);
+    });
   });
   if (a.streams) end_of_stream();
 }

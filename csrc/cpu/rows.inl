@@ -3,9 +3,11 @@
 // kMaxColumns wide, so that accumulators and coefficients stay in L1.
 #include "planes.inl"
 
-constexpr int64_t kRowBlock = 128;     // rows summed in the accumulate type before they go into double
-constexpr int64_t kRowsToSum = 8;      // at a time, or one
-constexpr int64_t kRowsForShift = 16;  // at most, whose mean the moments are taken around: they are read twice
+constexpr int64_t kRowBlock = 128;  // rows summed in the accumulate type before they go into double
+constexpr int64_t kRowsToSum = 8;   // at a time, or one
+// A channel's moments are taken around the mean of so many values, which are read twice. Fewer, and their mean would
+// lie farther from that of all.
+constexpr int64_t kValuesForShift = 16;
 
 // Calls body(first row, integral_constant of the number of rows) for [begin, end).
 template <typename Body>
@@ -114,7 +116,7 @@ static void row_moments(const RowRange& r, const T* x, Moments* out) {
   const T* base = x + r.column_begin;
   A shift[kMaxColumns + kLanes<A>] = {};
   RowRange head = r;
-  head.row_end = r.row_begin + smaller(kRowsForShift, (r.row_end - r.row_begin + 7) / 8);
+  head.row_end = r.row_begin + smaller(r.row_end - r.row_begin, (kValuesForShift + r.run - 1) / r.run);
   ColumnSums sums;
   sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, int, Vec<A>& s, Vec<A>&) BN_EXT_LAMBDA {
     s += keep(load(base + row * r.columns + i, lanes), lanes);

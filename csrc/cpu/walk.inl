@@ -74,22 +74,42 @@ BN_EXT_INLINE void write_vectors(bool streams, const T* to, int64_t n, const Bod
   }
 }
 
+// The halves of a vector. In registers: through memory, they would wait for the whole to be stored.
+template <typename Part, typename Whole>
+BN_EXT_INLINE void halve(const Whole& whole, Part& low, Part& high) {
+#if defined(BN_EXT_AVX512)
+  if constexpr (sizeof(Whole) == 64) {
+    low = (Part)_mm512_castsi512_si256((__m512i)whole);
+    high = (Part)_mm512_extracti64x4_epi64((__m512i)whole, 1);
+    return;
+  }
+#endif
+#if defined(BN_EXT_AVX2) || defined(BN_EXT_AVX512)
+  if constexpr (sizeof(Whole) == 32) {
+    low = (Part)_mm256_castsi256_si128((__m256i)whole);
+    high = (Part)_mm256_extracti128_si256((__m256i)whole, 1);
+    return;
+  }
+#endif
+  __builtin_memcpy(&low, &whole, sizeof(Part));
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&whole) + sizeof(Part), sizeof(Part));
+}
+
 // Sum of the lanes, by halves.
-template <typename A, int kBytes>
-BN_EXT_INLINE A add_lanes(const void* lanes) {
-  if constexpr (kBytes == sizeof(A)) {
-    return *static_cast<const A*>(lanes);
+template <typename A, typename V>
+BN_EXT_INLINE A add_lanes(const V& lanes) {
+  if constexpr (sizeof(V) == sizeof(A)) {
+    return lanes[0];
   } else {
-    typedef A Part __attribute__((vector_size(kBytes / 2)));
+    typedef A Part __attribute__((vector_size(sizeof(V) / 2)));
     Part low, high;
-    __builtin_memcpy(&low, lanes, sizeof(Part));
-    __builtin_memcpy(&high, static_cast<const char*>(lanes) + sizeof(Part), sizeof(Part));
+    halve(lanes, low, high);
     const Part sum = low + high;
-    return add_lanes<A, kBytes / 2>(&sum);
+    return add_lanes<A>(sum);
   }
 }
 template <typename A>
 BN_EXT_INLINE A sum_of_four(const Vec<A> (&v)[4]) {
   const Vec<A> sum = (v[0] + v[1]) + (v[2] + v[3]);
-  return add_lanes<A, kVectorBytes>(&sum);
+  return add_lanes<A>(sum);
 }
