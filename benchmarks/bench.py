@@ -1,5 +1,6 @@
 """One run of the suite: inputs and times of the case in hand, and what is written beside them."""
 
+from functools import partial
 from math import prod
 from statistics import median
 from typing import Any
@@ -12,7 +13,7 @@ from .check import WrongResultError, check, reference
 from .inputs import DTYPES, Case, make_inputs
 from .measure import REPLAY, Effort, Graph, Side, Times, Wall, in_turns
 from .operations import least_bytes
-from .providers import PROVIDERS, Subject
+from .providers import PROVIDERS, Call, Subject
 from .shapes import DEFAULT_BATCH, OVERHEAD, RESNET50
 
 # (quick run, overhead case). Many short rounds: another process that takes the CPU for a moment
@@ -24,6 +25,7 @@ EFFORTS = {
     (True, True): Effort(seconds=1.0, min_rounds=31, max_rounds=501, round_seconds=5e-4),
 }
 QUICK_BATCH = 2
+COPY = "copy"
 
 
 class Bench:
@@ -37,6 +39,7 @@ class Bench:
         self._case: Case | None = None
         self._refusal = ""
         self._subjects: dict[str, Subject] = {}
+        self._copies: list[Call] = []
         self._times: dict[str, dict[str, Times]] = {}
         if self.device.type == "cuda":
             # One stream for everything; the default one could not be captured into a graph.
@@ -48,7 +51,7 @@ class Bench:
     def take(self, case: Case) -> None:
         """Make a case's inputs and check every provider on them, unless that was done already."""
         if case != self._case:
-            self._case, self._refusal, self._subjects, self._times = None, "", {}, {}
+            self._case, self._refusal, self._subjects, self._copies, self._times = None, "", {}, [], {}
             try:
                 self._subjects = self._checked(case)
             except WrongResultError as error:
@@ -60,6 +63,8 @@ class Bench:
     def _checked(self, case: Case) -> dict[str, Subject]:
         inputs = make_inputs(case, self.device)
         expected = reference(case, inputs)
+        target = torch.empty_like(inputs.x[0], requires_grad=False)
+        self._copies = [partial(target.copy_, x.detach()) for x in inputs.x]
         subjects = {}
         for name in PROVIDERS:
             subjects[name] = Subject(name, case.operation, inputs)
@@ -73,11 +78,13 @@ class Bench:
             # The call itself is the matter of the overhead case, the kernels that of the others.
             overhead = case.name == OVERHEAD.name
             graph = self.device.type == "cuda" and not overhead
-            sides: dict[str, Side] = {}
-            for name, subject in self._subjects.items():
-                calls = subject.calls[direction]
-                sides[name] = Graph(calls) if graph else Wall(calls, self.device)
-            self._times[direction] = in_turns(sides, EFFORTS[self.quick, overhead])
+
+            def side(calls: list[Call]) -> Side:
+                return Graph(calls) if graph else Wall(calls, self.device)
+
+            sides = {name: side(subject.calls[direction]) for name, subject in self._subjects.items()}
+            effort = EFFORTS[self.quick, overhead]
+            self._times[direction] = in_turns(sides, effort, {} if overhead else {COPY: side(self._copies)})
         return self._times[direction]
 
     def record(
@@ -88,7 +95,8 @@ class Bench:
         provider: str,
     ) -> None:
         """Fill pytest-benchmark's entry of one provider with its times and extra_info."""
-        times = self.times(case, direction)[provider]
+        all_times = self.times(case, direction)
+        times = all_times[provider]
         bytes_min = least_bytes(case.operation, case.size, DTYPES[case.dtype].itemsize, direction)
         benchmark.group = f"{case.label} {direction}"
         benchmark.extra_info |= {
@@ -104,6 +112,7 @@ class Bench:
             "threads": torch.get_num_threads(),
             "bytes_min": bytes_min,
             "gb_per_s": bytes_min / median(times.seconds) / 1e9,
+            "copy_gb_per_s": 2 * case.bytes / median(all_times[COPY].seconds) / 1e9 if COPY in all_times else None,
             "allocator": allocator.mode(self.device),
             "page_faults_per_call": times.page_faults / (len(times.seconds) * times.repeats),
             "repeats_per_round": times.repeats,

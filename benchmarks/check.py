@@ -81,10 +81,10 @@ def reference(case: Case, inputs: Inputs) -> dict[str, Expected]:
     count = x.numel() // x.size(1)
 
     def column(vector: Tensor) -> Tensor:
-        return vector.double().view(1, -1, 1, 1)
+        return vector.double().view(1, -1, *[1] * (x.dim() - 2))
 
     def per_channel(values: Tensor) -> Tensor:
-        return values.sum(dim=(0, 2, 3))
+        return values.sum(dim=[d for d in range(x.dim()) if d != 1])
 
     def activated(before: Expected) -> Expected:
         return Expected(before.value.clamp(min=0), before.size) if relu else before

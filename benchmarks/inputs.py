@@ -12,6 +12,8 @@ from .shapes import OVERHEAD
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+ROWS_LAYOUT = "(N, C)"
+MEMORY_FORMATS = LAYOUTS | {ROWS_LAYOUT: torch.contiguous_format}
 SEED = 2015
 
 
@@ -19,9 +21,9 @@ class Case(NamedTuple):
     """What the inputs depend on."""
 
     name: str
-    size: tuple[int, ...]  # (N, C, H, W)
+    size: tuple[int, ...]  # (N, C, H, W) or (N, C)
     dtype: str  # a key of DTYPES
-    layout: str  # a key of LAYOUTS
+    layout: str  # a key of MEMORY_FORMATS
     operation: str = PLAIN  # a key of OPERATIONS
 
     @property
@@ -73,12 +75,13 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         return torch.randn(size, generator=random, device=device)
 
     def activation(values: Tensor) -> Tensor:
-        return values.to(DTYPES[case.dtype]).contiguous(memory_format=LAYOUTS[case.layout])
+        return values.to(DTYPES[case.dtype]).contiguous(memory_format=MEMORY_FORMATS[case.layout])
 
     count = copies_needed(case, device)
     # Means and deviations that are neither 0 nor 1 and differ from channel to channel.
-    deviation = draw(1, channels, 1, 1).abs_().add_(0.5)
-    x = activation(draw(*case.size).mul_(deviation).add_(draw(1, channels, 1, 1)))
+    of_channels = (1, channels, *[1] * (len(case.size) - 2))
+    deviation = draw(*of_channels).abs_().add_(0.5)
+    x = activation(draw(*case.size).mul_(deviation).add_(draw(*of_channels)))
     dy = activation(draw(*case.size))
     parameters = {
         "weight": draw(channels).add_(2.0),

@@ -95,11 +95,15 @@ class Times:
     page_faults: int = 0  # in all rounds together
 
 
-def in_turns(sides: dict[str, Side], effort: Effort) -> dict[str, Times]:
-    """Time the sides in turn, each once a round, the order reversed from one round to the next."""
+def in_turns(sides: dict[str, Side], effort: Effort, beside: dict[str, Side] | None = None) -> dict[str, Times]:
+    """Time the sides in turn, each once a round, the order reversed from one round to the next.
+
+    What is `beside` comes last in every round, so that of two sides each follows the other as often as it follows this.
+    """
+    everything = sides | (beside or {})
     # The warm-up too. The least of a few, lest a disturbed call pass for a long one.
-    longest = max(min(side.round(1) for _ in range(WARM_UP)) for side in sides.values())
-    times = {name: Times(max(1, ceil(effort.round_seconds / longest))) for name in sides}
+    longest = max(min(side.round(1) for _ in range(WARM_UP)) for side in everything.values())
+    times = {name: Times(max(1, ceil(effort.round_seconds / longest))) for name in everything}
     order = list(sides)
     collecting = gc.isenabled()
     gc.disable()
@@ -108,9 +112,9 @@ def in_turns(sides: dict[str, Side], effort: Effort) -> dict[str, Times]:
         for done in range(effort.max_rounds):
             if done >= effort.min_rounds and time.perf_counter() - start > effort.seconds:
                 break
-            for name in order:
+            for name in [*order, *(beside or {})]:
                 faults = page_faults()
-                times[name].seconds.append(sides[name].round(times[name].repeats))
+                times[name].seconds.append(everything[name].round(times[name].repeats))
                 times[name].page_faults += page_faults() - faults
             order.reverse()
     finally:

@@ -22,7 +22,7 @@ Call = Callable[[], object]
 class SeparateModules(nn.Module):
     """torch's own modules one after the other, in place where models do it so."""
 
-    def __init__(self, norm: nn.BatchNorm2d):
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d):
         super().__init__()
         self.norm = norm
         self.relu = nn.ReLU(inplace=True)
@@ -41,11 +41,13 @@ class Layer:
     def __init__(self, provider: str, operation: str, inputs: Inputs):
         channels, device = inputs.weight.numel(), inputs.weight.device
         activation = OPERATIONS[operation].activation
-        self.norm: nn.BatchNorm2d
+        has_planes = inputs.x[0].dim() == 4
+        self.norm: nn.BatchNorm1d | nn.BatchNorm2d
         if provider == OURS:
-            self.norm = bn_ext.BatchNorm2d(channels, activation=activation, device=device)
+            norm = bn_ext.BatchNorm2d if has_planes else bn_ext.BatchNorm1d
+            self.norm = norm(channels, activation=activation, device=device)
         else:
-            self.norm = nn.BatchNorm2d(channels, device=device)
+            self.norm = (nn.BatchNorm2d if has_planes else nn.BatchNorm1d)(channels, device=device)
         # What is called: nothing comes between a batch norm alone and its caller.
         self.module = self.norm if provider == OURS or activation is None else SeparateModules(self.norm)
         with torch.no_grad():

@@ -19,6 +19,7 @@ USUAL_ORDER = (
     "bfloat16",
     "contiguous",
     "channels_last",
+    "(N, C)",
     "forward",
     "backward",
     "eval",
@@ -40,6 +41,7 @@ class Pair(NamedTuple):
     ours: float  # median, s
     best_ratio: float  # of the fastest rounds
     gb_per_s: float  # of ours: least bytes / median time
+    copy_gb_per_s: float  # read and written by copy_ of a tensor of that size, beside; NaN: not timed
     page_faults: float  # per call, the worse side
 
     @property
@@ -82,6 +84,7 @@ def pairs(run: dict[str, Any]) -> list[Pair]:
             ours=both[OURS][0]["median"],
             best_ratio=both[RIVAL][0]["min"] / both[OURS][0]["min"],
             gb_per_s=both[OURS][1]["gb_per_s"],
+            copy_gb_per_s=both[OURS][1]["copy_gb_per_s"] or math.nan,
             page_faults=max(info["page_faults_per_call"] for _, info in both.values()),
         )
         for (operation, dtype, layout, direction, case), both in sides.items()
@@ -118,9 +121,9 @@ def times(pair: Pair, per_second: float) -> list[str]:
     return [*medians, f"{pair.ratio:.2f}", f"{pair.best_ratio:.2f}"]
 
 
-def speed(pair: Pair, copy: float) -> list[str]:
-    """Give the cells of bn_ext's GB/s and their share of the copy figure."""
-    return [f"{pair.gb_per_s:.1f}", f"{pair.gb_per_s / copy:.0%}"]
+def speed(pair: Pair) -> list[str]:
+    """Give the cells of bn_ext's GB/s, the copy's, and the share of one in the other."""
+    return [f"{pair.gb_per_s:.1f}", f"{pair.copy_gb_per_s:.1f}", f"{pair.gb_per_s / pair.copy_gb_per_s:.0%}"]
 
 
 def by_group(cases: list[Pair]) -> dict[tuple[str, ...], list[Pair]]:
@@ -149,6 +152,8 @@ def head(run: dict[str, Any], cases: list[Pair], markdown: bool) -> list[str]:
         f"allocator: {about['allocator']} ({about['page_faults_per_64_mib']} page faults per new "
         f"64 MiB, at most {faults:.0f} per timed call)",
         f"copy_ of large tensors: {copy} GB/s read and written, best at the start and at the end",
+        "bn_ext GB/s: the least bytes that must move (2 tensors, backward 3) by its median; copy GB/s: "
+        "torch's copy_ of the case's x, timed in the same rounds; share: of the one in the other",
         f"batch size {about['batch']}; times are medians; ratio = torch / bn_ext, above 1: bn_ext "
         "is faster; of best = the same of the fastest rounds (far from ratio: a disturbed run)",
     ]
@@ -157,15 +162,15 @@ def head(run: dict[str, Any], cases: list[Pair], markdown: bool) -> list[str]:
     return [f"- {line}" for line in lines] if markdown else lines
 
 
-def body(cases: list[Pair], copy: float, markdown: bool) -> list[str]:
+def body(cases: list[Pair], markdown: bool) -> list[str]:
     """Give one table per group."""
     lines: list[str] = []
     for group, members in by_group(cases).items():
         mean = geometric_mean([pair.ratio for pair in members])
         lines += title(", ".join(group), markdown)
         lines += table(
-            ["case", "torch ms", "bn_ext ms", "ratio", "of best", "bn_ext GB/s", "of copy"],
-            [[pair.case, *times(pair, 1e3), *speed(pair, copy)] for pair in members],
+            ["case", "torch ms", "bn_ext ms", "ratio", "of best", "bn_ext GB/s", "copy GB/s", "share"],
+            [[pair.case, *times(pair, 1e3), *speed(pair)] for pair in members],
             markdown,
         )
         lines += [""] * markdown
@@ -187,9 +192,9 @@ def means(cases: list[Pair], of: str, markdown: bool) -> list[str]:
     return title(f"Geometric means{of}", markdown) + table(["group", "ratio", "least", "in case"], rows, markdown)
 
 
-def fused(cases: list[Pair], copy: float, markdown: bool) -> list[str]:
+def fused(cases: list[Pair], markdown: bool) -> list[str]:
     """Give the tables of the operations that are more than batch norm, and for each direction the means."""
-    lines = body(cases, copy, markdown)
+    lines = body(cases, markdown)
     kinds = dict.fromkeys((group[0], group[-1]) for group in by_group(cases))
     for kind in kinds:
         members = [pair for pair in cases if (pair.group[0], pair.group[-1]) == kind]
@@ -222,11 +227,10 @@ def report(path: Path, markdown: bool) -> str:
         everything = pairs(run)
         tiny = [pair for pair in everything if pair.case.startswith(OVERHEAD)]
         cases = [pair for pair in everything if pair not in tiny]
-        copy = max(run["machine_info"]["run"]["copy_gb_per_s"])
         plain = [pair for pair in cases if pair.operation == PLAIN]
         lines = head(run, cases, markdown)
-        lines += body(plain, copy, markdown) + means(plain, "", markdown)
-        lines += fused([pair for pair in cases if pair not in plain], copy, markdown)
+        lines += body(plain, markdown) + means(plain, "", markdown)
+        lines += fused([pair for pair in cases if pair not in plain], markdown)
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{path} was not written by this suite: {error!r}") from error
     if not everything:

@@ -1,4 +1,4 @@
-"""The twelve BatchNorm shapes of ResNet-50, and one so small that only the call is left."""
+"""The twelve BatchNorm shapes of ResNet-50, some of (N, C) inputs, and one so small that only the call is left."""
 
 from typing import NamedTuple
 
@@ -35,6 +35,9 @@ RESNET50 = (
     Shape("layer4_512x7x7", 512, 7, 7),
     Shape("layer4_2048x7x7", 2048, 7, 7),
 )
+
+# (N, C), as BatchNorm1d gets them: between fully connected layers, in projection heads, of points or of graphs' nodes.
+ROWS = ((32, 1024), (256, 4096), (4096, 512), (65536, 64))
 
 # So small that only the cost of the call itself is left.
 OVERHEAD = Shape("overhead_4x2x2", 4, 2, 2)

@@ -1,4 +1,4 @@
-"""bn_ext against torch.nn: ResNet-50's shapes in all directions, layouts, dtypes; a call's cost.
+"""bn_ext against torch.nn: ResNet-50's shapes in all directions, layouts, dtypes; (N, C) inputs; a call's cost.
 
 A test's name reads case-dtype-layout-[operation-]direction-provider: `-k "stem and bfloat16 and backward"` picks one
 pair for each layout and operation, `-k fused` all that is more than batch norm.
@@ -11,11 +11,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from .bench import Bench
 from .check import WrongResultError
-from .inputs import DTYPES, LAYOUTS, Case
+from .inputs import DTYPES, LAYOUTS, ROWS_LAYOUT, Case
 from .measure import REPLAY
 from .operations import FUSED, OPERATIONS, PLAIN
 from .providers import OVERHEAD_DIRECTIONS, PROVIDERS
-from .shapes import OVERHEAD, OVERHEAD_BATCH, RESNET50, Shape
+from .shapes import OVERHEAD, OVERHEAD_BATCH, RESNET50, ROWS, Shape
 
 
 def record(bench: Bench, benchmark: BenchmarkFixture, case: Case, direction: str, provider: str) -> None:
@@ -72,6 +72,19 @@ def test_fused(
 ) -> None:
     """The same inputs with an activation, and a residual before it: bn_ext's one call against torch's modules."""
     case = Case(shape.name, shape.size(bench.batch), dtype, layout, operation)
+    record(bench, benchmark, case, direction, provider)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("direction", OPERATIONS[PLAIN].directions)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", ROWS, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.benchmark(timer=REPLAY.read)
+def test_rows(
+    bench: Bench, benchmark: BenchmarkFixture, size: tuple[int, int], dtype: str, direction: str, provider: str
+) -> None:
+    """An input without positions; its size is the same whatever the batch size of the others."""
+    case = Case(f"rows_{size[0]}x{size[1]}", size, dtype, ROWS_LAYOUT)
     record(bench, benchmark, case, direction, provider)
 
 
