@@ -227,8 +227,8 @@ at::Tensor batch_norm_repeat(const at::Tensor& input,
   const at::Tensor z = contiguous_or_none(residual, format);
   const at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
   if (x.numel() == 0) return y;
-  ForwardParams p =
-      forward_params(x, format, z, parse({activation, activation_parameter}), y, Saved{saved.contiguous()});
+  const Saved s{saved.contiguous()};  // kept until the kernels have read it
+  ForwardParams p = forward_params(x, format, z, parse({activation, activation_parameter}), y, s);
   p.repeats = true;
   run_forward(x, p);
   return y;

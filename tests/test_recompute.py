@@ -253,3 +253,16 @@ def test_partial_backward_holds_nothing(device: str) -> None:
     assert len(recipes) == 1
     assert recipes[0]._output is None
     assert torch.equal(grad(values[0], convs[0].weight)[0], gradient)
+
+
+def test_repeat_with_saved_that_is_not_contiguous(device: str) -> None:
+    """As any tensor given to the operator may be: it is copied, and the copy lives until it was read."""
+    x = torch.randn(8, 300, 5, 5, device=device)
+    y = bn_ext.batch_norm(x, None, None, training=True)
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    rstd = (var + 1e-5).rsqrt()
+    saved = torch.stack([mean, rstd, rstd, torch.zeros_like(mean)]).t().contiguous().t()
+    assert not saved.is_contiguous()
+    for _ in range(5):
+        repeated = torch.ops.bn_ext.batch_norm_repeat(x, saved, None, None, 0.0)
+        torch.testing.assert_close(repeated, y, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,10 @@
 // Chooses the instruction set once, at run time.
 #include "instruction_set.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -14,11 +18,19 @@ struct Candidate {
   KernelTables (*tables)();
 };
 
+#if defined(__x86_64__)
+// __builtin_cpu_supports does not know this name everywhere: not in Clang 15, nor in GCC before 11.
+bool supports_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // What this processor can run, best first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> found;
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512) found.push_back({"avx512", avx512_kernels});

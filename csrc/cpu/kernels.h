@@ -59,7 +59,6 @@ constexpr int64_t kPageBytes = 4096;  // how far ahead values are fetched: a pag
 
 constexpr int64_t kMaxRun = 2048;      // adjacent values that go together: float sums stay short, buffers in L1
 constexpr int64_t kMaxColumns = 1024;  // of a RowRange: the accumulators of one range stay in L1
-constexpr int64_t kMaxGroup = 64;      // channels of a PlaneRange
 
 // Mean and sum of squared deviations from it, of a number of values that the range tells.
 struct Moments {

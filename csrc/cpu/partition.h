@@ -12,17 +12,18 @@ namespace bn_ext::cpu {
 
 constexpr int64_t kPlaneSegment = 1 << 16;  // values of a channel
 constexpr int64_t kRowSegment = 1 << 18;    // values of a block of columns, at most
-constexpr int64_t kRowSegments = 8;         // at least, if they are not smaller than a unit
+constexpr int64_t kRowUnits = 8;            // of a sum over rows, at least, if they are not smaller than kUnitValues
 constexpr int64_t kUnitValues = 1 << 13;    // of a pass without sums, which walks the memory from end to end
 constexpr int64_t kNarrowPlane = 16;        // planes of fewer values do not fill a vector
-constexpr int64_t kManyImages = 16;         // from here on, sums per column are little beside the tensor
-constexpr int64_t kManyColumns = 1 << 17;   // up to here, 32 bytes for each of them are little anyway
+constexpr int64_t kManyImages = 16;         // from here on, coefficients per column are little beside the tensor
+constexpr int64_t kManyColumns = 1 << 17;   // up to here, 20 bytes for each of them are little anyway
 constexpr int64_t kNarrowRow = 64;          // channels_last rows of fewer values are joined with their neighbours
 constexpr int64_t kFewColumns = 128;        // so narrow a row ends before the prefetchers have taken notice
 constexpr int64_t kRunBytes = 512;          // of rows that results are written for at a time, where they are narrower
 constexpr int64_t kSmallBytes = 8 << 20;    // of a tensor: several rows at a time are several streams from memory
 constexpr int64_t kGroupBytes = 4096;       // of one image's run of a group of planes: enough for the prefetchers
 constexpr int64_t kFetchedBytes = 2 << 20;  // of a group that is fetched while another's results are written
+constexpr int64_t kMaxGroup = 64;           // channels of a group of planes that is summed
 constexpr int64_t kCachedBytes = 1 << 20;   // a group up to this size is still in cache when it is visited again
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -111,7 +112,7 @@ struct RowPartition : Partition {
     const int64_t widest = std::max(run, (has_sums ? kMaxColumns : 2 * kMaxColumns) / run * run);  // whole channels
     group_columns = joined ? columns : std::min(columns, widest);
     groups = ceil_div(columns, group_columns);
-    const int64_t segment_values = has_sums ? std::min(shape.numel() / kRowSegments, kRowSegment) : kUnitValues;
+    const int64_t segment_values = has_sums ? std::min(shape.numel() / kRowUnits, kRowSegment) : kUnitValues;
     segments = ceil_div(rows * group_columns, std::max(segment_values, kUnitValues));
     segment_rows = ceil_div(rows, segments);
     segments = ceil_div(rows, segment_rows);

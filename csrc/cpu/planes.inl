@@ -173,8 +173,8 @@ static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
     for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
       const Vec<A> mean = broadcast(a.affine.mean[c]);
       const Vec<A> scale = broadcast(a.affine.scale[c]);
-      const Vec<A> slope = broadcast(a.slope[c]);
-      const Vec<A> shift = broadcast(a.shift[c]);
+      const Vec<A> slope = broadcast(a.training ? a.slope[c] : A(0));
+      const Vec<A> shift = broadcast(a.training ? a.shift[c] : A(0));
       const T* x = a.x + offset;
       const auto dx = [=](Vec<A> g, int64_t i, const auto& lanes)
                           BN_EXT_LAMBDA { return g * scale + ((load(x + i, lanes) - mean) * slope + shift); };

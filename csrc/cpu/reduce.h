@@ -1,4 +1,4 @@
-// From the sums of segments and blocks of columns to those of channels, in double and in a fixed order.
+// From the sums of segments and runs of columns to those of channels, in double and in a fixed order.
 #pragma once
 
 #include <memory>

@@ -85,7 +85,8 @@ BN_EXT_INLINE void repeat_runs(const RowRange& r, A* values) {
   }
 }
 
-// As plane_moments_around, one shift per column, kLanes more readable ones behind them.
+// As channel_moments for every run, one shift per column, kLanes more readable ones behind them. Whether one was too
+// far from its mean.
 template <typename T>
 static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* shift, Moments* out) {
   using A = acc_t<T>;
@@ -177,6 +178,7 @@ static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums
   A derivatives[kRowsToSum * kStride];  // kBuffered
   const int64_t width = r.column_end - r.column_begin;
   const A* mean = a.affine.mean + r.column_begin;
+  const int64_t ahead_of_dy = a.dy_repeats ? 0 : r.ahead;
   ColumnSums sums;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
     const auto prepare = [&](int64_t first, int64_t rows) BN_EXT_LAMBDA {
@@ -195,7 +197,7 @@ static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums
           const auto u_at = row_u(a.affine, r, x);
           const T* dy = dy_of_row(a, offset);
           fetch_ahead(x + i, k, r.ahead);
-          fetch_ahead(dy + i, k, r.ahead);
+          fetch_ahead(dy + i, k, ahead_of_dy);
           const Vec<A> g = gradient_at<form()>(a, dy, offset, of_row, u_at, i, lanes);
           s += keep(g, lanes);
           q += keep(g * (load(x + i, lanes) - load(mean + i, lanes)), lanes);
