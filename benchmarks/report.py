@@ -84,7 +84,7 @@ def pairs(run: dict[str, Any]) -> list[Pair]:
             ours=both[OURS][0]["median"],
             best_ratio=both[RIVAL][0]["min"] / both[OURS][0]["min"],
             gb_per_s=both[OURS][1]["gb_per_s"],
-            copy_gb_per_s=both[OURS][1]["copy_gb_per_s"] or math.nan,
+            copy_gb_per_s=both[OURS][1].get("copy_gb_per_s") or math.nan,
             page_faults=max(info["page_faults_per_call"] for _, info in both.values()),
         )
         for (operation, dtype, layout, direction, case), both in sides.items()
