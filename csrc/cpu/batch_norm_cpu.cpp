@@ -261,8 +261,9 @@ void dispatch(DType dtype, const Shape& shape, bool has_sums, int64_t cached_byt
 }  // namespace
 
 void forward(const ForwardParams& p) {
-  // x was likely made just now: if it fits, it is in cache, and fetching it ahead would be wasted work.
-  const int64_t cached_bytes = last_level_cache_bytes() / 2;
+  // In eval, an x that fits was likely made just now, and is walked in memory order: fetching it ahead would be wasted
+  // work. In training the walk jumps, and what else a step keeps has displaced a part of the cache.
+  const int64_t cached_bytes = last_level_cache_bytes() / (needs_sums(p) ? 6 : 2);
   dispatch(p.dtype, p.shape, needs_sums(p), cached_bytes, [&](auto value, const auto& partition) {
     expect_writes(p.y, p.shape.numel() * int64_t(sizeof(value)));
     forward<decltype(value)>(p, partition);

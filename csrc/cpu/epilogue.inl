@@ -158,12 +158,14 @@ BN_EXT_INLINE void apply_run(
   constexpr int64_t L = kLanes<A>;
   // Bits of a mask go by vectors that begin with the run: it must begin a line to be streamed.
   const bool streams = a.streams && (kForm != ApplyForm::kMasked || before_line(y) == 0);
+  const int64_t ahead_of_y = streams ? 0 : ahead;  // ordinary stores read the lines that they are going to overwrite
   // Where the run's bits begin a byte, whole vectors leave theirs at once.
   const int64_t whole = n / L * L;
   uint8_t* whole_bytes = nullptr;
   if (kForm == ApplyForm::kMasked && L % 8 == 0 && offset % 8 == 0) whole_bytes = a.mask + offset / 8;
   const auto write = [=, &a, &b](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
     fetch_ahead(a.x + offset + i, k, ahead);
+    fetch_ahead(y + i, k, ahead_of_y);
     if constexpr (kHasResidual) fetch_ahead(z + i, k, ahead == 0 ? 0 : kPageBytes);
     Vec<A> u = u_at(i, lanes);
     if constexpr (kHasResidual) u += load(z + i, lanes);
@@ -259,12 +261,14 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
   const bool has_u = a.activation.kind != ActivationKind::kNone && a.mask == nullptr;
   const int64_t ahead_of_x = has_u || (a.training && dx != nullptr) ? ahead : 0;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : ahead;
+  const T* to = dx == nullptr ? dz : dx;
+  const bool streams = a.streams && (dx == nullptr || dz == nullptr || before_line(dz) == before_line(dx));
+  const int64_t ahead_of_to = streams ? 0 : ahead;  // as of y
   const auto fetch = [=, x = a.x + offset, dy = a.dy + (a.dy_repeats ? 0 : offset)](int64_t i, int k) BN_EXT_LAMBDA {
     fetch_ahead(x + i, k, ahead_of_x);
     fetch_ahead(dy + i, k, ahead_of_dy);
+    fetch_ahead(to + i, k, ahead_of_to);
   };
-  const T* to = dx == nullptr ? dz : dx;
-  const bool streams = a.streams && (dx == nullptr || dz == nullptr || before_line(dz) == before_line(dx));
   const auto write = [=](const auto& dx_of_g) BN_EXT_LAMBDA {
     if (dz == nullptr) {
       write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
