@@ -95,11 +95,11 @@ BN_EXT_INLINE Vec<float> load_vector(const BFloat16* p) {
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 BN_EXT_INLINE void store_vector(BFloat16* p, Vec<float> v) {
-  const __m512i bits = (__m512i)v;
-  const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), is_odd);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-  const __m512i result = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  // A NaN becomes the one of which rounding leaves the upper half alone.
+  const __m512i bits = (__m512i)_mm512_fixupimm_ps((__m512)v, (__m512)v, _mm512_set1_epi32(0x33), 0);
+  const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i result = _mm512_mask_add_epi32(half, is_odd, half, _mm512_set1_epi32(1));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
 }
 BN_EXT_INLINE Vec<float> load_vector(const Half* p) {
