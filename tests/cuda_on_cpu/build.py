@@ -16,7 +16,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FOLDER = ROOT / "build" / "cuda_on_cpu"
 HARNESS = [
-    HERE / f"{name}.cpp" for name in ("c_api", "fibre", "launch", "memory", "ordering", "scheduler", "synchronisation")
+    HERE / f"{name}.cpp"
+    for name in ("c_api", "copies", "fibre", "launch", "memory", "ordering", "scheduler", "synchronisation")
 ]
 HEADERS = {".h", ".cuh", ".inl"}
 JOBS = 2

@@ -7,9 +7,13 @@ using cuda_on_cpu::reported;
 
 extern "C" {
 
-const char* cuda_on_cpu_set_machine(std::int64_t resident_blocks, std::int64_t shared_bytes) {
-  return reported(
-      [&] { cuda_on_cpu::set_machine({static_cast<int>(resident_blocks), static_cast<std::size_t>(shared_bytes)}); });
+const char* cuda_on_cpu_set_machine(std::int64_t resident_blocks,
+                                    std::int64_t shared_bytes,
+                                    std::int64_t multiprocessors) {
+  return reported([&] {
+    cuda_on_cpu::set_machine(
+        {static_cast<int>(resident_blocks), static_cast<std::size_t>(shared_bytes), static_cast<int>(multiprocessors)});
+  });
 }
 
 const char* cuda_on_cpu_set_order(std::int64_t seed, std::int64_t policy) {

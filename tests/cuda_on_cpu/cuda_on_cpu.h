@@ -20,6 +20,7 @@ struct Fault : std::runtime_error {
 struct Machine {
   int resident_blocks = 4;                // blocks of a launch that run at once, interleaved
   std::size_t shared_bytes = 48u * 1024;  // dynamic shared memory that one block may ask for
+  int multiprocessors = 1;                // that the resident blocks are shared by, evenly
 };
 
 // Which of the threads that could run does, and in which order blocks start. All depends on the seed only, so a fault

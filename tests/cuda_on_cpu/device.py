@@ -67,9 +67,9 @@ class Device:
         """No buffers, counters at zero, default machine and order."""
         self.call("cuda_on_cpu_reset")
 
-    def set_machine(self, resident_blocks: int = 4, shared_bytes: int = 48 * 1024) -> None:
-        """How many blocks of a launch run at once, and how much shared memory one may ask for."""
-        self.call("cuda_on_cpu_set_machine", resident_blocks, shared_bytes)
+    def set_machine(self, resident_blocks: int = 4, shared_bytes: int = 48 * 1024, multiprocessors: int = 1) -> None:
+        """How many blocks of a launch run at once, how much shared memory one may ask for, who shares them."""
+        self.call("cuda_on_cpu_set_machine", resident_blocks, shared_bytes, multiprocessors)
 
     def set_order(self, policy: str, seed: int = 0) -> None:
         """Which of the threads that could run does."""

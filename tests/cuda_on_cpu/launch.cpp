@@ -1,4 +1,6 @@
 // The device: what a launch must satisfy, the host's side of CUDA, and the functions that tests call.
+#include <map>
+
 #include "cuda_on_cpu.h"
 #include "include/cuda_runtime.h"
 #include "memory.h"
@@ -12,6 +14,8 @@ constexpr unsigned kMaxBlockThreads = 1024;
 constexpr unsigned kMaxBlockZ = 64;
 constexpr unsigned kMaxGridX = 0x7fffffff;
 constexpr unsigned kMaxGridYZ = 65535;
+constexpr std::size_t kUnaskedSharedBytes = 48u * 1024;  // that a kernel may have without an attribute
+constexpr unsigned kMaxClusterBlocks = 8;                // on every device that has clusters
 
 struct Device {
   Machine machine;
@@ -19,6 +23,17 @@ struct Device {
   Memory memory;
   std::int64_t launches = 0;
   cudaError_t last_error = cudaSuccess;
+  std::map<const void*, std::size_t> shared_bytes;  // that kernels have asked for
+
+  std::size_t shared_bytes_of(const void* function) const {
+    const auto found = shared_bytes.find(function);
+    return found == shared_bytes.end() ? kUnaskedSharedBytes : found->second;
+  }
+};
+
+struct Attributes {
+  bool cooperative = false;
+  unsigned cluster_blocks = 1;
 };
 
 Device& device() {
@@ -31,7 +46,23 @@ void replace_device() {
   new (&device()) Device;
 }
 
-cudaError_t refusal(const cudaLaunchConfig_t& config) {
+Attributes attributes_of(const cudaLaunchConfig_t& config) {
+  Attributes attributes;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const auto& [id, value] = config.attrs[i];
+    if (id == cudaLaunchAttributeCooperative) {
+      attributes.cooperative = value.cooperative != 0;
+    } else if (id == cudaLaunchAttributeClusterDimension) {
+      if (value.clusterDim.y != 1 || value.clusterDim.z != 1) throw Fault("this harness knows clusters along x only");
+      attributes.cluster_blocks = value.clusterDim.x;
+    } else if (id != cudaLaunchAttributeIgnore) {
+      throw Fault("this harness does not know launch attribute " + std::to_string(id));
+    }
+  }
+  return attributes;
+}
+
+cudaError_t refusal(const cudaLaunchConfig_t& config, const Attributes& attributes, const void* function) {
   const auto [gx, gy, gz] = config.gridDim;
   const auto [bx, by, bz] = config.blockDim;
   if (gx == 0 || gy == 0 || gz == 0 || gx > kMaxGridX || gy > kMaxGridYZ || gz > kMaxGridYZ) {
@@ -41,7 +72,16 @@ cudaError_t refusal(const cudaLaunchConfig_t& config) {
       bx * by * bz > kMaxBlockThreads) {
     return cudaErrorInvalidConfiguration;
   }
-  if (config.dynamicSmemBytes > device().machine.shared_bytes) return cudaErrorInvalidValue;
+  const Machine& machine = device().machine;
+  if (config.dynamicSmemBytes > machine.shared_bytes) return cudaErrorInvalidValue;
+  if (config.dynamicSmemBytes > device().shared_bytes_of(function)) return cudaErrorInvalidValue;
+  if (attributes.cluster_blocks == 0 || gx % attributes.cluster_blocks != 0) return cudaErrorInvalidConfiguration;
+  const auto room = static_cast<unsigned>(machine.resident_blocks);
+  if (attributes.cluster_blocks > std::min(kMaxClusterBlocks, room)) return cudaErrorInvalidClusterSize;
+  const std::uint64_t blocks = std::uint64_t{gx} * gy * gz;
+  if (attributes.cooperative && blocks > room / attributes.cluster_blocks * attributes.cluster_blocks) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
   return cudaSuccess;
 }
 
@@ -49,12 +89,18 @@ std::string ordinal(std::int64_t number) { return "launch " + std::to_string(num
 
 }  // namespace
 
-cudaError_t launch(const cudaLaunchConfig_t& config, void (*kernel)(void*), void* arguments) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void (*body)(void*), void* arguments) {
   if (current) scheduler.fault("a kernel cannot launch a kernel");
-  if (config.numAttrs != 0) throw Fault("this harness knows no launch attributes yet");
-  const cudaError_t error = refusal(config);
+  const Attributes attributes = attributes_of(config);
+  const cudaError_t error = refusal(config, attributes, function);
   if (error != cudaSuccess) return device().last_error = error;
-  const Launch launch{++device().launches, config.gridDim, config.blockDim, config.dynamicSmemBytes, kernel, arguments};
+  const Launch launch{++device().launches,
+                      config.gridDim,
+                      config.blockDim,
+                      attributes.cluster_blocks,
+                      config.dynamicSmemBytes,
+                      body,
+                      arguments};
   scheduler.run(launch, device().machine, device().order, device().memory);
   try {
     device().memory.check_guards();
@@ -71,15 +117,24 @@ void check_access(Direction direction, const void* address, std::size_t bytes, P
   scheduler.maybe_preempt();
 }
 
-unsigned atomic_or(unsigned* address, unsigned value, Place place) {
-  check_access(Direction::read, address, sizeof(unsigned), place);
-  check_access(Direction::write, address, sizeof(unsigned), place);
-  const unsigned old = *address;
-  *address |= value;
-  return old;
+cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) throw Fault("this harness knows one attribute only");
+  const auto bytes = static_cast<std::size_t>(value);
+  if (value < 0 || bytes > device().machine.shared_bytes) return device().last_error = cudaErrorInvalidValue;
+  device().shared_bytes[function] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t blocks_per_multiprocessor(int* blocks, const void* function, int threads, std::size_t shared_bytes) {
+  const Machine& machine = device().machine;
+  const std::size_t most_shared = std::min(machine.shared_bytes, device().shared_bytes_of(function));
+  const bool fits = threads > 0 && unsigned(threads) <= kMaxBlockThreads && shared_bytes <= most_shared;
+  *blocks = fits ? machine.resident_blocks / machine.multiprocessors : 0;
+  return cudaSuccess;
 }
 
 void set_machine(const Machine& machine) {
+  if (machine.multiprocessors < 1) throw Fault("a machine has one multiprocessor at least");
   if (machine.resident_blocks < 1) throw Fault("a machine has room for one block at least");
   device().machine = machine;
 }
@@ -111,6 +166,10 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
+    case cudaErrorInvalidClusterSize:
+      return "cluster misconfiguration";
   }
   return "unrecognized error code";
 }

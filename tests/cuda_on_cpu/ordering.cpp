@@ -1,4 +1,4 @@
-// The policies: from a seed to an order of blocks and threads.
+// The policies: from a seed to an order of clusters and threads.
 #include <numeric>
 
 #include "scheduler.h"
@@ -7,22 +7,22 @@ namespace cuda_on_cpu {
 
 Ordering::Ordering(const Order& order, const Launch& launch)
     : policy_(order.policy),
-      blocks_(launch.blocks()),
+      clusters_(launch.clusters()),
       state_(order.seed * 0x9e3779b97f4a7c15u + static_cast<std::uint64_t>(launch.number)) {
   do {
-    step_ = blocks_ > 2 ? 1 + random() % (blocks_ - 1) : 1;
-  } while (std::gcd(step_, blocks_) != 1);
-  start_ = random() % blocks_;
+    step_ = clusters_ > 2 ? 1 + random() % (clusters_ - 1) : 1;
+  } while (std::gcd(step_, clusters_) != 1);
+  start_ = random() % clusters_;
 }
 
-std::uint64_t Ordering::block(std::uint64_t turn) const {
+std::uint64_t Ordering::cluster(std::uint64_t turn) const {
   switch (policy_) {
     case Policy::ascending:
       return turn;
     case Policy::descending:
-      return blocks_ - 1 - turn;
+      return clusters_ - 1 - turn;
     default:
-      return (turn * step_ + start_) % blocks_;  // both below 2^32 but for grids that no test runs
+      return (turn * step_ + start_) % clusters_;  // both below 2^32 but for grids that no test runs
   }
 }
 

@@ -45,16 +45,19 @@ void Scheduler::run(const Launch& launch, const Machine& machine, const Order& o
   launch_ = &launch;
   memory_ = &memory;
   ordering_ = &ordering;
-  started_ = 0;
+  started_ = writes_ = 0;
   blockDim = launch.block;
   gridDim = launch.grid;
   slots_.clear();
-  const auto slots = std::min<std::uint64_t>(machine.resident_blocks, launch.blocks());
+  const auto slots = std::min<std::uint64_t>(machine.resident_blocks / launch.cluster_blocks, launch.clusters());
   for (std::uint64_t i = 0; i < slots; ++i) {
-    slots_.push_back(std::make_unique<Block>());
-    start_block(*slots_.back());
+    slots_.push_back(std::make_unique<Cluster>());
+    start_cluster(*slots_.back());
   }
-  while (!ready_.empty() && fault_.empty()) {
+  while (fault_.empty()) {
+    if (!asleep_.empty() && ordering.preempts()) wake_sleepers(true);
+    if (ready_.empty()) wake_sleepers(false);
+    if (ready_.empty()) break;
     std::pop_heap(ready_.begin(), ready_.end(), [](const Ready& a, const Ready& b) { return a.key > b.key; });
     Thread* thread = ready_.back().thread;
     ready_.pop_back();
@@ -65,14 +68,31 @@ void Scheduler::run(const Launch& launch, const Machine& machine, const Order& o
     if (!reason.empty()) fault_ = name(*resident_[i]) + ", " + reason;
   }
   if (fault_.empty() && !resident_.empty()) fault_ = "deadlock: no thread can go on";
+  if (!resident_.empty() && started_ < launch.clusters() && ready_.empty()) {
+    fault_ += " (blocks that have not started might: is the launch to be cooperative?)";
+  }
   if (fault_.empty()) return;
   const Fault fault("launch " + std::to_string(launch.number) + ", " + fault_);
   abandon();
   throw fault;
 }
 
-void Scheduler::start_block(Block& block) {
-  block.number = ordering_->block(started_++);
+void Scheduler::start_cluster(Cluster& cluster) {
+  const std::uint64_t first = ordering_->cluster(started_++) * launch_->cluster_blocks;
+  cluster.arrived = cluster.exited = 0;
+  cluster.barriers = 0;
+  cluster.running = launch_->cluster_blocks;
+  while (cluster.blocks.size() < cluster.running) cluster.blocks.push_back(std::make_unique<Block>());
+  for (unsigned rank = 0; rank < cluster.running; ++rank) {
+    Block& block = *cluster.blocks[rank];
+    block.cluster = &cluster;
+    block.rank = rank;
+    start_block(block, first + rank);
+  }
+}
+
+void Scheduler::start_block(Block& block, std::uint64_t number) {
+  block.number = number;
   block.index = unravel(block.number, launch_->grid);
   block.at_barrier = block.exited = 0;
   block.priority = ordering_->priority();
@@ -99,6 +119,8 @@ void Scheduler::start_block(Block& block) {
     thread.warp = &block.warps[rank / kWarpThreads];
     thread.fibre = nullptr;
     thread.accesses.assign(memory_->streams(), 0);
+    thread.has_arrived = false;
+    thread.copies.assign(1, {});
     make_ready(thread);
   }
 }
@@ -132,6 +154,10 @@ void Scheduler::finish_thread(Thread& thread) {
   Block& block = *thread.block;
   Warp& warp = *thread.warp;
   ++block.exited;
+  Cluster& cluster = *block.cluster;
+  if (thread.has_arrived && thread.arrival == cluster.barriers) --cluster.arrived;
+  ++cluster.exited;
+  open_cluster_barrier(cluster);
   warp.exited |= 1u << thread.lane();
   if (warp.exited == warp.lanes) memory_->count_sectors(warp.sectors);
   if (block.exited == block.threads.size()) finish_block(block);
@@ -140,8 +166,9 @@ void Scheduler::finish_thread(Thread& thread) {
 void Scheduler::finish_block(Block& block) {
   const std::string damage = block.shared->damage();
   if (!damage.empty()) fault_ = name(block) + ": shared memory was written " + damage + " (guard zone changed)";
+  if (block.cluster->running > 1) block.shared->fill_poison();  // for those of its cluster that still look at it
   resident_.erase(std::find(resident_.begin(), resident_.end(), &block));
-  if (started_ < launch_->blocks()) start_block(block);
+  if (--block.cluster->running == 0 && started_ < launch_->clusters()) start_cluster(*block.cluster);
 }
 
 void Scheduler::abandon() {
@@ -154,6 +181,7 @@ void Scheduler::abandon() {
   }
   resident_.clear();
   ready_.clear();
+  asleep_.clear();
   fault_.clear();
 }
 
@@ -167,6 +195,21 @@ void Scheduler::maybe_preempt() {
   if (!ordering_->preempts()) return;
   make_ready(*current);
   current->fibre->suspend();
+}
+
+void Scheduler::sleep() {
+  current->state = State::asleep;
+  current->writes_seen = writes_;
+  asleep_.push_back(current);
+  current->fibre->suspend();
+}
+
+// All that sleep, or those for whom something may have changed.
+void Scheduler::wake_sleepers(bool all) {
+  const auto stays = [&](const Thread* thread) { return !all && thread->writes_seen == writes_; };
+  const auto first = std::stable_partition(asleep_.begin(), asleep_.end(), stays);
+  for (auto i = first; i != asleep_.end(); ++i) make_ready(**i);
+  asleep_.erase(first, asleep_.end());
 }
 
 void Scheduler::fault(const std::string& sentence, Place place) {

@@ -15,10 +15,19 @@ namespace cuda_on_cpu {
 
 constexpr unsigned kWarpThreads = 32;
 
-enum class State { ready, at_barrier, at_warp_operation, exited };
+enum class State { ready, asleep, at_barrier, at_cluster_barrier, at_warp_operation, exited };
 
 struct Warp;
 struct Block;
+struct Cluster;
+
+// A copy to shared memory that has not run yet.
+struct PendingCopy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
+using CopyGroup = std::vector<PendingCopy>;
 
 struct Thread {
   uint3 index;
@@ -31,6 +40,10 @@ struct Thread {
   WarpRequest request;  // of the warp operation at which it waits
   std::uint64_t result;
   AccessCounts accesses;
+  bool has_arrived;               // at the cluster's barrier, without having waited since
+  std::uint64_t arrival;          // which barrier of the cluster that is
+  std::uint64_t writes_seen;      // the launch's writes when it fell asleep
+  std::vector<CopyGroup> copies;  // committed ones in the order of their groups, the last group is open
 
   unsigned lane() const { return rank % kWarpThreads; }
 };
@@ -45,8 +58,10 @@ struct Warp {
   SectorRecords sectors;
 };
 
-// A block in its slot of the machine.
+// A block of a cluster.
 struct Block {
+  Cluster* cluster;
+  unsigned rank;         // in the cluster
   std::uint64_t number;  // within the grid, x fastest
   uint3 index;
   std::vector<Thread> threads;
@@ -60,15 +75,26 @@ struct Block {
   Thread& thread(const Warp& warp, unsigned lane) { return threads[warp.number * kWarpThreads + lane]; }
 };
 
+// Blocks that start together, in a slot of the machine: one where the launch does not ask for more.
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  unsigned running;        // blocks
+  unsigned arrived;        // threads, at the next barrier
+  unsigned exited;         // threads
+  std::uint64_t barriers;  // that have opened
+};
+
 struct Launch {
   std::int64_t number;
   dim3 grid;
   dim3 block;
+  unsigned cluster_blocks;
   std::size_t shared_bytes;
   void (*kernel)(void*);
   void* arguments;
 
   std::uint64_t blocks() const { return std::uint64_t{grid.x} * grid.y * grid.z; }
+  std::uint64_t clusters() const { return blocks() / cluster_blocks; }
   unsigned threads() const { return block.x * block.y * block.z; }
 };
 
@@ -76,18 +102,18 @@ struct Launch {
 class Ordering {
  public:
   Ordering(const Order& order, const Launch& launch);
-  std::uint64_t block(std::uint64_t turn) const;  // which block of the grid starts as turn-th
+  std::uint64_t cluster(std::uint64_t turn) const;  // which cluster of the grid starts as turn-th
   std::uint64_t priority() { return random() >> 44; }
   std::uint64_t key(Thread& thread);  // drawn when the thread becomes ready
-  bool preempts();                    // whether a thread is interrupted at an access to global memory
+  bool preempts();  // whether a thread is interrupted at an access to global memory, a sleeping one wakes
 
  private:
   std::uint64_t random();
 
   Policy policy_;
-  std::uint64_t blocks_;
+  std::uint64_t clusters_;
   std::uint64_t state_;
-  std::uint64_t step_;  // random orders take the blocks in steps of it, around the grid
+  std::uint64_t step_;  // random orders take the clusters in steps of it, around the grid
   std::uint64_t start_;
 };
 
@@ -104,6 +130,10 @@ class Scheduler {
   // On a thread's stack: lets others go first, now and then.
   void maybe_preempt();
 
+  // On a thread's stack: lets others go first, until one has written.
+  void sleep();
+  void note_write() { ++writes_; }
+
   // On a thread's stack: ends the launch. The sentence is about this thread.
   [[noreturn]] void fault(const std::string& sentence, Place place = {nullptr, 0});
 
@@ -114,23 +144,27 @@ class Scheduler {
   };
 
   static void run_thread();
-  void start_block(Block& block);
+  void start_cluster(Cluster& cluster);
+  void start_block(Block& block, std::uint64_t number);
+  void wake_sleepers(bool all);
   void step(Thread& thread);
   void finish_thread(Thread& thread);
   void finish_block(Block& block);
   void abandon();
 
   FibrePool fibres_;
-  std::vector<std::unique_ptr<Block>> slots_;
+  std::vector<std::unique_ptr<Cluster>> slots_;
   std::vector<Block*> resident_;
   std::vector<Ready> ready_;  // a heap
+  std::vector<Thread*> asleep_;
   std::string fault_;
 
   // Of the launch that runs.
   const Launch* launch_ = nullptr;
   Memory* memory_ = nullptr;
   Ordering* ordering_ = nullptr;
-  std::uint64_t started_ = 0;
+  std::uint64_t started_ = 0;  // clusters
+  std::uint64_t writes_ = 0;   // to global memory
 };
 
 extern Scheduler scheduler;
@@ -147,7 +181,8 @@ std::string name(const Thread& thread);  // "thread (5,0,0)"
 std::string name(Place place);           // "file.cu:12"
 
 // Synchronisation's side of the scheduler's events.
-void check_exit(Thread& thread);           // on the thread's stack, when the kernel has returned
-std::string deadlock(const Block& block);  // why none of its threads can go on; empty if this block is not why
+void check_exit(Thread& thread);              // on the thread's stack, when the kernel has returned
+void open_cluster_barrier(Cluster& cluster);  // if all its threads that are left have arrived
+std::string deadlock(const Block& block);     // why none of its threads can go on; empty if this block is not why
 
 }  // namespace cuda_on_cpu

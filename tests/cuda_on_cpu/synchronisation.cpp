@@ -1,4 +1,4 @@
-// Barriers and warp operations: who waits for whom, what comes out, and what can never come out.
+// Barriers, warp operations and waits: who waits for whom, what comes out, and what can never come out.
 #include <cstring>
 
 #include "scheduler.h"
@@ -31,7 +31,10 @@ const char* name(Operation operation) {
 std::string standing(const Thread& thread) {
   if (thread.state == State::exited) return "has exited";
   if (thread.state == State::ready) return "runs";
-  const char* what = thread.state == State::at_barrier ? "__syncthreads" : name(thread.request.operation);
+  if (thread.state == State::asleep) return "sleeps (" + name(thread.place) + "), and no one writes any more";
+  const char* what = thread.state == State::at_barrier           ? "__syncthreads"
+                     : thread.state == State::at_cluster_barrier ? "the cluster's barrier"
+                                                                 : name(thread.request.operation);
   return std::string("waits at ") + what + " (" + name(thread.place) + ")";
 }
 
@@ -146,6 +149,61 @@ void barrier(Place place) {
   thread.fibre->suspend();
 }
 
+void open_cluster_barrier(Cluster& cluster) {
+  const std::size_t threads = cluster.blocks.size() * cluster.blocks[0]->threads.size();
+  if (cluster.arrived == 0 || cluster.arrived + cluster.exited < threads) return;
+  cluster.arrived = 0;
+  ++cluster.barriers;
+  for (const auto& block : cluster.blocks) {
+    for (Thread& thread : block->threads) {
+      if (thread.state == State::at_cluster_barrier) scheduler.make_ready(thread);
+    }
+  }
+}
+
+void cluster_arrive(Place place) {
+  Thread& thread = running_thread();
+  if (thread.has_arrived) scheduler.fault("it arrives at the cluster's barrier twice without a wait between", place);
+  Cluster& cluster = *thread.block->cluster;
+  thread.has_arrived = true;
+  thread.arrival = cluster.barriers;
+  ++cluster.arrived;
+  open_cluster_barrier(cluster);
+  scheduler.maybe_preempt();
+}
+
+void cluster_wait(Place place) {
+  Thread& thread = running_thread();
+  if (!thread.has_arrived) scheduler.fault("it waits at the cluster's barrier without having arrived", place);
+  thread.has_arrived = false;
+  if (thread.block->cluster->barriers != thread.arrival) return scheduler.maybe_preempt();
+  thread.place = place;
+  thread.state = State::at_cluster_barrier;
+  thread.fibre->suspend();
+}
+
+unsigned cluster_rank() { return running_thread().block->rank; }
+unsigned cluster_blocks() { return static_cast<unsigned>(running_thread().block->cluster->blocks.size()); }
+
+void* cluster_shared(const void* address, unsigned rank, Place place) {
+  const Block& own = *running_thread().block;
+  if (rank >= own.cluster->blocks.size()) {
+    scheduler.fault("the cluster has no block of rank " + std::to_string(rank), place);
+  }
+  const Block& block = *own.cluster->blocks[rank];
+  if (block.exited == block.threads.size()) {
+    scheduler.fault("the shared memory of " + name(block) + " is gone: all its threads have exited", place);
+  }
+  return block.shared->data() + (static_cast<const unsigned char*>(address) - own.shared->data());
+}
+
+void sleep(Place place) {
+  running_thread().place = place;
+  scheduler.sleep();
+}
+
+void note_write() { scheduler.note_write(); }
+
 std::uint64_t warp_operation(const WarpRequest& request, Place place) {
   Thread& thread = running_thread();
   Warp& warp = *thread.warp;
@@ -177,9 +235,14 @@ void check_exit(Thread& thread) {
 }
 
 std::string deadlock(const Block& block) {
-  // A barrier alone opens, or is reported when a thread exits: at least one thread waits for lanes of its warp.
-  const Thread* waiting = find_thread(block, [](const Thread& t) { return t.state == State::at_warp_operation; });
-  if (!waiting) return {};
+  const auto in = [&](State state) { return find_thread(block, [=](const Thread& t) { return t.state == state; }); };
+  const Thread* waiting = in(State::at_warp_operation);
+  if (!waiting) {  // a block's barrier alone opens, or is reported when a thread exits
+    const Thread* asleep = in(State::asleep);
+    if (!asleep) asleep = in(State::at_cluster_barrier);
+    if (!asleep) return {};
+    return name(*asleep) + ": deadlock: it " + standing(*asleep);
+  }
   const Thread* other = find_thread(block, [&](const Thread& t) {
     return t.warp == waiting->warp && (waiting->request.mask >> t.lane() & 1) &&
            !(t.state == State::at_warp_operation && t.request.mask == waiting->request.mask &&

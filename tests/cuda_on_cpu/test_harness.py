@@ -1,6 +1,5 @@
 """The harness itself: correct kernels run in every order, each fault is found and named, counts are exact."""
 
-import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -261,9 +260,11 @@ def test_launch_limits(device: Device, sizes: tuple[int, ...], error: str | None
     assert device.launch_count() == 0
 
 
-def test_larger_machine(device: Device) -> None:
-    device.set_machine(resident_blocks=1, shared_bytes=227 * 1024)
-    device.call("launch_empty", 1, 1, 1, 1, 1, 1, 227 * 1024)
+def test_another_machine(device: Device) -> None:
+    device.set_machine(resident_blocks=1, shared_bytes=40 * 1024)
+    device.call("launch_empty", 1, 1, 1, 1, 1, 1, 40 * 1024)
+    with pytest.raises(Fault, match=r"^invalid argument"):
+        device.call("launch_empty", 1, 1, 1, 1, 1, 1, 40 * 1024 + 1)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -309,11 +310,3 @@ def test_memset(device: Device) -> None:
     assert (counters.bytes_written, counters.sector_bytes_written) == (60, 64)
     with pytest.raises(Fault, match=r"a memset of 65 bytes outside every buffer: at byte 0 of 'words', which has 64"):
         device.call("fill", words, 0, 65)
-
-
-def test_fast_enough(device: Device) -> None:
-    """A thousand blocks with a few barriers take far less than the seconds that are allowed here."""
-    begin = time.perf_counter()
-    found, left = (device.output(name, (1000, 64), np.uint32) for name in ("found", "left"))
-    device.call("shared", found, left, 1000)
-    assert time.perf_counter() - begin < 3

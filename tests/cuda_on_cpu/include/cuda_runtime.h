@@ -31,7 +31,10 @@ using std::tanh;
 
 namespace cuda_on_cpu {
 
-cudaError_t launch(const cudaLaunchConfig_t& config, void (*kernel)(void*), void* arguments);
+// `function` is the kernel, whose attributes hold; body(arguments) calls it.
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void (*body)(void*), void* arguments);
+cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value);
+cudaError_t blocks_per_multiprocessor(int* blocks, const void* function, int threads, std::size_t shared_bytes);
 
 }  // namespace cuda_on_cpu
 
@@ -41,5 +44,21 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   static_assert((std::is_trivially_copyable_v<K> && ...), "kernel arguments are copied as bytes");
   const std::tuple<K...> values(std::forward<A>(arguments)...);
   auto thread = [kernel, &values] { std::apply(kernel, values); };  // each thread has copies of its own
-  return cuda_on_cpu::launch(*config, [](void* body) { (*static_cast<decltype(thread)*>(body))(); }, &thread);
+  const auto body = [](void* arguments) { (*static_cast<decltype(thread)*>(arguments))(); };
+  return cuda_on_cpu::launch(*config, reinterpret_cast<const void*>(kernel), body, &thread);
+}
+
+// More than 48 KiB of shared memory are for those kernels that have asked for it.
+template <typename... K>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(K...), cudaFuncAttribute attribute, int value) {
+  return cuda_on_cpu::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+// How many blocks a multiprocessor of the machine has room for.
+template <typename... K>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
+                                                          void (*kernel)(K...),
+                                                          int threads,
+                                                          std::size_t shared_bytes) {
+  return cuda_on_cpu::blocks_per_multiprocessor(blocks, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
 }

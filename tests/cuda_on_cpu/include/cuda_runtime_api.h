@@ -9,14 +9,24 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorInvalidClusterSize = 912,
 };
 
 using cudaStream_t = struct CUstream_st*;
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeIgnore = 0 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeIgnore = 0,
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4,
+};
 
 union cudaLaunchAttributeValue {
   char pad[64];
+  int cooperative;
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
 };
 
 struct cudaLaunchAttribute {
@@ -33,9 +43,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// The last error of a launch; asking clears it.
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
 // Before it returns, like a launch.
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream);
 
+// The last error of a launch; asking clears it.
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);

@@ -1,4 +1,5 @@
-// What a kernel can do besides arithmetic: barriers, warp operations, loads and stores of global memory, an atomic.
+// What a kernel can do besides arithmetic: barriers, warp operations, clusters, loads and stores of global memory,
+// atomics, waits.
 //
 // Each function takes the place it is called from as a last, defaulted argument, so that a fault can name a line.
 #pragma once
@@ -43,8 +44,15 @@ struct WarpRequest {
 enum class Direction { read, write };
 
 void barrier(Place place);
+unsigned cluster_rank();
+unsigned cluster_blocks();
+void cluster_arrive(Place place);
+void cluster_wait(Place place);
+void* cluster_shared(const void* address, unsigned rank, Place place);
+void sleep(Place place);
 std::uint64_t warp_operation(const WarpRequest& request, Place place);
 void check_access(Direction direction, const void* address, std::size_t bytes, Place place);
+void note_write();  // after each write to global memory: it may be what a sleeping thread waits for
 
 template <typename T>
 T shuffle(Operation operation, unsigned mask, T value, int argument, int width, Place place) {
@@ -77,10 +85,19 @@ void store(T* address, const T& value, Place place) {
   static_assert(kIsWord<T>, "one access moves 1, 2, 4, 8 or 16 bytes");
   check_access(Direction::write, address, sizeof(T), place);
   std::memcpy(static_cast<void*>(address), static_cast<const void*>(&value), sizeof(T));
+  note_write();
 }
 
 // One read and one write, with nothing between them.
-unsigned atomic_or(unsigned* address, unsigned value, Place place);
+template <typename Change>
+unsigned atomic(unsigned* address, const Change& change, Place place) {
+  check_access(Direction::read, address, sizeof(unsigned), place);
+  check_access(Direction::write, address, sizeof(unsigned), place);
+  const unsigned old = *address;
+  *address = change(old);
+  note_write();
+  return old;
+}
 
 template <typename T>
 struct Same {
@@ -125,6 +142,21 @@ inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_PLACE) {
   return cuda_on_cpu::ballot(mask, predicate == 0, place) == 0;
 }
 
+// Clusters of blocks. A barrier has two halves; threads that have exited are not waited for.
+
+inline unsigned __clusterRelativeBlockRank() { return cuda_on_cpu::cluster_rank(); }
+inline unsigned __clusterSizeInBlocks() { return cuda_on_cpu::cluster_blocks(); }
+inline void __cluster_barrier_arrive(CUDA_ON_CPU_PLACE) { cuda_on_cpu::cluster_arrive(place); }
+inline void __cluster_barrier_wait(CUDA_ON_CPU_PLACE) { cuda_on_cpu::cluster_wait(place); }
+// Where the cluster's block of this rank has what is at this address of one's own shared memory.
+inline void* __cluster_map_shared_rank(const void* address, unsigned rank, CUDA_ON_CPU_PLACE) {
+  return cuda_on_cpu::cluster_shared(address, rank, place);
+}
+
+// In a loop that waits for another block: lets others go first. Memory is in order here, so a fence does nothing.
+inline void __nanosleep(unsigned, CUDA_ON_CPU_PLACE) { cuda_on_cpu::sleep(place); }
+inline void __threadfence() {}
+
 // Global memory. Caches have no meaning here: all loads are alike, and all stores.
 
 #define CUDA_ON_CPU_LOAD(name)                  \
@@ -147,7 +179,10 @@ CUDA_ON_CPU_STORE(__stcg)
 CUDA_ON_CPU_STORE(__stcs)
 
 inline unsigned atomicOr(unsigned* address, unsigned value, CUDA_ON_CPU_PLACE) {
-  return cuda_on_cpu::atomic_or(address, value, place);
+  return cuda_on_cpu::atomic(address, [=](unsigned old) { return old | value; }, place);
+}
+inline unsigned atomicAdd(unsigned* address, unsigned value, CUDA_ON_CPU_PLACE) {
+  return cuda_on_cpu::atomic(address, [=](unsigned old) { return old + value; }, place);
 }
 
 #undef CUDA_ON_CPU_LOAD

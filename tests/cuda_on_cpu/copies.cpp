@@ -1,0 +1,39 @@
+// Copies from global to shared memory that run while their thread goes on: as late as that is allowed.
+#include <cstring>
+
+#include "include/cuda_pipeline.h"
+#include "scheduler.h"
+
+namespace cuda_on_cpu {
+
+void copy_async(void* shared, const void* global, std::size_t bytes, Place place) {
+  Thread& thread = running_thread();
+  if (bytes != 4 && bytes != 8 && bytes != 16) {
+    scheduler.fault("a copy of " + std::to_string(bytes) + " bytes: it may have 4, 8 or 16", place);
+  }
+  const auto* to = static_cast<unsigned char*>(shared);
+  const GuardedMemory& memory = *thread.block->shared;
+  if (to < memory.data() || to + bytes > memory.data() + memory.bytes()) {
+    scheduler.fault("a copy goes to what is not its block's shared memory", place);
+  }
+  if ((to - memory.data()) % static_cast<std::ptrdiff_t>(bytes) != 0) {
+    scheduler.fault("a copy goes to a misaligned address", place);
+  }
+  check_access(Direction::read, global, bytes, place);
+  thread.copies.back().push_back({shared, global, bytes});
+}
+
+void commit_copies() { running_thread().copies.emplace_back(); }
+
+// The open group is not one that is waited for.
+void wait_for_copies(std::size_t groups_left) {
+  std::vector<CopyGroup>& copies = running_thread().copies;
+  if (copies.size() - 1 <= groups_left) return;
+  const auto end = copies.end() - 1 - static_cast<std::ptrdiff_t>(groups_left);
+  for (auto group = copies.begin(); group != end; ++group) {
+    for (const PendingCopy& copy : *group) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  copies.erase(copies.begin(), end);
+}
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,195 @@
+"""Blocks that work together in the harness: clusters, cooperative grids, waits, asynchronous copies."""
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cuda_on_cpu import build
+from cuda_on_cpu.device import POLICIES, Device, Fault
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
+
+HERE = Path(__file__).parent
+FAULTS = ["none", "no_barrier_before", "no_barrier_after", "one_half", "other_half", "no_such_block", "stays"]
+ROUNDS = 5
+SEEDS = range(8)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Device:
+    return Device(build.library([HERE / "teams.cu"]))
+
+
+@pytest.fixture
+def device(loaded: Device) -> Iterator[Device]:
+    loaded.reset()
+    yield loaded
+    loaded.reset()
+
+
+def line(text: str) -> str:
+    """The place, as messages say it, of the line of the source that has this text."""
+    lines = (HERE / "teams.cu").read_text().splitlines()
+    (number,) = (i for i, words in enumerate(lines, 1) if text in words)
+    return f"teams.cu:{number}"
+
+
+def cluster_sums(
+    device: Device, policy: str, seed: int, fault: str = "none", cluster: int = 4, resident: int = 8
+) -> bool:
+    """Whether all blocks of all clusters got the right sums."""
+    device.reset()
+    device.set_machine(resident_blocks=resident)
+    device.set_order(policy, seed)
+    blocks = 3 * cluster
+    x = np.random.default_rng(seed).integers(0, 1000, (ROUNDS, blocks)).astype(np.uint32)
+    sums = device.output("sums", x.shape, np.uint32)
+    device.call("cluster_sums", device.input("x", x), sums, blocks, cluster, ROUNDS, FAULTS.index(fault))
+    expected = x.reshape(ROUNDS, -1, cluster).sum(2).repeat(cluster, 1)
+    return bool((sums.array == expected).all())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("cluster", "resident"), [(1, 2), (2, 3), (4, 8), (8, 8)])
+def test_clusters(device: Device, policy: str, cluster: int, resident: int) -> None:
+    assert all(cluster_sums(device, policy, seed, cluster=cluster, resident=resident) for seed in SEEDS)
+
+
+@pytest.mark.parametrize("fault", ["no_barrier_before", "no_barrier_after"])
+def test_missing_cluster_barrier(device: Device, fault: str) -> None:
+    def is_found(policy: str, seed: int) -> bool:
+        try:
+            return not cluster_sums(device, policy, seed, fault)
+        except Fault as error:
+            return "is gone: all its threads have exited" in str(error)
+
+    assert all(any(is_found(policy, seed) for seed in SEEDS) for policy in ("random", "priorities"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("one_half", r"block \(1,0,0\), thread \(5,0,0\), teams.cu:\d+: it arrives at the cluster's barrier twice"),
+        ("other_half", r"block \(1,0,0\), thread \(5,0,0\), teams.cu:\d+: it waits .* without having arrived"),
+        ("no_such_block", "the cluster has no block of rank 4"),
+        ("stays", r"deadlock: it waits at the cluster's barrier \(" + line("// in cluster_barrier")),
+    ],
+)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_misuse_of_clusters(device: Device, policy: str, fault: str, words: str) -> None:
+    with pytest.raises(Fault, match=words):
+        cluster_sums(device, policy, 0, fault)
+    assert cluster_sums(device, policy, 0)  # the device is as good as new
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_threads_may_leave_a_cluster(device: Device, policy: str) -> None:
+    for seed in SEEDS:
+        device.reset()
+        device.set_order(policy, seed)
+        y = device.output("y", (8, 64), np.uint32, contents="zero")
+        device.call("leaving", y, 8, 4)
+        assert (y.array == (np.arange(64) % 2 == 0)).all()
+
+
+def grid_sums(device: Device, policy: str, seed: int, fault: str = "none", first: int = 0) -> bool:
+    """Whether all blocks got the right sums; twice with one counter, which is not cleared between."""
+    device.reset()
+    device.set_machine(resident_blocks=6)
+    device.set_order(policy, seed)
+    exchange = device.output("exchange", 6, np.uint32, kind="workspace")
+    counter = device.input("counter", np.full(1, first, np.uint32), kind="workspace")
+    right = True
+    for repeat in range(2):
+        x = np.random.default_rng((seed, repeat)).integers(0, 1000, (ROUNDS, 6)).astype(np.uint32)
+        sums = device.output("sums", x.shape, np.uint32)
+        device.call("grid_sums", device.input("x", x), exchange, counter, sums, 6, ROUNDS, FAULTS.index(fault), 1)
+        right &= bool((sums.array == x.sum(1, keepdims=True)).all())
+    assert fault != "none" or counter.array[0] & 0x7FFFFFFF == 0
+    return right
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_grid_barrier(device: Device, policy: str) -> None:
+    assert all(grid_sums(device, policy, seed, first=seed % 2 << 31) for seed in SEEDS)
+
+
+@pytest.mark.parametrize("fault", ["no_barrier_before", "no_barrier_after"])
+def test_missing_grid_barrier(device: Device, fault: str) -> None:
+    for policy in ("random", "priorities"):
+        assert not all(grid_sums(device, policy, seed, fault) for seed in SEEDS)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_grid_that_cannot_be_resident(device: Device, policy: str) -> None:
+    """A cooperative launch is refused; another one waits for blocks that cannot start, which is said."""
+    device.set_machine(resident_blocks=5)
+    device.set_order(policy)
+    words = [device.output(name, 30, np.uint32, contents="zero") for name in ("x", "exchange", "counter", "sums")]
+    with pytest.raises(Fault, match=r"^too many blocks in cooperative launch"):
+        device.call("grid_sums", *words, 6, ROUNDS, 0, 1)
+    place = line("__nanosleep(20)")
+    with pytest.raises(Fault, match=rf"sleeps \({place}\), and no one writes any more \(blocks that have not started"):
+        device.call("grid_sums", *words, 6, ROUNDS, 0, 0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_copies(device: Device, policy: str) -> None:
+    """What was copied is there when it has been waited for, and not before; it is counted as a read."""
+    device.set_order(policy)
+    values = np.arange(128, dtype=np.float32)
+    for waits in range(3):
+        x, y = device.input("x", values), device.output("y", 128, np.float32)
+        device.call("copies", x, y, waits, 4, 0)
+        there = np.arange(128) < 64 * waits
+        assert (y.array[there] == values[there]).all()
+        assert np.isnan(y.array[~there]).all()
+    assert device.counters("activation").bytes_read == 3 * 512
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "to", "words"),
+    [
+        (2, 0, "a copy of 2 bytes"),
+        (8, 0, "misaligned"),
+        (4, 1, "not its block's shared memory"),
+        (4, -1, "not its block's shared memory"),
+    ],
+)
+def test_misuse_of_copies(device: Device, bytes_: int, to: int, words: str) -> None:
+    x, y = device.input("x", np.zeros(128, np.float32)), device.output("y", 128, np.float32)
+    with pytest.raises(Fault, match=rf"{line('__pipeline_memcpy_async(')}: .*{words}"):
+        device.call("copies", x, y, 2, bytes_, to)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "cluster", "resident", "words"),
+    [(6, 4, 8, "^invalid configuration"), (6, 3, 2, "^cluster misconf"), (9, 9, 16, "^cluster misconf")],
+)
+def test_refused_clusters(device: Device, blocks: int, cluster: int, resident: int, words: str) -> None:
+    device.set_machine(resident_blocks=resident)
+    with pytest.raises(Fault, match=words):
+        device.call("leaving", None, blocks, cluster)
+    assert device.launch_count() == 0
+
+
+def test_shared_memory_is_asked_for(device: Device) -> None:
+    """Beyond 48 KiB, by each kernel; the answer to how many blocks there is room for heeds it."""
+    device.set_machine(resident_blocks=7, shared_bytes=100 * 1024, multiprocessors=2)
+
+    def room(threads: int, shared_bytes: int) -> int:
+        blocks = ctypes.c_int64()
+        device.call("occupancy", threads, shared_bytes, ctypes.byref(blocks))
+        return blocks.value
+
+    with pytest.raises(Fault, match=r"^invalid argument"):
+        device.call("launch_shared", 0, 49 * 1024)
+    assert room(64, 49 * 1024) == 0
+    device.call("launch_shared", 64 * 1024, 64 * 1024)
+    assert room(64, 49 * 1024) == 3
+    assert room(1025, 0) == 0
+    with pytest.raises(Fault, match=r"^invalid argument"):
+        device.call("launch_shared", 101 * 1024, 0)
