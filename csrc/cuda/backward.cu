@@ -1,11 +1,13 @@
 // The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed. In
 // eval mode the first one, where it runs, gives the gradient of the input too. The first of them that runs gives dz.
+// Where a block can hold a slice, one kernel does it all (resident_backward.cu).
 #include <algorithm>
 
 #include "dispatch.cuh"
 #include "gradient.cuh"
 #include "kernels.h"
 #include "pass.cuh"
+#include "resident.h"
 
 namespace bn_ext::cuda {
 namespace {
@@ -62,8 +64,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
 #pragma unroll
   for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
   leave_sums<kOneChannel>(plan, walk, sums);
-  merge_block(
-      plan, block, partials, [](const Group& group, int parts, const auto& get) { return merge(group, parts, get); });
+  merge_gradients(plan, block, [&](const GradSums& total, int64_t channel, int) {
+    store_sums(place_of(plan, block, partials, channel), total);
+  });
 }
 
 // Channel by channel: dweight, dbias, and the slope and shift of grad_input_kernel, in (2, C) coefficients.
@@ -75,30 +78,16 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_gradient
   const GradSums total = merge(sums.group, sums.parts, sums);
   if (!sums.is_first()) return;
 
-  const int64_t channel = sums.channel;
-  const double rstd = load_one(static_cast<const A*>(p.rstd) + channel);
-  const double scale = load_one(static_cast<const A*>(p.scale) + channel);
-  const double sum_dy_xhat = total.dy_centred * rstd;
-  write_param(p.dweight, p.params_dtype, channel, sum_dy_xhat);
-  write_param(p.dbias, p.params_dtype, channel, total.dy);
-  const double count = double(p.shape.values_per_channel());
-  store_one(coefficients + channel, static_cast<A>(-scale * rstd * sum_dy_xhat / count));
-  store_one(coefficients + p.shape.c + channel, static_cast<A>(-scale * total.dy / count));
+  const Slope<A> slope = finalise_gradient<A>(p, sums.channel, total);
+  store_one(coefficients + sums.channel, slope.slope);
+  store_one(coefficients + p.shape.c + sums.channel, slope.shift);
 }
-
-// dx = g * scale + (x - mean) * slope + shift; in eval mode slope and shift are not looked at.
-template <typename A>
-struct GradAffine {
-  Affine<A> affine;
-  A slope;
-  A shift;
-};
 
 template <typename A>
 __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficients, int64_t channel) {
   const Affine<A> affine = saved_affine<A>(p, channel, p.dx != nullptr || p.needs_u(), p.needs_u());
-  if (!p.training || p.dx == nullptr) return {affine, 0, 0};
-  return {affine, load_one(coefficients + channel), load_one(coefficients + p.shape.c + channel)};
+  if (!p.training || p.dx == nullptr) return {affine, {0, 0}};
+  return {affine, {load_one(coefficients + channel), load_one(coefficients + p.shape.c + channel)}};
 }
 
 // The gradient of the input, and dz = g.
@@ -128,8 +117,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
       for (int i = 0; i < kVector; ++i) {
         const GradAffine<A>& a = affine[kOneChannel ? 0 : i];
         const A value = g.at(formula, row, i, a.affine);
-        const A scaled = value * a.affine.scale;
-        row_dx.set(i, p.training ? scaled + ((row.x[i] - a.affine.mean) * a.slope + a.shift) : scaled);
+        row_dx.set(i, p.training ? a.of_training(value, row.x[i]) : value * a.affine.scale);
         row_dz.set(i, value);
       }
     });
@@ -184,10 +172,11 @@ BackwardParams after_sums(BackwardParams p) {
 
 size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {
   if (!p.needs_sums()) return 0;
-  return plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double));
+  return plan.resident ? 0 : plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double));
 }
 
 cudaError_t launch_backward(const BackwardParams& params, const Plan& plan, void* memory, cudaStream_t stream) {
+  if (plan.resident) return launch_resident_backward(params, plan, stream);
   const Workspace workspace(plan, memory);
   Pass pass(plan, stream);
   return dispatch(params.dtype, plan, [&](auto value, auto vector, auto one_channel) {

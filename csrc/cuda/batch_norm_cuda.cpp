@@ -19,7 +19,9 @@ int attribute(cudaDeviceAttr name) {
   return value;
 }
 
-Machine machine() { return {attribute(cudaDevAttrMultiProcessorCount)}; }
+Machine machine() {
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+}
 
 // From torch's caching allocator: it belongs to the current stream, and to the graph that is being captured.
 at::Tensor workspace(size_t bytes) {

@@ -49,4 +49,13 @@ cudaError_t dispatch_variant(Variant variant, const Body& body) {
   return cudaErrorInvalidValue;  // no plan of ours has so wide accesses
 }
 
+// Calls body(T{}, Int<kVector>, std::bool_constant<kOneChannel>, std::integral_constant<Variant, ...>).
+template <typename Body>
+cudaError_t dispatch(DType dtype, const Plan& plan, Variant variant, const Body& body) {
+  return dispatch(dtype, plan, [&](auto value, auto vector, auto one_channel) {
+    return dispatch_variant<decltype(value), vector.value>(
+        variant, [&](auto chosen) { return body(value, vector, one_channel, chosen); });
+  });
+}
+
 }  // namespace bn_ext::cuda

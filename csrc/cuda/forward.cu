@@ -1,7 +1,9 @@
-// The forward pass in three kernels: statistics, finalise, apply; in eval mode, or once more, apply alone.
+// The forward pass in three kernels: statistics, finalise, apply; in eval mode, or once more, apply alone. Where a
+// block can hold a slice, one kernel does it all (resident_forward.cu).
+#include "apply.cuh"
 #include "dispatch.cuh"
 #include "kernels.h"
-#include "mask.cuh"
+#include "resident.h"
 #include "statistics.cuh"
 
 namespace bn_ext::cuda {
@@ -31,44 +33,20 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) apply_kernel(cons
   using V = Vector<T, kVector>;
   const Block block(plan, gridDim.x - 1 - blockIdx.x);
   Walk<true> walk(plan, block);
-  Affine<A> affine[kOneChannel ? 1 : kVector] = {};
-  make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool is_first) {
+  Apply<T, kVector, kOneChannel, kVariant> apply(p);
+  make_coefficients<kVector, kOneChannel>(plan, block, walk, apply.affine, [&](int64_t channel, bool is_first) {
     return p.training || p.repeats ? saved_affine<A>(p, channel) : affine_of_running<A>(p, channel, is_first);
   });
-
-  struct Row {
-    int64_t offset;
-    V x;
-    V z;
-  };
-  const bool has_z = kVariant != Variant::kPlain && p.z != nullptr;
-  const bool has_mask = kVariant == Variant::kReluLike && p.mask != nullptr;
-  const auto finish = [&](const Row& row) {
-    V y;
-    unsigned passed = 0;
-    with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        A u = affine[kOneChannel ? 0 : i](row.x[i]);
-        if (has_z) u += row.z[i];
-        if constexpr (kVariant == Variant::kReluLike) passed |= unsigned{!formula.blocked(u)} << i;
-        y.set(i, formula.value(u));
-      }
-    });
-    store_last(static_cast<T*>(p.y) + row.offset, y);
-    if (has_mask) store_bits<kVector>(plan, p.mask, row.offset, passed);
-  };
+  using Row = typename decltype(apply)::Row;
   in_batches<kBatchRows<V, bytes_of_apply(kVariant)>>(walk.rows, [&](auto count, int) {
     Row rows[decltype(count)::value] = {};
 #pragma unroll
     for (Row& row : rows) {
-      row.offset = walk.offset;
-      row.x = load_last<kVector>(static_cast<const T*>(p.x) + walk.offset);
-      if (has_z) row.z = load_last<kVector>(static_cast<const T*>(p.z) + walk.offset);
+      row = {walk.offset, load_last<kVector>(static_cast<const T*>(p.x) + walk.offset), apply.z(walk.offset)};
       walk.next(plan);
     }
 #pragma unroll
-    for (const Row& row : rows) finish(row);
+    for (const Row& row : rows) apply.finish(plan, row);
   });
 }
 
@@ -85,7 +63,7 @@ void launch_statistics(Pass& pass, const ForwardParams& p, const Plan& plan, Mom
 }  // namespace
 
 size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan) {
-  return p.training && !p.repeats ? plan.channels * plan.segments * sizeof(Moments) : 0;
+  return p.training && !p.repeats && !plan.resident ? plan.channels * plan.segments * sizeof(Moments) : 0;
 }
 
 cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* workspace, cudaStream_t stream) {
@@ -93,6 +71,7 @@ cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* 
   if (p.repeats) p.mask = nullptr;
   Pass pass(plan, stream);
   if (p.mask != nullptr && !plan.whole_bytes) pass.clear(p.mask, mask_bytes(p.shape.numel()));
+  if (plan.resident) return pass.error() == cudaSuccess ? launch_resident_forward(p, plan, stream) : pass.error();
   return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
     using T = decltype(value);
     constexpr int kVector = vector.value;

@@ -1,8 +1,9 @@
-// What the backward kernels read, and g = dy * activation'(u + z) of it.
+// What the backward kernels read, g = dy * activation'(u + z) of it, and what they make of the sums of g.
 #pragma once
 
 #include "activation.cuh"
 #include "mask.cuh"
+#include "merge.cuh"
 #include "walk.cuh"
 
 namespace bn_ext::cuda {
@@ -29,6 +30,12 @@ class Gradient {
     if (!p.dy_is_scalar) return;
 #pragma unroll
     for (T& value : all_.values) value = load<1>(static_cast<const T*>(p.dy)).values[0];
+  }
+
+  // With what is read of the mask; z is not.
+  __device__ Row row(int64_t offset, const V& dy, const V& x) const {
+    const bool has_mask = kVariant == Variant::kReluLike && p_.mask != nullptr;
+    return {offset, dy, x, V{}, has_mask ? load_bits(p_.mask, offset) : 0};
   }
 
   // Calls finish(row) for all rows, of which so many bytes of each tensor are read at a time.
@@ -77,6 +84,44 @@ class Gradient {
   const BackwardParams& p_;  // not copies of its pointers, which would take registers
   bool reads_x_;
   V all_ = {};  // dy where it is one value
+};
+
+// Merges the gradient sums of all threads of a block, by channel; finish as of merge_block.
+template <typename Finish>
+__device__ void merge_gradients(const Plan& plan, const Block& block, const Finish& finish) {
+  const auto merge_channel = [](const Group& group, int64_t, int parts, const auto& get) {
+    return merge(group, parts, get);
+  };
+  merge_block<GradSums>(plan, block, merge_channel, finish);
+}
+
+template <typename A>
+struct Slope {
+  A slope;
+  A shift;
+};
+
+// dweight and dbias of a channel, and what makes its dx.
+template <typename A>
+__device__ Slope<A> finalise_gradient(const BackwardParams& p, int64_t channel, const GradSums& total) {
+  const double rstd = load_one(static_cast<const A*>(p.rstd) + channel);
+  const double scale = load_one(static_cast<const A*>(p.scale) + channel);
+  const double sum_dy_xhat = total.dy_centred * rstd;
+  write_param(p.dweight, p.params_dtype, channel, sum_dy_xhat);
+  write_param(p.dbias, p.params_dtype, channel, total.dy);
+  const double count = double(p.shape.values_per_channel());
+  return {static_cast<A>(-scale * rstd * sum_dy_xhat / count), static_cast<A>(-scale * total.dy / count)};
+}
+
+// In eval mode dx = g * scale, and slope and shift are not looked at.
+template <typename A>
+struct GradAffine {
+  Affine<A> affine;
+  Slope<A> slope;
+
+  __device__ A of_training(A g, A x) const {
+    return g * affine.scale + ((x - affine.mean) * slope.slope + slope.shift);
+  }
 };
 
 }  // namespace bn_ext::cuda

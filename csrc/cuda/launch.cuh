@@ -22,6 +22,14 @@ __device__ T* shared_memory() {
 #endif
 }
 
+// What lies so many bytes further on.
+template <typename T>
+__device__ T* shared_memory_at(size_t begin) {
+  return reinterpret_cast<T*>(shared_memory<unsigned char>() + begin);
+}
+
+constexpr size_t kUnaskedSharedBytes = 48 * 1024;  // a kernel that is to have more must be told so
+
 // The one way to launch. Only grid.x is used: it may be 2^31 - 1, y and z no more than 65535.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...),
@@ -31,6 +39,11 @@ cudaError_t launch(void (*kernel)(Parameters...),
                    cudaStream_t stream,
                    Arguments&&... arguments) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > kUnaskedSharedBytes) {
+    const int bytes = static_cast<int>(shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));

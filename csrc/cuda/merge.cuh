@@ -115,10 +115,15 @@ __device__ void leave_sums(const Plan& plan, const Walk<false>& walk, const Sums
   }
 }
 
-// Merges by channel what all threads have left, into partials[channel * segments + segment].
-// merge_channel(group, parts, get) merges get(0) ... get(parts - 1); part i is of row lane i / partials_per_row.
-template <typename Sums, typename MergeChannel>
-__device__ void merge_block(const Plan& plan, const Block& block, Sums* partials, const MergeChannel& merge_channel) {
+// Merges by channel what all threads have left, and calls finish(total, channel, its place in the slice), by one thread
+// per channel.
+// merge_channel(group, channel, parts, get) merges get(0) ... get(parts - 1); part i is of row lane
+// i / partials_per_row. A group may have no channel, and then no parts.
+template <typename Sums, typename MergeChannel, typename Finish>
+__device__ void merge_block(const Plan& plan,
+                            const Block& block,
+                            const MergeChannel& merge_channel,
+                            const Finish& finish) {
   __syncthreads();
   const Sums* sums = shared_memory<Sums>();
   const Group group(plan.merge_lanes);
@@ -134,9 +139,15 @@ __device__ void merge_block(const Plan& plan, const Block& block, Sums* partials
       const int gaps = plan.one_channel ? 0 : value / plan.vector;
       return sums[row_lane * plan.partials_stride() + value + gaps];
     };
-    const Sums total = merge_channel(group, exists ? plan.row_lanes * per_row : 0, get);
-    if (exists && group.lane == 0) store_sums(partials + channel * plan.segments + block.segment, total);
+    const Sums total = merge_channel(group, channel, exists ? plan.row_lanes * per_row : 0, get);
+    if (exists && group.lane == 0) finish(total, channel, in_slice);
   }
+}
+
+// Where a block leaves its sums of a channel for another kernel.
+template <typename Sums>
+__device__ Sums* place_of(const Plan& plan, const Block& block, Sums* partials, int64_t channel) {
+  return partials + channel * plan.segments + block.segment;
 }
 
 }  // namespace bn_ext::cuda

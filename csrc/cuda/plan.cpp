@@ -17,6 +17,7 @@ constexpr int64_t kWidePlane = 512;   // bytes: a warp's 16-byte accesses, so th
 constexpr int kMinRowsPerThread = 4;  // what a thread reads at once
 constexpr int64_t kMostWaves = 4;
 constexpr int64_t kRowsOfBlock = 4;  // in what time a thread reads them, a block does what it does once; not measured
+constexpr int kReservedSharedBytes = 1024;  // of every block, for the device's own use
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -95,6 +96,19 @@ void choose_segments(Plan& plan, const Machine& machine) {
   plan.segments = ceil_div(plan.rows, plan.segment_rows());
 }
 
+// Of `tensors` in tiles, beside blocks enough to hide each other's barriers. Such a block is done before the launches
+// of the general path are, so it pays also where there are few of them.
+void choose_residence(Plan& plan, int tensors, int value_bytes, const Machine& machine) {
+  Plan whole = plan;
+  const int64_t rows_per_thread = ceil_div(plan.rows, plan.row_lanes);
+  if (rows_per_thread > kMaxRowsPerThread) return;
+  whole.rows_per_thread = static_cast<int>(rows_per_thread);
+  whole.segments = 1;
+  whole.resident = true;
+  const int64_t room = machine.shared_bytes / kBlocksAtATime - kReservedSharedBytes;
+  if (static_cast<int64_t>(ResidentMemory(whole, tensors, value_bytes).bytes) <= room) plan = whole;
+}
+
 int value_bytes(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
@@ -142,14 +156,21 @@ Plan plan_forward(const ForwardParams& p, const Machine& machine) {
   const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {p.x, p.z, p.y});
   // Alike for calls with a mask and without, so that results do not depend on it.
   const bool for_mask = p.activation.kind == ActivationKind::kReluLike && p.z != nullptr;
-  return make_plan(p.shape, bytes, alignment, for_mask, machine);
+  Plan plan = make_plan(p.shape, bytes, alignment, for_mask, machine);
+  // The mean over all batches needs their number, which one kernel raises and another one reads.
+  const bool reads_count = p.cumulative && p.num_batches_tracked != nullptr;
+  if (p.training && !p.repeats && !reads_count) choose_residence(plan, 1, bytes, machine);
+  return plan;
 }
 
 Plan plan_backward(const BackwardParams& p, const Machine& machine) {
   const int bytes = value_bytes(p.dtype);
   const void* dy = p.dy_is_scalar ? nullptr : p.dy;
   const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {dy, p.x, p.z, p.dx, p.dz});
-  return make_plan(p.shape, bytes, alignment, false, machine);
+  Plan plan = make_plan(p.shape, bytes, alignment, false, machine);
+  const bool reads_z = p.z != nullptr && p.mask == nullptr;
+  if (p.training && p.needs_sums() && !p.dy_is_scalar && !reads_z) choose_residence(plan, 2, bytes, machine);
+  return plan;
 }
 
 int merge_lanes(int64_t partials) {

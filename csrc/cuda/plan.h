@@ -1,6 +1,7 @@
 // How the threads of a grid share a tensor: decided on the host, from numbers only, and read by every kernel.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../params.h"
@@ -29,6 +30,7 @@ constexpr int most_values_of_any(int value_bytes) { return value_bytes == 8 ? 1 
 // What the plan depends on besides the tensor.
 struct Machine {
   int multiprocessors;
+  int shared_bytes = 0;  // of a multiprocessor, for all its blocks
 };
 
 // A channels_last tensor is a contiguous (N, C, P) tensor with P = 1 and a position for an image; so there is one
@@ -63,6 +65,7 @@ struct Plan {
   int merge_lanes;       // threads that together merge the partials of a channel, a power of two <= 32
   bool one_channel;      // all values of a thread belong to one channel
   bool whole_bytes;      // rows of slices are whole bytes of a mask, in memory: no two slices share one
+  bool resident;         // the only segment of a slice stays in its block's shared memory: one kernel does the pass
 
   constexpr int64_t blocks() const { return slices * segments; }
   constexpr int64_t segment_rows() const { return int64_t(row_lanes) * rows_per_thread; }  // the last has fewer
@@ -80,6 +83,26 @@ struct Plan {
   constexpr int block_partials() const { return row_lanes * partials_stride(); }
   // Channels whose coefficients they share there.
   constexpr int block_coefficients() const { return one_channel ? 0 : slice_channels; }
+};
+
+// Where things lie in the shared memory of a resident block, in bytes: first what threads leave for each other, then
+// coefficients of the slice's channels, then a tile for each of some tensors.
+struct ResidentMemory {
+  size_t coefficients;
+  size_t tiles;
+  size_t bytes;  // in all
+
+  constexpr ResidentMemory(const Plan& plan, int tensors, size_t value_bytes) : coefficients(0), tiles(0), bytes(0) {
+    const size_t number_bytes = value_bytes == 8 ? 8 : 4;  // of a coefficient
+    const size_t partial_bytes = plan.block_partials() * 2 * sizeof(double);
+    const size_t affine_bytes = plan.slice_channels * 3 * number_bytes;
+    coefficients = round_up(partial_bytes > affine_bytes ? partial_bytes : affine_bytes);
+    tiles = round_up(coefficients + affine_bytes);
+    bytes = tiles + size_t(plan.threads) * plan.rows_per_thread * plan.vector * value_bytes * tensors;
+  }
+
+ private:
+  static constexpr size_t round_up(size_t size) { return (size + 15) / 16 * 16; }
 };
 
 // Threads of a warp that together merge so many partials: a power of two, one each as far as they go round.

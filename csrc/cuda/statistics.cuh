@@ -37,38 +37,36 @@ struct RunningMoments {
   }
 };
 
-// Each thread sums over its rows, each block over its threads: partials[channel * segments + segment].
-// Grid: a block per slice and segment. Reads x once. Counts the batch, for finalise_statistics_kernel to see.
-template <typename T, int kVector, bool kOneChannel>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
-    statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
+// Of the values of a thread's `rows` vectors: next() gives one after the other.
+template <typename T, int kVector, typename Next>
+__device__ void add_rows(int rows, const Next& next, RunningMoments<acc_t<T>> (&moments)[kVector]) {
   using A = acc_t<T>;
-  const Block block(plan, blockIdx.x);
-  Walk<false> walk(plan, block);
-  if (num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
-    store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
-  }
-
-  RunningMoments<A> moments[kVector] = {};
-  in_batches<kBatchRows<Vector<T, kVector>, 64>>(walk.rows, [&](auto count, int done) {
+  in_batches<kBatchRows<Vector<T, kVector>, 64>>(rows, [&](auto count, int done) {
     constexpr int kRows = decltype(count)::value;
-    Vector<T, kVector> rows[kRows];
+    Vector<T, kVector> batch[kRows];
 #pragma unroll
-    for (Vector<T, kVector>& row : rows) {
-      row = load<kVector>(x + walk.offset);
-      walk.next(plan);
-    }
+    for (Vector<T, kVector>& row : batch) row = next();
     const A share = A(kRows) / A(done + kRows);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       A values[kRows];
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) values[row] = rows[row][i];
+      for (int row = 0; row < kRows; ++row) values[row] = batch[row][i];
       if (done == 0) moments[i].mean = values[0];
       moments[i].add(values, A(done), share);
     }
   });
+}
 
+// Merges the moments of all threads of a block, by channel; finish and what more a channel's moments need, more(group,
+// channel, parts, total), as of merge_block.
+template <bool kOneChannel, typename A, int kVector, typename More, typename Finish>
+__device__ void merge_moments(const Plan& plan,
+                              const Block& block,
+                              const Walk<false>& walk,
+                              const RunningMoments<A> (&moments)[kVector],
+                              const More& more,
+                              const Finish& finish) {
   Moments sums[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
@@ -80,9 +78,40 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     const int row_lane = static_cast<int>(i) / plan.partials_per_row;
     return double(rows_of_lane(plan, segment_rows, row_lane) * plan.partial_values);
   };
-  merge_block(plan, block, partials, [&](const Group& group, int parts, const auto& get) {
-    return merge(group, parts, get, count_of, plan.values_of(block.segment));
-  });
+  const auto merge_channel = [&](const Group& group, int64_t channel, int parts, const auto& get) {
+    return more(group, channel, parts, merge(group, parts, get, count_of, plan.values_of(block.segment)));
+  };
+  merge_block<Moments>(plan, block, merge_channel, finish);
+}
+
+// By one thread of the grid.
+inline __device__ void count_batch(int64_t* num_batches_tracked) {
+  if (num_batches_tracked == nullptr || blockIdx.x != 0 || threadIdx.x != 0) return;
+  store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
+}
+
+// Each thread sums over its rows, each block over its threads: partials[channel * segments + segment].
+// Grid: a block per slice and segment. Reads x once. Counts the batch, for finalise_statistics_kernel to see.
+template <typename T, int kVector, bool kOneChannel>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
+    statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
+  const Block block(plan, blockIdx.x);
+  Walk<false> walk(plan, block);
+  count_batch(num_batches_tracked);
+  const auto next = [&] {
+    const Vector<T, kVector> row = load<kVector>(x + walk.offset);
+    walk.next(plan);
+    return row;
+  };
+  RunningMoments<acc_t<T>> moments[kVector] = {};
+  add_rows<T>(walk.rows, next, moments);
+  merge_moments<kOneChannel>(
+      plan,
+      block,
+      walk,
+      moments,
+      [](const Group&, int64_t, int, const Moments& total) { return total; },
+      [&](const Moments& total, int64_t channel, int) { store_sums(place_of(plan, block, partials, channel), total); });
 }
 
 // A channel's moments in double throughout: for values whose squares are beyond float32.
@@ -102,6 +131,16 @@ __device__ Moments moments_in_double(const Group& group, const Shape& shape, con
   return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
 }
 
+// Moments whose squares were beyond float32 once more; all threads of a warp must call this together.
+template <typename T>
+__device__ Moments
+mend_overflow(const Group& group, const ForwardParams& p, int64_t channel, bool exists, const Moments& moments) {
+  const bool overflowed = exists && isfinite(moments.mean) && !isfinite(moments.m2);
+  if (!__any_sync(kAllLanes, overflowed)) return moments;
+  const Moments exact = moments_in_double<T>(group, p.shape, static_cast<const T*>(p.x), exists ? channel : 0);
+  return overflowed ? exact : moments;
+}
+
 // What later kernels and the backward pass normalise with.
 template <typename A>
 __device__ void save(const ForwardParams& p, int64_t channel, A rstd, const Affine<A>& affine) {
@@ -111,25 +150,10 @@ __device__ void save(const ForwardParams& p, int64_t channel, A rstd, const Affi
   store_one(static_cast<A*>(p.offset) + channel, affine.offset);
 }
 
-// Channel by channel: what is saved, and the running statistics.
-// Grid: a group of `lanes` threads per channel.
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
-    finalise_statistics_kernel(const Plan plan, int lanes, const ForwardParams p, const Moments* partials) {
-  using A = acc_t<T>;
-  const ChannelSums<Moments> sums(plan, lanes, partials);
-  const int64_t channel = sums.channel;
+// What is made of a channel's moments: running statistics, what is saved, and what it is normalised with.
+template <typename A>
+__device__ Affine<A> finalise_channel(const ForwardParams& p, int64_t channel, const Moments& total) {
   const double count = double(p.shape.values_per_channel());
-  const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
-  Moments total = merge(sums.group, sums.parts, sums, count_of, count);
-  const bool exists = sums.parts > 0;
-  const bool overflowed = exists && isfinite(total.mean) && !isfinite(total.m2);
-  if (__any_sync(kAllLanes, overflowed)) {
-    const Moments exact = moments_in_double(sums.group, p.shape, static_cast<const T*>(p.x), exists ? channel : 0);
-    if (overflowed) total = exact;
-  }
-  if (!sums.is_first()) return;
-
   const double momentum =
       p.cumulative && p.num_batches_tracked != nullptr ? 1.0 / double(load_one(p.num_batches_tracked)) : p.momentum;
   const auto updated = [&](const void* running, double value) {
@@ -148,7 +172,22 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   // Makes up for the mean's rounding.
   const double bias = read_param<double>(p.bias, p.params_dtype, channel, 0);
   const A offset = static_cast<A>(bias - (total.mean - double(mean)) * double(scale));
-  save(p, channel, rstd, Affine<A>{mean, scale, offset});
+  const Affine<A> affine = {mean, scale, offset};
+  save(p, channel, rstd, affine);
+  return affine;
+}
+
+// Channel by channel, from the partial moments.
+// Grid: a group of `lanes` threads per channel.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
+    finalise_statistics_kernel(const Plan plan, int lanes, const ForwardParams p, const Moments* partials) {
+  const ChannelSums<Moments> sums(plan, lanes, partials);
+  const double count = double(p.shape.values_per_channel());
+  const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
+  const Moments merged = merge(sums.group, sums.parts, sums, count_of, count);
+  const Moments total = mend_overflow<T>(sums.group, p, sums.channel, sums.parts > 0, merged);
+  if (sums.is_first()) finalise_channel<acc_t<T>>(p, sums.channel, total);
 }
 
 }  // namespace bn_ext::cuda

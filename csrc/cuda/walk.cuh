@@ -76,6 +76,27 @@ class Walk {
   int image_rows_;
 };
 
+// Fills `coefficients` with those of the channel of each value of a thread's vectors, or of all, out of those of its
+// slice.
+template <int kVector, bool kOneChannel, bool kBackwards, typename Coefficients, int kCount>
+__device__ void pick_coefficients(const Plan& plan,
+                                  const Walk<kBackwards>& walk,
+                                  const Coefficients* of_slice,
+                                  Coefficients (&coefficients)[kCount]) {
+  static_assert(kCount == (kOneChannel ? 1 : kVector));
+  if (walk.rows == 0) return;
+  int channel = walk.column * kVector / plan.plane;
+  int position = walk.column * kVector % plan.plane;
+#pragma unroll
+  for (Coefficients& coefficient : coefficients) {
+    coefficient = of_slice[channel];
+    if (++position == plan.plane) {
+      position = 0;
+      ++channel;
+    }
+  }
+}
+
 // Fills `coefficients` with make(channel, is_first) for the channel of each value of a thread's vectors, or of all.
 // Where they are several the block's threads make them together, by way of shared memory, so all must call this.
 // is_first: for one of the calls for a channel in the whole grid, or for several that are alike.
@@ -87,9 +108,8 @@ __device__ void make_coefficients(const Plan& plan,
                                   const Make& make) {
   static_assert(kCount == (kOneChannel ? 1 : kVector));
   const int64_t first_channel = block.slice * plan.slice_channels;
-  const int first_value = walk.column * kVector;
   if constexpr (kOneChannel) {
-    const int64_t channel = first_channel + first_value / plan.plane;
+    const int64_t channel = first_channel + walk.column * kVector / plan.plane;
     if (walk.rows > 0) coefficients[0] = make(channel, block.segment == 0 && walk.row_lane == 0);
   } else {
     Coefficients* of_slice = shared_memory<Coefficients>();
@@ -98,16 +118,7 @@ __device__ void make_coefficients(const Plan& plan,
       of_slice[i] = make(first_channel + i, block.segment == 0);
     }
     __syncthreads();
-    int channel = first_value / plan.plane;
-    int position = first_value % plan.plane;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (walk.rows > 0) coefficients[i] = of_slice[channel];
-      if (++position == plan.plane) {
-        position = 0;
-        ++channel;
-      }
-    }
+    pick_coefficients<kVector, kOneChannel>(plan, walk, of_slice, coefficients);
     __syncthreads();  // before anything else is put there
   }
 }

@@ -14,7 +14,8 @@ namespace {
 using cuda_on_cpu::Contents;
 using cuda_on_cpu::Kind;
 
-constexpr int kMultiprocessors = 2;
+// With so little shared memory that small slices stay on chip, and others do not.
+constexpr cuda::Machine kMachine = {2, 24 * 1024};
 
 size_t bytes_of(DType dtype, int64_t count) {
   const size_t sizes[] = {4, 8, 2, 2};
@@ -98,7 +99,7 @@ void forward(const ForwardParams& params) {
   pass.output("rstd", p.rstd, statistics, contents);
   pass.output("scale", p.scale, statistics, contents);
   pass.output("offset", p.offset, statistics, contents);
-  const cuda::Plan plan = cuda::plan_forward(p, {kMultiprocessors});
+  const cuda::Plan plan = cuda::plan_forward(p, kMachine);
   void* workspace = pass.workspace(cuda::forward_workspace_bytes(p, plan));
   pass.finish(cuda::launch_forward(p, plan, workspace, nullptr));
 }
@@ -121,7 +122,7 @@ void backward(const BackwardParams& params) {
   pass.output("dz", p.dz, activation);
   pass.output("dweight", p.dweight, vector);
   pass.output("dbias", p.dbias, vector);
-  const cuda::Plan plan = cuda::plan_backward(p, {kMultiprocessors});
+  const cuda::Plan plan = cuda::plan_backward(p, kMachine);
   void* workspace = pass.workspace(cuda::backward_workspace_bytes(p, plan));
   pass.finish(cuda::launch_backward(p, plan, workspace, nullptr));
 }

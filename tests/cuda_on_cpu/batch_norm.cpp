@@ -39,12 +39,18 @@ const char* batch_norm_make_plan(const Shape* shape,
   });
 }
 
-const char* batch_norm_plan_forward(const ForwardParams* p, int64_t multiprocessors, cuda::Plan* plan) {
-  return reported([&] { *plan = cuda::plan_forward(*p, {int(multiprocessors)}); });
+const char* batch_norm_plan_forward(const ForwardParams* p,
+                                    int64_t multiprocessors,
+                                    int64_t shared_bytes,
+                                    cuda::Plan* plan) {
+  return reported([&] { *plan = cuda::plan_forward(*p, {int(multiprocessors), int(shared_bytes)}); });
 }
 
-const char* batch_norm_plan_backward(const BackwardParams* p, int64_t multiprocessors, cuda::Plan* plan) {
-  return reported([&] { *plan = cuda::plan_backward(*p, {int(multiprocessors)}); });
+const char* batch_norm_plan_backward(const BackwardParams* p,
+                                     int64_t multiprocessors,
+                                     int64_t shared_bytes,
+                                     cuda::Plan* plan) {
+  return reported([&] { *plan = cuda::plan_backward(*p, {int(multiprocessors), int(shared_bytes)}); });
 }
 
 const char* batch_norm_forward(const ForwardParams* p, const cuda::Plan* plan) {

@@ -4,7 +4,8 @@ import ctypes
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,15 @@ class Plan(ctypes.Structure):
         *((name, ctypes.c_int) for name in _INT),
         ("one_channel", ctypes.c_bool),
         ("whole_bytes", ctypes.c_bool),
+        ("resident", ctypes.c_bool),
     ]
+
+
+OF_H200 = 228 * 1024
+"""Bytes of shared memory that a multiprocessor of an H200 has."""
+
+SHARED_BYTES: ContextVar[int] = ContextVar("SHARED_BYTES", default=0)
+"""That settings have which do not say."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,8 @@ class Settings:
     """... which ones."""
     gap: int = 0
     """Values of reserved but unused memory between two images, as if the tensor had that many more channels."""
+    shared_bytes: int = field(default_factory=lambda: SHARED_BYTES.get())
+    """Of a multiprocessor; 0: no slice stays on chip."""
 
     def misalignment_of(self, name: str) -> int:
         """Of the tensor of this name."""
@@ -181,12 +192,14 @@ class Kernels:
 
     def _start(self, settings: Settings) -> None:
         self.device.reset()
+        self.device.set_machine(shared_bytes=max(48 * 1024, settings.shared_bytes))
         self.device.set_order(settings.policy, settings.seed)
 
     def _run(self, direction: str, params: ForwardParams | BackwardParams, settings: Settings) -> Plan:
         plan = Plan()
         at, plan_at = ctypes.byref(params), ctypes.byref(plan)
-        self.device.call(f"batch_norm_plan_{direction}", at, settings.multiprocessors, plan_at)
+        machine = (settings.multiprocessors, settings.shared_bytes)
+        self.device.call(f"batch_norm_plan_{direction}", at, *machine, plan_at)
         settings.spread(plan)
         self.device.reset_counters()
         self.device.call(f"batch_norm_{direction}", at, plan_at)

@@ -16,6 +16,7 @@ from cuda_on_cpu import build
 from cuda_on_cpu.batch_norm import (
     DTYPES,
     KINDS,
+    OF_H200,
     SOURCES,
     Activation,
     Kernels,
@@ -43,10 +44,12 @@ def digest_of_every_kernel(library: Kernels) -> str:
     generator = np.random.default_rng(0)
     fused = itertools.cycle(FUSED[1:])
     for number, (dtype, (n, c, s)) in enumerate(itertools.product(DTYPES, SHAPES)):
-        for channels_last, training in itertools.product((False, True), repeat=2):
+        for channels_last, training, on_chip in itertools.product((False, True), repeat=3):
+            if on_chip and not training:
+                continue
             for name, has_residual in (FUSED[0], next(fused)):
                 shape = Shape(n, c, s, channels_last or s == 1)
-                settings = Settings(policy=POLICIES[number % 4], seed=number)
+                settings = Settings(policy=POLICIES[number % 4], seed=number, shared_bytes=on_chip * OF_H200)
                 if number % 2:
                     settings = replace(settings, misalignment=memory_dtype(dtype).itemsize)
                 for results in _both_passes(
