@@ -28,7 +28,19 @@ __device__ T* shared_memory_at(size_t begin) {
   return reinterpret_cast<T*>(shared_memory<unsigned char>() + begin);
 }
 
-constexpr size_t kUnaskedSharedBytes = 48 * 1024;  // a kernel that is to have more must be told so
+constexpr size_t kUnaskedSharedBytes = 48 * 1024;
+
+// A kernel that is to have more must be told so: as much as there is, since what is told holds for all threads'
+// launches.
+template <typename Kernel>
+cudaError_t ask_for_shared_memory(Kernel* kernel) {
+  int device = 0;
+  int bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 
 // The one way to launch. Only grid.x is used: it may be 2^31 - 1, y and z no more than 65535.
 template <typename... Parameters, typename... Arguments>
@@ -40,8 +52,7 @@ cudaError_t launch(void (*kernel)(Parameters...),
                    Arguments&&... arguments) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > kUnaskedSharedBytes) {
-    const int bytes = static_cast<int>(shared_bytes);
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t error = ask_for_shared_memory(kernel);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

@@ -96,8 +96,8 @@ void choose_segments(Plan& plan, const Machine& machine) {
   plan.segments = ceil_div(plan.rows, plan.segment_rows());
 }
 
-// Of `tensors` in tiles, beside blocks enough to hide each other's barriers. Such a block is done before the launches
-// of the general path are, so it pays also where there are few of them.
+// Of `tensors` in tiles, beside blocks enough to hide each other's barriers. A tile so small is read and written in
+// less time than the general path's launches take, so it should pay also where there are few of them; not measured.
 void choose_residence(Plan& plan, int tensors, int value_bytes, const Machine& machine) {
   Plan whole = plan;
   const int64_t rows_per_thread = ceil_div(plan.rows, plan.row_lanes);

@@ -33,6 +33,7 @@ class Tile {
   static __device__ void wait() {
     __pipeline_commit();
     __pipeline_wait_prior(0);
+    asm volatile("" ::: "memory");  // nothing is read before: CUDA's own wait does not say so to the compiler
   }
   __device__ const V& operator[](int i) const { return own_[i * threads_]; }
 

@@ -1,4 +1,5 @@
-// Copies from global to shared memory that run while their thread goes on: as late as that is allowed.
+// Copies from global to shared memory that run while their thread goes on: as late as that is allowed, or now and then
+// at once.
 #include <cstring>
 
 #include "include/cuda_pipeline.h"
@@ -20,7 +21,11 @@ void copy_async(void* shared, const void* global, std::size_t bytes, Place place
     scheduler.fault("a copy goes to a misaligned address", place);
   }
   check_access(Direction::read, global, bytes, place);
-  thread.copies.back().push_back({shared, global, bytes});
+  if (scheduler.hurries()) {
+    std::memcpy(shared, global, bytes);
+  } else {
+    thread.copies.back().push_back({shared, global, bytes});
+  }
 }
 
 void commit_copies() { running_thread().copies.emplace_back(); }

@@ -76,7 +76,7 @@ cudaError_t refusal(const cudaLaunchConfig_t& config, const Attributes& attribut
   if (config.dynamicSmemBytes > machine.shared_bytes) return cudaErrorInvalidValue;
   if (config.dynamicSmemBytes > device().shared_bytes_of(function)) return cudaErrorInvalidValue;
   if (attributes.cluster_blocks == 0 || gx % attributes.cluster_blocks != 0) return cudaErrorInvalidConfiguration;
-  const auto room = static_cast<unsigned>(machine.resident_blocks);
+  const auto room = static_cast<unsigned>(machine.resident_blocks / machine.multiprocessors * machine.multiprocessors);
   if (attributes.cluster_blocks > std::min(kMaxClusterBlocks, room)) return cudaErrorInvalidClusterSize;
   const std::uint64_t blocks = std::uint64_t{gx} * gy * gz;
   if (attributes.cooperative && blocks > room / attributes.cluster_blocks * attributes.cluster_blocks) {
@@ -153,6 +153,18 @@ void reset() { replace_device(); }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
   cuda_on_cpu::device().memory.fill(memory, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin)
+    throw cuda_on_cpu::Fault("this harness has no such attribute");
+  *value = static_cast<int>(cuda_on_cpu::device().machine.shared_bytes);
   return cudaSuccess;
 }
 

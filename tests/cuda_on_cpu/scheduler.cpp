@@ -120,6 +120,7 @@ void Scheduler::start_block(Block& block, std::uint64_t number) {
     thread.fibre = nullptr;
     thread.accesses.assign(memory_->streams(), 0);
     thread.has_arrived = false;
+    thread.writes_seen = ~std::uint64_t{0};
     thread.copies.assign(1, {});
     make_ready(thread);
   }
@@ -199,7 +200,6 @@ void Scheduler::maybe_preempt() {
 
 void Scheduler::sleep() {
   current->state = State::asleep;
-  current->writes_seen = writes_;
   asleep_.push_back(current);
   current->fibre->suspend();
 }
@@ -208,7 +208,10 @@ void Scheduler::sleep() {
 void Scheduler::wake_sleepers(bool all) {
   const auto stays = [&](const Thread* thread) { return !all && thread->writes_seen == writes_; };
   const auto first = std::stable_partition(asleep_.begin(), asleep_.end(), stays);
-  for (auto i = first; i != asleep_.end(); ++i) make_ready(**i);
+  for (auto i = first; i != asleep_.end(); ++i) {
+    (*i)->writes_seen = writes_;
+    make_ready(**i);
+  }
   asleep_.erase(first, asleep_.end());
 }
 

@@ -42,7 +42,7 @@ struct Thread {
   AccessCounts accesses;
   bool has_arrived;               // at the cluster's barrier, without having waited since
   std::uint64_t arrival;          // which barrier of the cluster that is
-  std::uint64_t writes_seen;      // the launch's writes when it fell asleep
+  std::uint64_t writes_seen;      // the launch's writes when it woke last, and began to look for what it waits for
   std::vector<CopyGroup> copies;  // committed ones in the order of their groups, the last group is open
 
   unsigned lane() const { return rank % kWarpThreads; }
@@ -133,6 +133,9 @@ class Scheduler {
   // On a thread's stack: lets others go first, until one has written.
   void sleep();
   void note_write() { ++writes_; }
+
+  // On a thread's stack: whether what may happen at any time happens now.
+  bool hurries() { return ordering_->preempts(); }
 
   // On a thread's stack: ends the launch. The sentence is about this thread.
   [[noreturn]] void fault(const std::string& sentence, Place place = {nullptr, 0});

@@ -104,6 +104,18 @@ __global__ void copies_kernel(const float* x, float* y, int waits, int bytes, in
   __stwb(y + kThreads + t, own[kThreads + t]);
 }
 
+// Thread 0 of block 0 waits for two words, read one after the other; the others set them. For `others` less than two it
+// waits for ever, polling by an atomic that changes nothing.
+__global__ void words_kernel(unsigned* words, unsigned* y) {
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x > 0) {
+    __stcg(words + blockIdx.x - 1, 1u);
+    return;
+  }
+  while (__ldcg(words) + __ldcg(words + 1) + atomicOr(words + 2, 0) < 2) __nanosleep(20);  // for two words
+  __stwb(y, 1u);
+}
+
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
@@ -151,6 +163,10 @@ const char* grid_sums(const unsigned* x,
   return cuda_on_cpu::reported([&] {
     launch(grid_sums_kernel, blocks, 1, cooperative != 0, x, exchange, counter, sums, int(rounds), int(fault));
   });
+}
+
+const char* words(unsigned* words, unsigned* y, int64_t others) {
+  return cuda_on_cpu::reported([&] { launch(words_kernel, 1 + others, 1, true, words, y); });
 }
 
 const char* copies(const float* x, float* y, int64_t waits, int64_t bytes, int64_t to) {

@@ -131,14 +131,27 @@ def test_a_grid_that_cannot_be_resident(device: Device, policy: str) -> None:
     words = [device.output(name, 30, np.uint32, contents="zero") for name in ("x", "exchange", "counter", "sums")]
     with pytest.raises(Fault, match=r"^too many blocks in cooperative launch"):
         device.call("grid_sums", *words, 6, ROUNDS, 0, 1)
-    place = line("__nanosleep(20)")
+    place = line("& kTop) == 0) __nanosleep(20)")
     with pytest.raises(Fault, match=rf"sleeps \({place}\), and no one writes any more \(blocks that have not started"):
         device.call("grid_sums", *words, 6, ROUNDS, 0, 0)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_waiting_for_two_words(device: Device, policy: str) -> None:
+    """A write between the reads of one look is not missed, and a look that changes nothing wakes no one."""
+    for seed in range(300):
+        device.reset()
+        device.set_order(policy, seed)
+        y = device.output("y", 1, np.uint32)
+        device.call("words", device.input("words", np.zeros(3, np.uint32)), y, 2)
+        assert y.array[0] == 1
+    with pytest.raises(Fault, match=rf"deadlock: it sleeps \({line('// for two words')}\)"):
+        device.call("words", device.input("words", np.zeros(3, np.uint32)), y, 1)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_copies(device: Device, policy: str) -> None:
-    """What was copied is there when it has been waited for, and not before; it is counted as a read."""
+    """What was copied is there when it has been waited for, and mostly not before; it is counted as a read."""
     device.set_order(policy)
     values = np.arange(128, dtype=np.float32)
     for waits in range(3):
@@ -146,7 +159,10 @@ def test_copies(device: Device, policy: str) -> None:
         device.call("copies", x, y, waits, 4, 0)
         there = np.arange(128) < 64 * waits
         assert (y.array[there] == values[there]).all()
-        assert np.isnan(y.array[~there]).all()
+        early = ~np.isnan(y.array) & ~there  # now and then at once, in a random order
+        assert (y.array[early] == values[early]).all()
+        assert early.mean() < 0.5
+        assert not early.any() or policy in ("random", "priorities")
     assert device.counters("activation").bytes_read == 3 * 512
 
 

@@ -13,7 +13,7 @@ void wait_for_copies(std::size_t groups_left);
 
 }  // namespace cuda_on_cpu
 
-// They are late: what was copied is there when the thread has waited for it, not before.
+// What was copied is there when the thread has waited for it; before, it may be or not.
 inline void __pipeline_memcpy_async(void* shared,
                                     const void* global,
                                     std::size_t bytes,

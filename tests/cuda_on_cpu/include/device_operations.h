@@ -95,7 +95,7 @@ unsigned atomic(unsigned* address, const Change& change, Place place) {
   check_access(Direction::write, address, sizeof(unsigned), place);
   const unsigned old = *address;
   *address = change(old);
-  note_write();
+  if (*address != old) note_write();
   return old;
 }
 
