@@ -7,7 +7,8 @@
 #   make test-cuda-build   builds with CUDA kernels and checks what came of it; needs nvcc and 5.5 GB, no GPU
 #   make test-arm64        compiles the CPU kernels for arm64; needs Debian's g++-aarch64-linux-gnu
 #   make test-gpu          all that a GPU can tell, into the folder OUT: build, tests, benchmark, compute-sanitizer
-# TORCH=torch==2.13.0 installs that torch; otherwise one that PYTHON can import is used, else the newest.
+# TORCH=torch==2.13.0 installs that torch, and so do later calls; otherwise one that PYTHON can import is used, else the
+# newest.
 
 PYTHON ?= python3
 TORCH ?=

@@ -1,6 +1,7 @@
 """Make the environment that the Makefile's targets run in: .venv, with torch, what is asked for, and bn_ext built.
 
-A torch that this Python can already import is used and not replaced, unless a requirement is named with --torch.
+A torch that this Python can already import is used and not replaced, unless a requirement is named with --torch, now or
+when the environment was made before.
 """
 
 import argparse
@@ -72,10 +73,11 @@ def main() -> None:
     made_for = options.folder / "made_for.txt"
     old_torch, _, old_project = made_for.read_text().partition("\n") if made_for.exists() else ("", "", "")
     project = (ROOT / "pyproject.toml").read_text()
-    if project != old_project or options.torch not in ("", old_torch):
-        python = make(options.folder, options.torch)
+    torch = options.torch or old_torch
+    if (torch, project) != (old_torch, old_project):
+        python = make(options.folder, torch)
         run(python, "-m", "bn_ext")
-        made_for.write_text(f"{options.torch}\n{project}")
+        made_for.write_text(f"{torch}\n{project}")
     elif made_for.stat().st_mtime < newest_source():
         run(options.folder / "bin" / "python", "setup.py", "--quiet", "build_ext", "--inplace")
         made_for.touch()
