@@ -1,6 +1,6 @@
 // The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed. In
 // eval mode the first one, where it runs, gives the gradient of the input too. The first of them that runs gives dz.
-// Where a block can hold a slice, one kernel does it all (resident_backward.cu).
+// Where teams of blocks can hold slices, one kernel does it all (resident_backward.cu).
 #include <algorithm>
 
 #include "dispatch.cuh"
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   using Gradients = Gradient<T, kVector, kVariant, false>;
-  const Block block(plan, blockIdx.x);
+  const Block block = block_of(plan, blockIdx.x);
   Walk<false> walk(plan, block);
   const bool writes_dx = kWrites && !p.training && p.dx != nullptr;
   const bool writes_dz = kWrites && p.dz != nullptr;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
     if (writes_dz) store(static_cast<T*>(p.dz) + row.offset, row_dz);  // grad_input_kernel may read it
   };
-  g.template for_rows<bytes_of_sums(kVariant, kOneChannel, kWrites)>(plan, walk, finish);
+  g.template for_rows<bytes_of_sums(kVariant, kOneChannel, kWrites)>(plan, walk, walk.rows, finish);
 
   GradSums sums[kVector];
 #pragma unroll
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   using Gradients = Gradient<T, kVector, kVariant, true>;
-  const Block block(plan, gridDim.x - 1 - blockIdx.x);
+  const Block block = block_of(plan, gridDim.x - 1 - blockIdx.x);
   Walk<true> walk(plan, block);
   GradAffine<A> affine[kOneChannel ? 1 : kVector] = {};
   make_coefficients<kVector, kOneChannel>(
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
     if (writes_dz) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
   };
-  g.template for_rows<bytes_of_input(kVariant)>(plan, walk, finish);
+  g.template for_rows<bytes_of_input(kVariant)>(plan, walk, walk.rows, finish);
 }
 
 struct Workspace {
@@ -170,13 +170,21 @@ BackwardParams after_sums(BackwardParams p) {
 
 }  // namespace
 
+cudaError_t choose_plan(const BackwardParams& p, const Machine& machine, Plan& plan) {
+  plan = plan_backward(p, machine);
+  bool fits = true;
+  const cudaError_t error = plan.blocks_wait() ? ask_whether_fits(p, plan, fits) : cudaSuccess;
+  if (!fits) plan = plan_backward(p, machine.without_teams());
+  return error;
+}
+
 size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {
-  if (!p.needs_sums()) return 0;
-  return plan.resident ? 0 : plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double));
+  if (plan.resident()) return workspace_of_teams(plan);
+  return p.needs_sums() ? plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double)) : 0;
 }
 
 cudaError_t launch_backward(const BackwardParams& params, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (plan.resident) return launch_resident_backward(params, plan, stream);
+  if (plan.resident()) return launch_resident_backward(params, plan, memory, stream);
   const Workspace workspace(plan, memory);
   Pass pass(plan, stream);
   return dispatch(params.dtype, plan, [&](auto value, auto vector, auto one_channel) {

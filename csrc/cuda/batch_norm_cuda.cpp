@@ -20,7 +20,10 @@ int attribute(cudaDeviceAttr name) {
 }
 
 Machine machine() {
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  return {attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          attribute(cudaDevAttrClusterLaunch) != 0,
+          attribute(cudaDevAttrCooperativeLaunch) != 0};
 }
 
 // From torch's caching allocator: it belongs to the current stream, and to the graph that is being captured.
@@ -50,13 +53,15 @@ void check_launched(cudaError_t error) {
 }  // namespace
 
 void forward(const ForwardParams& p) {
-  const Plan plan = plan_forward(p, machine());
+  Plan plan;
+  check_launched(choose_plan(p, machine(), plan));
   const at::Tensor memory = workspace(forward_workspace_bytes(p, plan));
   check_launched(launch_forward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }
 
 void backward(const BackwardParams& p) {
-  const Plan plan = plan_backward(p, machine());
+  Plan plan;
+  check_launched(choose_plan(p, machine(), plan));
   const at::Tensor memory = workspace(backward_workspace_bytes(p, plan));
   check_launched(launch_backward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }

@@ -1,5 +1,5 @@
-// The forward pass in three kernels: statistics, finalise, apply; in eval mode, or once more, apply alone. Where a
-// block can hold a slice, one kernel does it all (resident_forward.cu).
+// The forward pass in three kernels: statistics, finalise, apply; in eval mode, or once more, apply alone. Where
+// teams of blocks can hold slices, one kernel does it all (resident_forward.cu).
 #include "apply.cuh"
 #include "dispatch.cuh"
 #include "kernels.h"
@@ -31,7 +31,7 @@ template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) apply_kernel(const Plan plan, const ForwardParams p) {
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
-  const Block block(plan, gridDim.x - 1 - blockIdx.x);
+  const Block block = block_of(plan, gridDim.x - 1 - blockIdx.x);
   Walk<true> walk(plan, block);
   Apply<T, kVector, kOneChannel, kVariant> apply(p);
   make_coefficients<kVector, kOneChannel>(plan, block, walk, apply.affine, [&](int64_t channel, bool is_first) {
@@ -62,8 +62,17 @@ void launch_statistics(Pass& pass, const ForwardParams& p, const Plan& plan, Mom
 
 }  // namespace
 
+cudaError_t choose_plan(const ForwardParams& p, const Machine& machine, Plan& plan) {
+  plan = plan_forward(p, machine);
+  bool fits = true;
+  const cudaError_t error = plan.blocks_wait() ? ask_whether_fits(p, plan, fits) : cudaSuccess;
+  if (!fits) plan = plan_forward(p, machine.without_teams());
+  return error;
+}
+
 size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan) {
-  return p.training && !p.repeats && !plan.resident ? plan.channels * plan.segments * sizeof(Moments) : 0;
+  if (plan.resident()) return workspace_of_teams(plan);
+  return p.training && !p.repeats ? plan.channels * plan.segments * sizeof(Moments) : 0;
 }
 
 cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* workspace, cudaStream_t stream) {
@@ -71,7 +80,9 @@ cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* 
   if (p.repeats) p.mask = nullptr;
   Pass pass(plan, stream);
   if (p.mask != nullptr && !plan.whole_bytes) pass.clear(p.mask, mask_bytes(p.shape.numel()));
-  if (plan.resident) return pass.error() == cudaSuccess ? launch_resident_forward(p, plan, stream) : pass.error();
+  if (plan.resident()) {
+    return pass.error() == cudaSuccess ? launch_resident_forward(p, plan, workspace, stream) : pass.error();
+  }
   return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
     using T = decltype(value);
     constexpr int kVector = vector.value;

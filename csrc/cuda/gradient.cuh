@@ -38,11 +38,11 @@ class Gradient {
     return {offset, dy, x, V{}, has_mask ? load_bits(p_.mask, offset) : 0};
   }
 
-  // Calls finish(row) for all rows, of which so many bytes of each tensor are read at a time.
+  // Calls finish(row) for the next `count` rows, of which so many bytes of each tensor are read at a time.
   template <int kBytes, bool kBackwards, typename Finish>
-  __device__ void for_rows(const Plan& plan, Walk<kBackwards>& walk, const Finish& finish) const {
-    in_batches<kBatchRows<V, kBytes>>(walk.rows, [&](auto count, int) {
-      Row rows[decltype(count)::value] = {};
+  __device__ void for_rows(const Plan& plan, Walk<kBackwards>& walk, int count, const Finish& finish) const {
+    in_batches<kBatchRows<V, kBytes>>(count, [&](auto at_a_time, int) {
+      Row rows[decltype(at_a_time)::value] = {};
 #pragma unroll
       for (Row& row : rows) {
         row.offset = walk.offset;
@@ -89,8 +89,8 @@ class Gradient {
 // Merges the gradient sums of all threads of a block, by channel; finish as of merge_block.
 template <typename Finish>
 __device__ void merge_gradients(const Plan& plan, const Block& block, const Finish& finish) {
-  const auto merge_channel = [](const Group& group, int64_t, int parts, const auto& get) {
-    return merge(group, parts, get);
+  const auto merge_channel = [](const Group& group, int count, const auto& get, const Parts&) {
+    return merge(group, count, get);
   };
   merge_block<GradSums>(plan, block, merge_channel, finish);
 }

@@ -10,6 +10,10 @@
 
 namespace bn_ext::cuda {
 
+// As plan_forward and plan_backward, but for teams that this device, as it is now, cannot have at a time.
+cudaError_t choose_plan(const ForwardParams& p, const Machine& machine, Plan& plan);
+cudaError_t choose_plan(const BackwardParams& p, const Machine& machine, Plan& plan);
+
 // Device memory that a pass needs while it runs, aligned to 16 bytes; its contents do not matter.
 size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan);
 size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan);

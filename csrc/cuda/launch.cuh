@@ -30,6 +30,45 @@ __device__ T* shared_memory_at(size_t begin) {
 
 constexpr size_t kUnaskedSharedBytes = 48 * 1024;
 
+// What a kernel is launched as. Only grid.x is used: it may be 2^31 - 1, y and z no more than 65535.
+struct Grid {
+  int64_t blocks;
+  int threads;  // of a block
+  size_t shared_bytes = 0;
+  int cluster_blocks = 1;
+  bool cooperative = false;
+};
+
+// CUDA's description of it, which holds a pointer to its own attributes.
+class LaunchConfig {
+ public:
+  LaunchConfig(const Grid& grid, cudaStream_t stream) {
+    config_.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+    config_.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config_.dynamicSmemBytes = grid.shared_bytes;
+    config_.stream = stream;
+    config_.attrs = attributes_;
+    if (grid.cluster_blocks > 1) {
+      cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster_blocks), 1, 1};
+    }
+    if (grid.cooperative) {
+      cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute attributes_[2] = {};
+  cudaLaunchConfig_t config_ = {};
+};
+
 // A kernel that is to have more must be told so: as much as there is, since what is told holds for all threads'
 // launches.
 template <typename Kernel>
@@ -42,25 +81,37 @@ cudaError_t ask_for_shared_memory(Kernel* kernel) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
-// The one way to launch. Only grid.x is used: it may be 2^31 - 1, y and z no more than 65535.
+// The one way to launch.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...),
-                   int64_t blocks,
-                   int threads,
-                   size_t shared_bytes,
-                   cudaStream_t stream,
-                   Arguments&&... arguments) {
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > kUnaskedSharedBytes) {
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, Arguments&&... arguments) {
+  if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (grid.shared_bytes > kUnaskedSharedBytes) {
     const cudaError_t error = ask_for_shared_memory(kernel);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  const LaunchConfig config(grid, stream);
+  return cudaLaunchKernelEx(config.get(), kernel, std::forward<Arguments>(arguments)...);
+}
+
+// Whether the device can have the blocks of a cluster, or of a cooperative grid, at a time.
+template <typename... Parameters>
+cudaError_t ask_whether_fits(void (*kernel)(Parameters...), const Grid& grid, bool& fits) {
+  cudaError_t error = grid.shared_bytes > kUnaskedSharedBytes ? ask_for_shared_memory(kernel) : cudaSuccess;
+  if (error != cudaSuccess) return error;
+  if (grid.cluster_blocks > 1) {
+    int clusters = 0;
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, LaunchConfig(grid, nullptr).get());
+    fits = clusters > 0;
+    return error;
+  }
+  int device = 0, multiprocessors = 0, blocks = 0;
+  error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, grid.threads, grid.shared_bytes);
+  }
+  fits = int64_t(blocks) * multiprocessors >= grid.blocks;
+  return error;
 }
 
 }  // namespace bn_ext::cuda

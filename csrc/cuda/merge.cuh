@@ -76,7 +76,7 @@ __device__ GradSums merge(const Group& group, int64_t parts, const Get& get) {
   return {group.sum(total.dy), group.sum(total.dy_centred)};
 }
 
-// The sums of one thread's vectors, of equally many values each, `count`, in one.
+// The sums of a thread's values, of equally many each, `count`, in one.
 template <int kCount>
 __device__ Moments merge_own(const Moments (&parts)[kCount], double count) {
   Moments total = {0, 0};
@@ -89,7 +89,6 @@ __device__ Moments merge_own(const Moments (&parts)[kCount], double count) {
   }
   return total;
 }
-
 template <int kCount>
 __device__ GradSums merge_own(const GradSums (&parts)[kCount], double) {
   GradSums total = {0, 0};
@@ -101,24 +100,134 @@ __device__ GradSums merge_own(const GradSums (&parts)[kCount], double) {
   return total;
 }
 
-// Leaves a thread's sums, one for each value of its vectors, where merge_block looks for them. A gap behind those of
-// each thread and each row keeps threads that read or write at a time out of each other's memory banks.
-template <bool kOneChannel, typename Sums, int kVector>
-__device__ void leave_sums(const Plan& plan, const Walk<false>& walk, const Sums (&sums)[kVector]) {
-  if (walk.row_lane >= plan.row_lanes) return;
-  Sums* row = shared_memory<Sums>() + walk.row_lane * plan.partials_stride();
-  if constexpr (kOneChannel) {
-    row[walk.column] = merge_own(sums, walk.rows);
-  } else {
+// Adds b to a, of `a_count` values; `b_share`: of all values, those of b.
+inline __device__ void add_sums(Moments& a, const Moments& b, double a_count, double b_share) {
+  if (b_share == 0) return;
+  const double delta = b.mean - a.mean;
+  a.mean += delta * b_share;
+  a.m2 += b.m2 + delta * (delta * (a_count * b_share));
+}
+inline __device__ void add_sums(GradSums& a, const GradSums& b, double, double) {
+  a.dy += b.dy;
+  a.dy_centred += b.dy_centred;
+}
+
+inline __device__ Moments shuffle_xor(const Moments& m, int distance) {
+  return {__shfl_xor_sync(kAllLanes, m.mean, distance), __shfl_xor_sync(kAllLanes, m.m2, distance)};
+}
+inline __device__ GradSums shuffle_xor(const GradSums& s, int distance) {
+  return {__shfl_xor_sync(kAllLanes, s.dy, distance), __shfl_xor_sync(kAllLanes, s.dy_centred, distance)};
+}
+
+// Merges the sums of a warp's threads that stand behind each other, of `count` values each; the first one gets the
+// result. All threads of the warp must call this.
+template <typename Sums, int kCount>
+__device__ void merge_in_warp(const Plan& plan, Sums (&sums)[kCount], int count) {
+  for (int rows = 1; rows < plan.warp_rows; rows *= 2) {
+    const int distance = rows * plan.columns;
+    const int other_count = __shfl_xor_sync(kAllLanes, count, distance);
+    const double other_share = other_count == 0 ? 0 : double(other_count) / (count + other_count);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) row[walk.column * (kVector + 1) + i] = sums[i];
+    for (Sums& own : sums) add_sums(own, shuffle_xor(own, distance), count, other_share);
+    count += other_count;
+  }
+}
+
+// Leaves a thread's sums, one for each value of its vectors, where merge_block looks for them: those of adjacent values
+// of a channel as one. All threads of the block must call this.
+template <bool kOneChannel, typename Sums, int kVector>
+__device__ void leave_sums(const Plan& plan, const Walk<false>& walk, Sums (&sums)[kVector]) {
+  const auto place = [&] {
+    return shared_memory<Sums>() + walk.row_lane / plan.warp_rows * plan.partials_stride() +
+           walk.column * plan.pieces_stride();
+  };
+  const auto leaves = [&] { return walk.row_lane < plan.row_lanes && walk.row_lane % plan.warp_rows == 0; };
+  if constexpr (kOneChannel) {
+    Sums total[1] = {merge_own(sums, walk.rows)};
+    merge_in_warp(plan, total, walk.rows * kVector);
+    if (leaves()) *place() = total[0];
+  } else {
+    merge_in_warp(plan, sums, walk.rows);
+    if (!leaves()) return;
+    Sums* left = place();
+    Sums piece = sums[0];
+    int count = 1;
+    int position = walk.column * kVector % plan.row_values;
+#pragma unroll
+    for (int i = 1; i < kVector; ++i) {
+      if (++position < plan.row_values) {
+        add_sums(piece, sums[i], count * walk.rows, 1.0 / (count + 1));
+        ++count;
+      } else {
+        *left++ = piece;
+        piece = sums[i];
+        count = 1;
+        position = 0;
+      }
+    }
+    *left = piece;
+  }
+}
+
+// What threads have left of a channel of the block's slice: of some adjacent vectors in each row, those of their values
+// that are the channel's.
+class Parts {
+ public:
+  __device__ Parts(const Plan& plan, int place)
+      : plan_(plan),
+        place_(place),
+        first_value_(place * plan.row_values),
+        first_vector_(first_value_ / plan.vector),
+        vectors_((first_value_ + plan.row_values - 1) / plan.vector - first_vector_ + 1) {}
+
+  __device__ int count() const { return plan_.partial_rows() * vectors_; }
+  // The i-th part: the row of threads it begins with, where it is, how many values of each row it is of.
+  __device__ int row_lane(int i) const { return i / vectors_ * plan_.warp_rows; }
+  __device__ int index(int i) const {
+    const int vector = first_vector_ + i % vectors_;
+    const int piece = place_ - vector * plan_.vector / plan_.row_values;
+    return i / vectors_ * plan_.partials_stride() + vector * plan_.pieces_stride() + piece;
+  }
+  __device__ int values(int i) const {
+    const int vector_begin = (first_vector_ + i % vectors_) * plan_.vector;
+    const int end = min(first_value_ + plan_.row_values, vector_begin + plan_.vector);
+    return end - max(first_value_, vector_begin);
+  }
+
+ private:
+  const Plan& plan_;
+  int place_;
+  int first_value_;
+  int first_vector_;
+  int vectors_;
+};
+
+// A channel of a slice, which a group of threads merges the sums of; there may be none.
+struct Channel {
+  Group group;
+  int place;  // in the slice
+  int64_t index;
+  bool exists;
+
+  __device__ bool is_first() const { return exists && group.lane == 0; }
+};
+
+// Calls body(channel), by groups of `lanes` threads, for the slice's channels at first, first + step ... All threads of
+// the block must call this, and stay in the body until its end: the warps merge together.
+template <typename Body>
+__device__ void for_channels(const Plan& plan, int64_t slice, int lanes, int first, int step, const Body& body) {
+  const Group group(lanes);
+  const int group_number = static_cast<int>(threadIdx.x) / lanes;
+  for (; first < plan.slice_channels; first += plan.threads / lanes * step) {
+    const int place = first + group_number * step;
+    const int64_t index = slice * plan.slice_channels + place;
+    body(Channel{group, place, index, place < plan.slice_channels && index < plan.channels});
   }
 }
 
 // Merges by channel what all threads have left, and calls finish(total, channel, its place in the slice), by one thread
-// per channel.
-// merge_channel(group, channel, parts, get) merges get(0) ... get(parts - 1); part i is of row lane
-// i / partials_per_row. A group may have no channel, and then no parts.
+// per channel. merge_channel(group, count, get, parts) merges get(0) ... get(count - 1); a group may have no channel,
+// and then a count of 0.
 template <typename Sums, typename MergeChannel, typename Finish>
 __device__ void merge_block(const Plan& plan,
                             const Block& block,
@@ -126,22 +235,12 @@ __device__ void merge_block(const Plan& plan,
                             const Finish& finish) {
   __syncthreads();
   const Sums* sums = shared_memory<Sums>();
-  const Group group(plan.merge_lanes);
-  const int per_row = plan.partials_per_row;
-  // All threads stay in the loop until its end: the warps merge together.
-  for (int first = 0; first < plan.slice_channels; first += plan.threads / group.lanes) {
-    const int in_slice = first + static_cast<int>(threadIdx.x) / group.lanes;
-    const int64_t channel = block.slice * plan.slice_channels + in_slice;
-    const bool exists = in_slice < plan.slice_channels && channel < plan.channels;
-    const auto get = [&](int64_t i) {
-      const int row_lane = static_cast<int>(i) / per_row;
-      const int value = in_slice * per_row + static_cast<int>(i) % per_row;
-      const int gaps = plan.one_channel ? 0 : value / plan.vector;
-      return sums[row_lane * plan.partials_stride() + value + gaps];
-    };
-    const Sums total = merge_channel(group, channel, exists ? plan.row_lanes * per_row : 0, get);
-    if (exists && group.lane == 0) finish(total, channel, in_slice);
-  }
+  for_channels(plan, block.slice, plan.merge_lanes, 0, 1, [&](const Channel& channel) {
+    const Parts parts(plan, channel.place);
+    const auto get = [&](int64_t i) { return sums[parts.index(static_cast<int>(i))]; };
+    const Sums total = merge_channel(channel.group, channel.exists ? parts.count() : 0, get, parts);
+    if (channel.is_first()) finish(total, channel.index, channel.place);
+  });
 }
 
 // Where a block leaves its sums of a channel for another kernel.

@@ -16,7 +16,7 @@ class Pass {
   template <typename... Parameters, typename... Arguments>
   void on_segments(void (*kernel)(Plan, Parameters...), size_t shared_bytes, const Arguments&... arguments) {
     if (error_ != cudaSuccess) return;
-    error_ = launch(kernel, plan_.blocks(), plan_.threads, shared_bytes, stream_, plan_, arguments...);
+    error_ = launch(kernel, {plan_.blocks(), plan_.threads, shared_bytes}, stream_, plan_, arguments...);
   }
 
   // kernel(plan, lanes, arguments...), `lanes` threads per channel: see ChannelSums.
@@ -25,7 +25,7 @@ class Pass {
     if (error_ != cudaSuccess) return;
     const int lanes = merge_lanes(plan_.segments);
     const int64_t blocks = blocks_of_groups(plan_.channels, lanes);
-    error_ = launch(kernel, blocks, kMaxThreads, 0, stream_, plan_, lanes, arguments...);
+    error_ = launch(kernel, {blocks, kMaxThreads}, stream_, plan_, lanes, arguments...);
   }
 
   void clear(void* memory, size_t bytes) {

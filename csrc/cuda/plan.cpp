@@ -16,7 +16,10 @@ constexpr int kSector = 32;           // bytes: the least that memory moves
 constexpr int64_t kWidePlane = 512;   // bytes: a warp's 16-byte accesses, so that a plane's end costs little
 constexpr int kMinRowsPerThread = 4;  // what a thread reads at once
 constexpr int64_t kMostWaves = 4;
-constexpr int64_t kRowsOfBlock = 4;  // in what time a thread reads them, a block does what it does once; not measured
+constexpr int64_t kRowsOfBlock = 4;    // in what time a thread reads them, a block does what it does once; not measured
+constexpr int64_t kRowsOfCluster = 1;  // the same for barriers of a cluster
+constexpr int64_t kRowsOfGrid = 4;     // and of a grid's teams
+constexpr int64_t kLeastKept = 8;      // a part of so many must fit, for the general path has no barriers
 constexpr int kReservedSharedBytes = 1024;  // of every block, for the device's own use
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
@@ -36,16 +39,16 @@ void choose_wide_planes(Plan& plan, int64_t images, int64_t plane) {
   plan.image_rows = plane / plan.vector;
   plan.rows = images * plan.image_rows;
   plan.row_lanes = static_cast<int>(std::min<int64_t>(kMaxThreads, ceil_div(plan.rows, kWarp) * kWarp));
-  plan.partials_per_row = 1;
-  plan.partial_values = plan.vector;
+  plan.row_values = plan.vector;
   plan.one_channel = true;
 }
 
-void choose_narrow_planes(Plan& plan, int64_t images, int64_t plane, int64_t least_channels, int value_bytes) {
+void choose_narrow_planes(
+    Plan& plan, int64_t images, int64_t plane, int64_t least_channels, int line, int value_bytes) {
   // Slices of nearly the same width, and wider ones where there are few rows, and where rows begin in the middle of a
   // sector: so that few sectors belong to two slices, or none.
   const bool starts_at_sectors = plan.pitch * value_bytes % kSector == 0;
-  const int64_t columns_of_line = kLine / (plan.vector * value_bytes);
+  const int64_t columns_of_line = std::max<int64_t>(1, line / (plan.vector * value_bytes));
   const int64_t columns =
       std::clamp<int64_t>(kMaxThreads / images, starts_at_sectors ? columns_of_line : kMaxThreads, kMaxThreads);
   const int64_t least_columns = least_channels * plane / plan.vector;
@@ -59,20 +62,20 @@ void choose_narrow_planes(Plan& plan, int64_t images, int64_t plane, int64_t lea
   plan.image_rows = 1;
   plan.rows = images;
   plan.row_lanes = static_cast<int>(std::min<int64_t>(kMaxThreads / plan.columns, images));
-  plan.partials_per_row = static_cast<int>(plane);
-  plan.partial_values = 1;
+  plan.row_values = static_cast<int>(plane);
   plan.one_channel = plan.vector == 1;
 }
 
-void choose_vector(Plan& plan, int64_t images, int64_t plane, int value_bytes, int alignment, bool for_mask) {
+void choose_vector(Plan& plan, int64_t images, int64_t plane, int line, const Request& request) {
+  const int value_bytes = request.value_bytes;
   for (int access = kWidestAccess; access >= value_bytes; access /= 2) {
     plan.vector = access / value_bytes;
-    if (alignment % access != 0 || plan.pitch % plan.vector != 0) continue;
-    int unit = for_mask && plan.pitch % kByteBits == 0 ? kByteBits : plan.vector;
+    if (request.alignment % access != 0 || plan.pitch % plan.vector != 0) continue;
+    int unit = request.for_mask && plan.pitch % kByteBits == 0 ? kByteBits : plan.vector;
     if (adjacent_channels(plane, unit, plan.vector) == 0) unit = plan.vector;
     const int64_t channels = adjacent_channels(plane, unit, plan.vector);
     if (channels > 0 && (plane * value_bytes < kWidePlane || plane % unit != 0)) {
-      return choose_narrow_planes(plan, images, plane, channels, value_bytes);
+      return choose_narrow_planes(plan, images, plane, channels, line, value_bytes);
     }
     if (plane % plan.vector == 0) return choose_wide_planes(plan, images, plane);
   }
@@ -94,19 +97,73 @@ void choose_segments(Plan& plan, const Machine& machine) {
     plan.rows_per_thread = static_cast<int>(rows_per_thread);
   }
   plan.segments = ceil_div(plan.rows, plan.segment_rows());
+  plan.teams = plan.slices;
 }
 
-// Of `tensors` in tiles, beside blocks enough to hide each other's barriers. A tile so small is read and written in
-// less time than the general path's launches take, so it should pay also where there are few of them; not measured.
-void choose_residence(Plan& plan, int tensors, int value_bytes, const Machine& machine) {
-  Plan whole = plan;
-  const int64_t rows_per_thread = ceil_div(plan.rows, plan.row_lanes);
-  if (rows_per_thread > kMaxRowsPerThread) return;
-  whole.rows_per_thread = static_cast<int>(rows_per_thread);
-  whole.segments = 1;
-  whole.resident = true;
-  const int64_t room = machine.shared_bytes / kBlocksAtATime - kReservedSharedBytes;
-  if (static_cast<int64_t>(ResidentMemory(whole, tensors, value_bytes).bytes) <= room) plan = whole;
+// Of blocks that hold slices, those that the machine has at a time.
+int64_t resident_blocks(const Machine& machine) { return int64_t(machine.multiprocessors) * kResidentAtATime; }
+
+// Teams of `segments` blocks or a few less, whose threads keep so many rows; kNone where the machine has no such teams.
+Plan with_teams(Plan plan, int64_t segments, int64_t most_kept, const Machine& machine) {
+  const int64_t least_rows =
+      std::min(std::min<int64_t>(kMinRowsPerThread, most_kept), ceil_div(plan.rows, plan.row_lanes));
+  const int64_t rows_per_thread = std::max(least_rows, ceil_div(plan.rows, segments * plan.row_lanes));
+  plan.team = Team::kNone;
+  if (rows_per_thread > kMaxRowsPerThread) return plan;
+  plan.rows_per_thread = static_cast<int>(rows_per_thread);
+  plan.kept_rows = static_cast<int>(std::min(rows_per_thread, most_kept));
+  plan.segments = ceil_div(plan.rows, plan.segment_rows());
+  plan.teams = plan.slices;
+  const int64_t most_segments = resident_blocks(machine);
+  if (plan.segments == 1) {
+    plan.team = Team::kBlock;
+  } else if (plan.segments <= std::min<int64_t>(kMaxClusterBlocks, most_segments) && machine.clusters) {
+    plan.team = Team::kCluster;
+  } else if (plan.segments <= most_segments && machine.cooperative) {
+    plan.team = Team::kGrid;
+    plan.teams = std::min(plan.slices, most_segments / plan.segments);
+  }
+  return plan;
+}
+
+// How long they take, counted in rows.
+int64_t time_of(const Plan& plan, const Machine& machine) {
+  const int64_t at_a_time = std::max<int64_t>(1, resident_blocks(machine) / plan.segments);
+  const int64_t barriers = plan.team == Team::kBlock ? 0 : plan.team == Team::kCluster ? kRowsOfCluster : kRowsOfGrid;
+  return ceil_div(plan.slices, at_a_time) * (plan.rows_per_thread + kRowsOfBlock + barriers);
+}
+
+// The plan of the teams that are done first, of those that keep a slice on chip, all of it or else what fits beside
+// other blocks, enough to hide each other's barriers. Teams of one read and write a small tensor in less time than the
+// general path's launches take. None of this is measured.
+Plan choose_team(const Plan& general, int tensors, int value_bytes, const Machine& machine) {
+  Plan none = general;
+  none.kept_rows = 0;
+  const int64_t room = machine.shared_bytes / kResidentAtATime - kReservedSharedBytes;
+  const int64_t row_bytes = int64_t(general.threads) * general.vector * value_bytes * tensors;
+  const int64_t free_bytes = room - static_cast<int64_t>(ResidentMemory(none, tensors, value_bytes).bytes);
+  const int64_t most_rows = std::min<int64_t>(kMaxRowsPerThread, free_bytes / row_bytes);
+  if (free_bytes < row_bytes) return general;
+
+  const int64_t least = ceil_div(general.rows, most_rows * general.row_lanes), most = resident_blocks(machine);
+  if (least > most) {
+    const Plan spilling = with_teams(general, most, most_rows, machine);
+    return spilling.kept_rows * kLeastKept >= spilling.rows_per_thread && spilling.resident() ? spilling : general;
+  }
+  Plan best = general;
+  const auto consider = [&](int64_t segments) {
+    const Plan plan = with_teams(general, std::max(least, segments), most_rows, machine);
+    if (!plan.resident() || (best.resident() && time_of(plan, machine) >= time_of(best, machine))) return;
+    best = plan;
+  };
+  consider(least);
+  const int64_t least_rounds = ceil_div(general.slices * least, most);
+  for (int64_t rounds = least_rounds; rounds < least_rounds + kMostWaves; ++rounds) {
+    const int64_t segments = most / ceil_div(general.slices, rounds);
+    consider(segments);
+    consider(std::min<int64_t>(segments, kMaxClusterBlocks));
+  }
+  return best;
 }
 
 int value_bytes(DType dtype) {
@@ -127,28 +184,55 @@ int common_alignment(Variant variant, int value_bytes, std::initializer_list<con
   return static_cast<int>(bits & -bits);
 }
 
-}  // namespace
+// How the sums of a block's threads become those of its channels.
+void choose_partials(Plan& plan) {
+  const int values = plan.row_values;
+  plan.pieces = plan.one_channel ? 1 : values == 1 ? plan.vector : (plan.vector + values - 2) / values + 1;
+  // Sums of values that are side by side go to different places of each row.
+  plan.warp_rows = kWarp % plan.columns == 0 && (plan.one_channel || values == 1) ? kWarp / plan.columns : 1;
+}
 
-Plan make_plan(const Shape& shape, int value_bytes, int alignment, bool for_mask, const Machine& machine) {
+// Threads that merge a channel's sums: no more of them than there are for all channels at once.
+void choose_lanes(Plan& plan) {
+  const auto lanes_of = [&](int64_t channels, int64_t parts) {
+    int lanes = merge_lanes(parts);
+    while (lanes > 1 && lanes * channels > plan.threads) lanes /= 2;
+    return lanes;
+  };
+  plan.merge_lanes = lanes_of(plan.slice_channels, plan.partial_rows() * ceil_div(plan.row_values, plan.vector));
+  plan.team_lanes = lanes_of(ceil_div(plan.slice_channels, plan.segments), plan.segments);
+}
+
+// With slices of `line` bytes at least, where planes are narrow.
+Plan plan_with_slices(const Request& request, int line, const Machine& machine) {
+  const Shape& shape = request.shape;
   const int64_t plane = shape.channels_last ? 1 : shape.s;
   const int64_t images = shape.channels_last ? shape.n * shape.s : shape.n;
   Plan plan{};
   plan.channels = shape.c;
   plan.pitch = shape.c * plane;
   plan.plane = static_cast<int>(std::min(plane, kManyRows));
-  choose_vector(plan, images, plane, value_bytes, alignment, for_mask);
+  choose_vector(plan, images, plane, line, request);
   plan.whole_bytes = plan.pitch % kByteBits == 0 && plan.slice_width % kByteBits == 0;
   plan.threads = static_cast<int>(ceil_div(plan.columns * plan.row_lanes, kWarp)) * kWarp;
+  choose_partials(plan);
   choose_segments(plan, machine);
+  if (request.resident_tiles > 0) plan = choose_team(plan, request.resident_tiles, request.value_bytes, machine);
 
   plan.step_rows = static_cast<int>(plan.row_lanes % plan.image_rows);
   plan.step_offset = plan.row_lanes / plan.image_rows * plan.pitch + int64_t(plan.step_rows) * plan.vector;
   plan.wrap_offset = plan.pitch - plan.image_rows * plan.vector;
-  // No more of them than there are threads for all channels at once.
-  const int lanes_of_channel = std::max(1, plan.threads / plan.slice_channels);
-  plan.merge_lanes = merge_lanes(plan.row_lanes * plan.partials_per_row);
-  while (plan.merge_lanes > lanes_of_channel) plan.merge_lanes /= 2;
+  choose_lanes(plan);
   return plan;
+}
+
+}  // namespace
+
+Plan make_plan(const Request& request, const Machine& machine) {
+  const Plan plan = plan_with_slices(request, kLine, machine);
+  if (request.resident_tiles == 0 || plan.spilled_rows() == 0) return plan;
+  const Plan narrower = plan_with_slices(request, kLine / 2, machine);
+  return narrower.spilled_rows() < plan.spilled_rows() ? narrower : plan;
 }
 
 Plan plan_forward(const ForwardParams& p, const Machine& machine) {
@@ -156,21 +240,19 @@ Plan plan_forward(const ForwardParams& p, const Machine& machine) {
   const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {p.x, p.z, p.y});
   // Alike for calls with a mask and without, so that results do not depend on it.
   const bool for_mask = p.activation.kind == ActivationKind::kReluLike && p.z != nullptr;
-  Plan plan = make_plan(p.shape, bytes, alignment, for_mask, machine);
-  // The mean over all batches needs their number, which one kernel raises and another one reads.
+  // The mean over all batches needs their number, which one block raises and others read.
   const bool reads_count = p.cumulative && p.num_batches_tracked != nullptr;
-  if (p.training && !p.repeats && !reads_count) choose_residence(plan, 1, bytes, machine);
-  return plan;
+  const int tiles = p.training && !p.repeats && !reads_count ? 1 : 0;
+  return make_plan({p.shape, bytes, alignment, for_mask, tiles}, machine);
 }
 
 Plan plan_backward(const BackwardParams& p, const Machine& machine) {
   const int bytes = value_bytes(p.dtype);
   const void* dy = p.dy_is_scalar ? nullptr : p.dy;
   const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {dy, p.x, p.z, p.dx, p.dz});
-  Plan plan = make_plan(p.shape, bytes, alignment, false, machine);
   const bool reads_z = p.z != nullptr && p.mask == nullptr;
-  if (p.training && p.needs_sums() && !p.dy_is_scalar && !reads_z) choose_residence(plan, 2, bytes, machine);
-  return plan;
+  const int tiles = p.training && p.needs_sums() && !p.dy_is_scalar && !reads_z ? 2 : 0;
+  return make_plan({p.shape, bytes, alignment, false, tiles}, machine);
 }
 
 int merge_lanes(int64_t partials) {

@@ -10,6 +10,7 @@ namespace bn_ext::cuda {
 
 constexpr int kMaxThreads = 256;        // of a block
 constexpr int kBlocksAtATime = 3;       // of so many threads, on a multiprocessor: what the kernels' registers allow
+constexpr int kResidentAtATime = 2;     // the same of blocks that hold slices: while one waits, another one moves data
 constexpr int kMaxRowsPerThread = 256;  // float32 sums stay short
 
 // What a kernel is compiled for.
@@ -30,7 +31,21 @@ constexpr int most_values_of_any(int value_bytes) { return value_bytes == 8 ? 1 
 // What the plan depends on besides the tensor.
 struct Machine {
   int multiprocessors;
-  int shared_bytes = 0;  // of a multiprocessor, for all its blocks
+  int shared_bytes = 0;      // of a multiprocessor, for all its blocks
+  bool clusters = false;     // whether blocks may be launched in clusters
+  bool cooperative = false;  // whether a grid's blocks may wait for each other
+
+  constexpr Machine without_teams() const { return {multiprocessors, shared_bytes}; }
+};
+
+constexpr int kMaxClusterBlocks = 8;  // on every device that has clusters
+
+// The blocks that hold a slice on chip together, between the two uses of its values, so that one kernel does the pass.
+enum class Team : int {
+  kNone,     // no slice stays on chip: a kernel for each use
+  kBlock,    // one
+  kCluster,  // a few, which see each other's shared memory
+  kGrid,     // many, of a grid that is resident as a whole; its teams take slice after slice
 };
 
 // A channels_last tensor is a contiguous (N, C, P) tensor with P = 1 and a position for an image; so there is one
@@ -47,71 +62,113 @@ struct Plan {
   int64_t pitch;        // values from one image to the next, C * P
   int64_t slice_width;  // values of a slice in one image; the last slice may have fewer
   int64_t slices;
-  int64_t rows;          // of a slice
-  int64_t image_rows;    // of one image
-  int64_t segments;      // of a slice
-  int64_t step_offset;   // values from a thread's row to its next one, `row_lanes` further, in the same image ...
-  int64_t wrap_offset;   // ... and what comes on top when that is past the image's last row
-  int step_rows;         // by how many rows of an image that step moves on
-  int vector;            // values of one access
-  int columns;           // vectors side by side
-  int row_lanes;         // threads behind each other
-  int rows_per_thread;   // at most
-  int threads;           // of a block: columns * row_lanes, and some idle ones to fill the last warp
-  int slice_channels;    // of a slice; the last one may have fewer
-  int plane;             // P; no more than 2^30 is told, which no slice of several channels has
-  int partials_per_row;  // of a channel, that one row of threads makes: 1, or P where columns are values
-  int partial_values;    // of a channel in one row, that one such partial sums up
-  int merge_lanes;       // threads that together merge the partials of a channel, a power of two <= 32
-  bool one_channel;      // all values of a thread belong to one channel
-  bool whole_bytes;      // rows of slices are whole bytes of a mask, in memory: no two slices share one
-  bool resident;         // the only segment of a slice stays in its block's shared memory: one kernel does the pass
+  int64_t rows;         // of a slice
+  int64_t image_rows;   // of one image
+  int64_t segments;     // of a slice: as many as its team has blocks
+  int64_t teams;        // in the grid: one for each slice, but of kGrid
+  int64_t step_offset;  // values from a thread's row to its next one, `row_lanes` further, in the same image ...
+  int64_t wrap_offset;  // ... and what comes on top when that is past the image's last row
+  int step_rows;        // by how many rows of an image that step moves on
+  int vector;           // values of one access
+  int columns;          // vectors side by side
+  int row_lanes;        // threads behind each other
+  int rows_per_thread;  // at most
+  int kept_rows;        // of them, that stay on chip, at most
+  int threads;          // of a block: columns * row_lanes, and some idle ones to fill the last warp
+  int slice_channels;   // of a slice; the last one may have fewer
+  int plane;            // P; no more than 2^30 is told, which no slice of several channels has
+  int row_values;       // of a channel in one row: P, or where the slice is one channel, a vector
+  int pieces;           // channels that the values of one thread's vector belong to, at most
+  int warp_rows;        // rows of threads whose sums a warp merges before it leaves them, a power of two
+  int merge_lanes;      // threads that together merge the partials of a channel, a power of two <= 32
+  int team_lanes;       // the same for the sums of a channel's segments
+  Team team;
+  bool one_channel;  // all values of a thread belong to one channel
+  bool whole_bytes;  // rows of slices are whole bytes of a mask, in memory: no two slices share one
 
-  constexpr int64_t blocks() const { return slices * segments; }
+  constexpr bool resident() const { return team != Team::kNone; }
+  constexpr bool blocks_wait() const { return team == Team::kCluster || team == Team::kGrid; }  // for each other
+  constexpr int64_t blocks() const { return teams * segments; }
   constexpr int64_t segment_rows() const { return int64_t(row_lanes) * rows_per_thread; }  // the last has fewer
   // How many rows a segment has.
   constexpr int rows_of(int64_t segment) const {
     const int64_t left = rows - segment * segment_rows();
     return static_cast<int>(left < segment_rows() ? left : segment_rows());
   }
-  // Values of a channel in a segment.
-  constexpr double values_of(int64_t segment) const {
-    return double(rows_of(segment)) * partials_per_row * partial_values;
+  // How many rows of all segments do not stay on chip.
+  constexpr int64_t spilled_rows() const {
+    if (!resident()) return rows;
+    const int64_t kept = int64_t(row_lanes) * kept_rows, last = rows_of(segments - 1);
+    return rows - (segments - 1) * kept - (last < kept ? last : kept);
   }
-  // Partials that a block's threads leave in shared memory, with gaps: of a row of threads, an odd number, and of all.
-  constexpr int partials_stride() const { return columns * (one_channel ? 1 : vector + 1) | 1; }
-  constexpr int block_partials() const { return row_lanes * partials_stride(); }
+  // Values of a channel in a segment.
+  constexpr double values_of(int64_t segment) const { return double(rows_of(segment)) * row_values; }
+  // Partial sums that a block leaves in shared memory, with gaps: from those of one vector to the next one's, from one
+  // row's to the next one's, an odd number, and all.
+  constexpr int pieces_stride() const { return pieces > 2 ? pieces + 1 : pieces; }
+  constexpr int partials_stride() const { return columns * pieces_stride() | 1; }
+  constexpr int partial_rows() const { return (row_lanes + warp_rows - 1) / warp_rows; }
+  constexpr int block_partials() const { return partial_rows() * partials_stride(); }
   // Channels whose coefficients they share there.
   constexpr int block_coefficients() const { return one_channel ? 0 : slice_channels; }
 };
 
 // Where things lie in the shared memory of a resident block, in bytes: first what threads leave for each other, then
-// coefficients of the slice's channels, then a tile for each of some tensors.
+// coefficients of the slice's channels, then the block's sums of them for its team, then a tile for each of some
+// tensors.
 struct ResidentMemory {
   size_t coefficients;
+  size_t sums;
   size_t tiles;
   size_t bytes;  // in all
 
-  constexpr ResidentMemory(const Plan& plan, int tensors, size_t value_bytes) : coefficients(0), tiles(0), bytes(0) {
+  constexpr ResidentMemory(const Plan& plan, int tensors, size_t value_bytes)
+      : coefficients(0), sums(0), tiles(0), bytes(0) {
     const size_t number_bytes = value_bytes == 8 ? 8 : 4;  // of a coefficient
     const size_t partial_bytes = plan.block_partials() * 2 * sizeof(double);
     const size_t affine_bytes = plan.slice_channels * 3 * number_bytes;
     coefficients = round_up(partial_bytes > affine_bytes ? partial_bytes : affine_bytes);
-    tiles = round_up(coefficients + affine_bytes);
-    bytes = tiles + size_t(plan.threads) * plan.rows_per_thread * plan.vector * value_bytes * tensors;
+    sums = round_up(coefficients + affine_bytes);
+    tiles = sums + plan.slice_channels * 2 * sizeof(double);
+    bytes = tiles + size_t(plan.threads) * plan.kept_rows * plan.vector * value_bytes * tensors;
   }
 
  private:
   static constexpr size_t round_up(size_t size) { return (size + 15) / 16 * 16; }
 };
 
+// What a team of a grid has in global memory, in bytes: its counter of blocks that have come to wait, their sums of the
+// slice's channels, (slice_channels, segments), and the channels' coefficients.
+struct TeamWorkspace {
+  size_t sums;
+  size_t coefficients;
+  size_t bytes;  // of one team
+
+  constexpr explicit TeamWorkspace(const Plan& plan) : sums(128), coefficients(0), bytes(0) {
+    coefficients = sums + plan.slice_channels * plan.segments * 2 * sizeof(double);
+    bytes = (coefficients + plan.slice_channels * 3 * sizeof(double) + 127) / 128 * 128;
+  }
+};
+
+constexpr size_t workspace_of_teams(const Plan& plan) {
+  return plan.team == Team::kGrid ? plan.teams * TeamWorkspace(plan).bytes : 0;
+}
+
 // Threads of a warp that together merge so many partials: a power of two, one each as far as they go round.
 int merge_lanes(int64_t partials);
 // Blocks of kMaxThreads that make up `groups` groups of `lanes` threads.
 int64_t blocks_of_groups(int64_t groups, int lanes);
 
-// `alignment`: bytes, a power of two that divides every activation's address. `for_mask`: whole bytes, if possible.
-Plan make_plan(const Shape& shape, int value_bytes, int alignment, bool for_mask, const Machine& machine);
+// What make_plan goes by. The least values make the most of every shape.
+struct Request {
+  Shape shape;
+  int value_bytes;
+  int alignment;       // bytes, a power of two that divides every activation's address
+  bool for_mask;       // rows of slices shall be whole bytes, if possible
+  int resident_tiles;  // tensors that a team would keep of a slice; 0: there is to be none
+};
+
+Plan make_plan(const Request& request, const Machine& machine);
 Plan plan_forward(const ForwardParams& p, const Machine& machine);
 Plan plan_backward(const BackwardParams& p, const Machine& machine);
 

@@ -1,5 +1,7 @@
-// The backward pass in training, where a block can hold a slice of dy and of x: each is read once.
+// The backward pass in training, where a team of blocks can hold a slice of dy and of x, or a part of it: each is read
+// once, and what does not fit twice.
 #include "dispatch.cuh"
+#include "exchange.cuh"
 #include "gradient.cuh"
 #include "resident.h"
 #include "tile.cuh"
@@ -9,91 +11,114 @@ namespace {
 
 constexpr int kTensors = 2;  // in tiles
 
-// Sums of g and g * (x - mean) of a slice from its tiles, then dx and dz, as they are wanted. A mask is read twice.
-// Grid: a block per slice. Reads dy and x once, writes each result once.
+// Sums of g and g * (x - mean) of a slice from its tiles, then, backwards, dx and dz, as they are wanted.
+// Grid: the teams' blocks. Reads dy and x once, what is not in tiles twice, a mask twice; writes each result once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
-    resident_backward_kernel(const Plan plan, const BackwardParams p) {
+__global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
+    resident_backward_kernel(const Plan plan, const BackwardParams p, void* workspace) {
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
-  using Gradients = Gradient<T, kVector, kVariant, true>;
   const ResidentMemory memory(plan, kTensors, sizeof(T));
   const Tile<T, kVector> dy(plan, memory.tiles, 0);
   const Tile<T, kVector> x(plan, memory.tiles, 1);
-  const Block block(plan, blockIdx.x);
-  Walk<false> walk(plan, block);
-  for (int i = 0; i < walk.rows; ++i) {
-    dy.fetch(i, static_cast<const T*>(p.dy) + walk.offset);
-    x.fetch(i, static_cast<const T*>(p.x) + walk.offset);
-    walk.next(plan);
-  }
-  walk = Walk<false>(plan, block);
-  Affine<A> affine[kOneChannel ? 1 : kVector] = {};
-  make_coefficients<kVector, kOneChannel>(
-      plan, block, walk, affine, [&](int64_t channel, bool) { return saved_affine<A>(p, channel, true, p.needs_u()); });
-  dy.wait();
-
-  const Gradients g(p, true);
-  const auto for_rows = [&](const auto& finish) {
-    for (int i = 0; i < walk.rows; ++i) {
-      finish(g.row(walk.offset, dy[i], x[i]));
+  Exchange<GradSums, Slope<A>> exchange(plan, memory, workspace);
+  exchange.start();
+  for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
+    Walk<false> walk(plan, block);
+    const int kept = min(walk.rows, plan.kept_rows);
+    const int spilled = walk.rows - kept;
+    for (int i = 0; i < kept; ++i) {
+      dy.fetch(i, static_cast<const T*>(p.dy) + walk.offset);
+      x.fetch(i, static_cast<const T*>(p.x) + walk.offset);
       walk.next(plan);
     }
-  };
-  A sum_dy[kVector] = {};
-  A sum_dy_centred[kVector] = {};
-  for_rows([&](const typename Gradients::Row& row) {
-    with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const Affine<A>& a = affine[kOneChannel ? 0 : i];
-        const A value = g.at(formula, row, i, a);
-        sum_dy[i] += value;
-        sum_dy_centred[i] += value * (row.x[i] - a.mean);
-      }
+    Affine<A> affine[kOneChannel ? 1 : kVector] = {};
+    make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
+      return saved_affine<A>(p, channel, true, p.needs_u());
     });
-  });
-  GradSums sums[kVector];
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
-  walk = Walk<false>(plan, block);
-  leave_sums<kOneChannel>(plan, walk, sums);
-  Slope<A>* of_slice = shared_memory_at<Slope<A>>(memory.coefficients);
-  merge_gradients(plan, block, [&](const GradSums& total, int64_t channel, int place) {
-    of_slice[place] = finalise_gradient<A>(p, channel, total);
-  });
-  __syncthreads();
 
-  if (p.dx == nullptr && p.dz == nullptr) return;
-  Slope<A> slope[kOneChannel ? 1 : kVector] = {};
-  pick_coefficients<kVector, kOneChannel>(plan, walk, of_slice, slope);
-  for_rows([&](const typename Gradients::Row& row) {
-    V row_dx;
-    V row_dz;
-    with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
+    A sum_dy[kVector] = {};
+    A sum_dy_centred[kVector] = {};
+    const auto add = [&](const auto& g, const auto& row) {
+      with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const GradAffine<A> a = {affine[kOneChannel ? 0 : i], slope[kOneChannel ? 0 : i]};
-        const A value = g.at(formula, row, i, a.affine);
-        row_dx.set(i, a.of_training(value, row.x[i]));
-        row_dz.set(i, value);
-      }
+        for (int i = 0; i < kVector; ++i) {
+          const Affine<A>& a = affine[kOneChannel ? 0 : i];
+          const A value = g.at(formula, row, i, a);
+          sum_dy[i] += value;
+          sum_dy_centred[i] += value * (row.x[i] - a.mean);
+        }
+      });
+    };
+    const Gradient<T, kVector, kVariant, false> g_to_sum(p, true);
+    g_to_sum.template for_rows<16>(plan, walk, spilled, [&](const auto& row) { add(g_to_sum, row); });
+    dy.wait();
+    walk = Walk<false>(plan, block);
+    for (int i = 0; i < kept; ++i) {
+      add(g_to_sum, g_to_sum.row(walk.offset, dy[i], x[i]));
+      walk.next(plan);
+    }
+    GradSums sums[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
+    leave_sums<kOneChannel>(plan, walk, sums);
+    merge_gradients(plan, block, [&](const GradSums& total, int64_t, int place) { exchange.leave_sums(place, total); });
+    exchange.for_own_channels(block.slice, [&](const Channel& channel, const auto& get) {
+      const GradSums total = merge(channel.group, channel.exists ? plan.segments : 0, get);
+      if (!channel.is_first()) return;
+      exchange.leave_coefficients(channel.place, finalise_gradient<A>(p, channel.index, total));
     });
-    if (p.dx != nullptr) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
-    if (kVariant != Variant::kPlain && p.dz != nullptr) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
+    const Slope<A>* of_slice = exchange.gather_coefficients();
+
+    Walk<true> back(plan, block);
+    Slope<A> slope[kOneChannel ? 1 : kVector] = {};
+    pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, slope);
+    const Gradient<T, kVector, kVariant, true> g(p, true);
+    const auto finish = [&](const auto& row) {
+      V row_dx;
+      V row_dz;
+      with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          const GradAffine<A> a = {affine[kOneChannel ? 0 : i], slope[kOneChannel ? 0 : i]};
+          const A value = g.at(formula, row, i, a.affine);
+          row_dx.set(i, a.of_training(value, row.x[i]));
+          row_dz.set(i, value);
+        }
+      });
+      if (p.dx != nullptr) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
+      if (kVariant != Variant::kPlain && p.dz != nullptr) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
+    };
+    if (p.dx == nullptr && p.dz == nullptr) continue;
+    g.template for_rows<16>(plan, back, spilled, finish);
+    for (int i = kept - 1; i >= 0; --i) {
+      finish(g.row(back.offset, dy[i], x[i]));
+      back.next(plan);
+    }
+  }
+  exchange.finish();
+}
+
+// Calls body(kernel, grid) with the plan's.
+template <typename Body>
+cudaError_t with_kernel(const BackwardParams& p, const Plan& plan, const Body& body) {
+  const Variant variant = variant_of(p.activation, p.z);
+  return dispatch(p.dtype, plan, variant, [&](auto value, auto vector, auto one_channel, auto chosen) {
+    using T = decltype(value);
+    return body(resident_backward_kernel<T, vector.value, one_channel.value, chosen.value>,
+                grid_of_teams(plan, kTensors, sizeof(T)));
   });
 }
 
 }  // namespace
 
-cudaError_t launch_resident_backward(const BackwardParams& p, const Plan& plan, cudaStream_t stream) {
-  const Variant variant = variant_of(p.activation, p.z);
-  return dispatch(p.dtype, plan, variant, [&](auto value, auto vector, auto one_channel, auto chosen) {
-    using T = decltype(value);
-    const auto kernel = resident_backward_kernel<T, vector.value, one_channel.value, chosen.value>;
-    const size_t shared_bytes = ResidentMemory(plan, kTensors, sizeof(T)).bytes;
-    return launch(kernel, plan.slices, plan.threads, shared_bytes, stream, plan, p);
-  });
+cudaError_t ask_whether_fits(const BackwardParams& p, const Plan& plan, bool& fits) {
+  return with_kernel(p, plan, [&](auto* kernel, const Grid& grid) { return ask_whether_fits(kernel, grid, fits); });
+}
+
+cudaError_t launch_resident_backward(const BackwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return with_kernel(
+      p, plan, [&](auto* kernel, const Grid& grid) { return launch(kernel, grid, stream, plan, p, workspace); });
 }
 
 }  // namespace bn_ext::cuda

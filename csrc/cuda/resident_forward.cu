@@ -1,6 +1,8 @@
-// The forward pass in training, where a block can hold a slice: x is read once.
+// The forward pass in training, where a team of blocks can hold a slice of x, or a part of it: it is read once, and
+// what does not fit twice.
 #include "apply.cuh"
 #include "dispatch.cuh"
+#include "exchange.cuh"
 #include "resident.h"
 #include "statistics.cuh"
 #include "tile.cuh"
@@ -10,66 +12,92 @@ namespace {
 
 constexpr int kTensors = 1;  // in tiles
 
-// Statistics of a slice from its tile, then y. Counts the batch, which no thread of this kernel looks at.
-// Grid: a block per slice. Reads x and z once, writes y once.
+// Statistics of a slice from its tiles, then y, backwards. Counts the batch, which no thread of this kernel looks at.
+// Grid: the teams' blocks. Reads x and z once, of x what is not in tiles twice, writes y once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
-    resident_forward_kernel(const Plan plan, const ForwardParams p) {
+__global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
+    resident_forward_kernel(const Plan plan, const ForwardParams p, void* workspace) {
   using A = acc_t<T>;
+  using V = Vector<T, kVector>;
+  const T* x = static_cast<const T*>(p.x);
   const ResidentMemory memory(plan, kTensors, sizeof(T));
   const Tile<T, kVector> tile(plan, memory.tiles, 0);
-  const Block block(plan, blockIdx.x);
-  Walk<false> walk(plan, block);
-  for (int i = 0; i < walk.rows; ++i) {
-    tile.fetch(i, static_cast<const T*>(p.x) + walk.offset);
-    walk.next(plan);
-  }
+  Exchange<Moments, Affine<A>> exchange(plan, memory, workspace);
+  exchange.start();
   count_batch(p.num_batches_tracked);
-  walk = Walk<false>(plan, block);
-  tile.wait();
-
-  RunningMoments<A> moments[kVector] = {};
-  int row = 0;
-  add_rows<T>(walk.rows, [&] { return tile[row++]; }, moments);
-  Affine<A>* of_slice = shared_memory_at<Affine<A>>(memory.coefficients);
-  merge_moments<kOneChannel>(
-      plan,
-      block,
-      walk,
-      moments,
-      [&](const Group& group, int64_t channel, int parts, const Moments& total) {
-        return mend_overflow<T>(group, p, channel, parts > 0, total);
-      },
-      [&](const Moments& total, int64_t channel, int place) {
-        of_slice[place] = finalise_channel<A>(p, channel, total);
-      });
-  __syncthreads();
-
-  Apply<T, kVector, kOneChannel, kVariant> apply(p);
-  pick_coefficients<kVector, kOneChannel>(plan, walk, of_slice, apply.affine);
-  using Row = typename decltype(apply)::Row;
-  in_batches<kBatchRows<Vector<T, kVector>, 32>>(walk.rows, [&](auto count, int done) {
-    Row rows[decltype(count)::value] = {};
-#pragma unroll
-    for (Row& r : rows) {
-      r = {walk.offset, tile[done++], apply.z(walk.offset)};
+  for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
+    Walk<false> walk(plan, block);
+    const int kept = min(walk.rows, plan.kept_rows);
+    const int spilled = walk.rows - kept;
+    for (int i = 0; i < kept; ++i) {
+      tile.fetch(i, x + walk.offset);
       walk.next(plan);
     }
+    RunningMoments<A> moments[kVector] = {};
+    const auto next = [&] {
+      const V row = load<kVector>(x + walk.offset);
+      walk.next(plan);
+      return row;
+    };
+    add_rows<T>(spilled, next, moments);
+    tile.wait();
+    int i = 0;
+    add_rows<T>(walk.rows, [&] { return tile[i++]; }, moments, spilled);
+    merge_moments<kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int place) {
+      exchange.leave_sums(place, total);
+    });
+    exchange.for_own_channels(block.slice, [&](const Channel& channel, const auto& get) {
+      const double count = double(p.shape.values_per_channel());
+      const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
+      const Moments merged = merge(channel.group, channel.exists ? plan.segments : 0, get, count_of, count);
+      const Moments total = mend_overflow<T>(channel.group, p, channel.index, channel.exists, merged);
+      if (!channel.is_first()) return;
+      exchange.leave_coefficients(channel.place, finalise_channel<A>(p, channel.index, total));
+    });
+    const Affine<A>* of_slice = exchange.gather_coefficients();
+
+    Apply<T, kVector, kOneChannel, kVariant> apply(p);
+    Walk<true> back(plan, block);
+    pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, apply.affine);
+    const auto write_rows = [&](int count, const auto& get_x) {
+      using Row = typename decltype(apply)::Row;
+      in_batches<kBatchRows<V, 32>>(count, [&](auto at_a_time, int) {
+        Row rows[decltype(at_a_time)::value] = {};
 #pragma unroll
-    for (const Row& r : rows) apply.finish(plan, r);
+        for (Row& row : rows) {
+          row = {back.offset, get_x(), apply.z(back.offset)};
+          back.next(plan);
+        }
+#pragma unroll
+        for (const Row& row : rows) apply.finish(plan, row);
+      });
+    };
+    write_rows(spilled, [&] { return load_last<kVector>(x + back.offset); });
+    write_rows(kept, [&] { return tile[--i]; });
+  }
+  exchange.finish();
+}
+
+// Calls body(kernel, grid) with the plan's.
+template <typename Body>
+cudaError_t with_kernel(const ForwardParams& p, const Plan& plan, const Body& body) {
+  const Variant variant = variant_of(p.activation, p.z);
+  return dispatch(p.dtype, plan, variant, [&](auto value, auto vector, auto one_channel, auto chosen) {
+    using T = decltype(value);
+    return body(resident_forward_kernel<T, vector.value, one_channel.value, chosen.value>,
+                grid_of_teams(plan, kTensors, sizeof(T)));
   });
 }
 
 }  // namespace
 
-cudaError_t launch_resident_forward(const ForwardParams& p, const Plan& plan, cudaStream_t stream) {
-  const Variant variant = variant_of(p.activation, p.z);
-  return dispatch(p.dtype, plan, variant, [&](auto value, auto vector, auto one_channel, auto chosen) {
-    using T = decltype(value);
-    const auto kernel = resident_forward_kernel<T, vector.value, one_channel.value, chosen.value>;
-    const size_t shared_bytes = ResidentMemory(plan, kTensors, sizeof(T)).bytes;
-    return launch(kernel, plan.slices, plan.threads, shared_bytes, stream, plan, p);
-  });
+cudaError_t ask_whether_fits(const ForwardParams& p, const Plan& plan, bool& fits) {
+  return with_kernel(p, plan, [&](auto* kernel, const Grid& grid) { return ask_whether_fits(kernel, grid, fits); });
+}
+
+cudaError_t launch_resident_forward(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return with_kernel(
+      p, plan, [&](auto* kernel, const Grid& grid) { return launch(kernel, grid, stream, plan, p, workspace); });
 }
 
 }  // namespace bn_ext::cuda

@@ -37,35 +37,39 @@ struct RunningMoments {
   }
 };
 
-// Of the values of a thread's `rows` vectors: next() gives one after the other.
+// Of the values of a thread's vectors, until there are `rows`: next() gives one after the other.
 template <typename T, int kVector, typename Next>
-__device__ void add_rows(int rows, const Next& next, RunningMoments<acc_t<T>> (&moments)[kVector]) {
+__device__ void add_rows(int rows,
+                         const Next& next,
+                         RunningMoments<acc_t<T>> (&moments)[kVector],
+                         int rows_before = 0) {
   using A = acc_t<T>;
-  in_batches<kBatchRows<Vector<T, kVector>, 64>>(rows, [&](auto count, int done) {
-    constexpr int kRows = decltype(count)::value;
-    Vector<T, kVector> batch[kRows];
+  in_batches<kBatchRows<Vector<T, kVector>, 64>>(
+      rows,
+      [&](auto count, int done) {
+        constexpr int kRows = decltype(count)::value;
+        Vector<T, kVector> batch[kRows];
 #pragma unroll
-    for (Vector<T, kVector>& row : batch) row = next();
-    const A share = A(kRows) / A(done + kRows);
+        for (Vector<T, kVector>& row : batch) row = next();
+        const A share = A(kRows) / A(done + kRows);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      A values[kRows];
+        for (int i = 0; i < kVector; ++i) {
+          A values[kRows];
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) values[row] = batch[row][i];
-      if (done == 0) moments[i].mean = values[0];
-      moments[i].add(values, A(done), share);
-    }
-  });
+          for (int row = 0; row < kRows; ++row) values[row] = batch[row][i];
+          if (done == 0) moments[i].mean = values[0];
+          moments[i].add(values, A(done), share);
+        }
+      },
+      rows_before);
 }
 
-// Merges the moments of all threads of a block, by channel; finish and what more a channel's moments need, more(group,
-// channel, parts, total), as of merge_block.
-template <bool kOneChannel, typename A, int kVector, typename More, typename Finish>
+// Merges the moments of all threads of a block, by channel; finish as of merge_block.
+template <bool kOneChannel, typename A, int kVector, typename Finish>
 __device__ void merge_moments(const Plan& plan,
                               const Block& block,
                               const Walk<false>& walk,
                               const RunningMoments<A> (&moments)[kVector],
-                              const More& more,
                               const Finish& finish) {
   Moments sums[kVector];
 #pragma unroll
@@ -74,12 +78,12 @@ __device__ void merge_moments(const Plan& plan,
   }
   leave_sums<kOneChannel>(plan, walk, sums);
   const int segment_rows = plan.rows_of(block.segment);
-  const auto count_of = [&](int64_t i) {
-    const int row_lane = static_cast<int>(i) / plan.partials_per_row;
-    return double(rows_of_lane(plan, segment_rows, row_lane) * plan.partial_values);
-  };
-  const auto merge_channel = [&](const Group& group, int64_t channel, int parts, const auto& get) {
-    return more(group, channel, parts, merge(group, parts, get, count_of, plan.values_of(block.segment)));
+  const auto merge_channel = [&](const Group& group, int count, const auto& get, const Parts& parts) {
+    const auto count_of = [&](int64_t i) {
+      const int part = static_cast<int>(i);
+      return double(rows_of_warp_lanes(plan, segment_rows, parts.row_lane(part))) * parts.values(part);
+    };
+    return merge(group, count, get, count_of, plan.values_of(block.segment));
   };
   merge_block<Moments>(plan, block, merge_channel, finish);
 }
@@ -95,7 +99,7 @@ inline __device__ void count_batch(int64_t* num_batches_tracked) {
 template <typename T, int kVector, bool kOneChannel>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
-  const Block block(plan, blockIdx.x);
+  const Block block = block_of(plan, blockIdx.x);
   Walk<false> walk(plan, block);
   count_batch(num_batches_tracked);
   const auto next = [&] {
@@ -105,13 +109,10 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   };
   RunningMoments<acc_t<T>> moments[kVector] = {};
   add_rows<T>(walk.rows, next, moments);
-  merge_moments<kOneChannel>(
-      plan,
-      block,
-      walk,
-      moments,
-      [](const Group&, int64_t, int, const Moments& total) { return total; },
-      [&](const Moments& total, int64_t channel, int) { store_sums(place_of(plan, block, partials, channel), total); });
+  walk = Walk<false>(plan, block);  // so that it takes no registers meanwhile
+  merge_moments<kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t channel, int) {
+    store_sums(place_of(plan, block, partials, channel), total);
+  });
 }
 
 // A channel's moments in double throughout: for values whose squares are beyond float32.

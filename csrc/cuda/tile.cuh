@@ -18,7 +18,7 @@ class Tile {
   // The tensor-th tile of the block.
   __device__ Tile(const Plan& plan, size_t tiles_begin, int tensor)
       : own_(reinterpret_cast<V*>(shared_memory<unsigned char>() + tiles_begin) +
-             tensor * plan.rows_per_thread * plan.threads + threadIdx.x),
+             tensor * plan.kept_rows * plan.threads + threadIdx.x),
         threads_(plan.threads) {}
 
   // Row `i` of the thread is to be what lies at p; it is there after wait().

@@ -127,6 +127,33 @@ inline __device__ void store_pair(double* p, double first, double second) {
   __stwb(reinterpret_cast<V::Access*>(p), V{{first, second}}.bits());
 }
 
+// What blocks that run at the same time write for each other: past the caches that they do not share. Structs of
+// numbers of one size.
+template <typename T>
+using PeerWord = typename AccessType<sizeof(T) % 16 == 0  ? 16
+                                     : sizeof(T) % 8 == 0 ? 8
+                                                          : 4>::type;
+template <typename T>
+__device__ T load_of_peer(const T* p) {
+  using Word = PeerWord<T>;
+  Word words[sizeof(T) / sizeof(Word)];
+  const Word* from = reinterpret_cast<const Word*>(p);
+#pragma unroll
+  for (Word& word : words) word = __ldcg(from++);
+  T value;
+  memcpy(&value, words, sizeof(T));
+  return value;
+}
+template <typename T>
+__device__ void store_for_peers(T* p, const T& value) {
+  using Word = PeerWord<T>;
+  Word words[sizeof(T) / sizeof(Word)];
+  memcpy(words, &value, sizeof(T));
+  Word* to = reinterpret_cast<Word*>(p);
+#pragma unroll
+  for (const Word& word : words) __stcg(to++, word);
+}
+
 // p[i] of a (C,) vector of any type; `otherwise` if there is none.
 template <typename A>
 __device__ A read_param(const void* p, DType dtype, int64_t i, A otherwise) {

@@ -24,18 +24,28 @@ __device__ void in_batches(int rows, const Body& body, int done = 0) {
 template <typename Vector, int kBytes>
 constexpr int kBatchRows = std::max(1, kBytes / std::max(4, static_cast<int>(sizeof(Vector))));
 
-// The slice and segment of a block. Neighbours in the grid are neighbours in memory.
+// The slice and segment of a block.
 struct Block {
   int64_t slice;
   int64_t segment;
-
-  __device__ Block(const Plan& plan, unsigned index)
-      : slice(index % static_cast<unsigned>(plan.slices)), segment(index / static_cast<unsigned>(plan.slices)) {}
 };
+
+// Where no blocks work together, neighbours in the grid are neighbours in memory.
+inline __device__ Block block_of(const Plan& plan, unsigned index) {
+  const unsigned slices = static_cast<unsigned>(plan.slices);
+  return {index % slices, index / slices};
+}
 
 // How many of a segment's rows fall to the `row_lane`-th row of threads.
 inline __device__ int rows_of_lane(const Plan& plan, int segment_rows, int row_lane) {
   return (segment_rows - row_lane + plan.row_lanes - 1) / plan.row_lanes;
+}
+
+// The same for plan.warp_rows rows of threads, or what is left of them, from that one on.
+inline __device__ int rows_of_warp_lanes(const Plan& plan, int segment_rows, int row_lane) {
+  const int lanes = min(plan.warp_rows, plan.row_lanes - row_lane);
+  const int rounds = segment_rows / plan.row_lanes, rest = segment_rows % plan.row_lanes;
+  return lanes * rounds + min(max(rest - row_lane, 0), lanes);
 }
 
 // The rows of one thread: `rows` of them, the vector of the current one at `offset`. Backwards, the last row is first.

@@ -14,12 +14,16 @@ namespace {
 using cuda_on_cpu::Contents;
 using cuda_on_cpu::Kind;
 
-// With so little shared memory that small slices stay on chip, and others do not.
-constexpr cuda::Machine kMachine = {2, 24 * 1024};
+// With so little shared memory that small slices stay on chip, those of larger tensors in part, and others do not.
+constexpr cuda::Machine kMachine = {2, 24 * 1024, true, true};
 
 size_t bytes_of(DType dtype, int64_t count) {
   const size_t sizes[] = {4, 8, 2, 2};
   return sizes[static_cast<int>(dtype)] * count;
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw cuda_on_cpu::Fault(cudaGetErrorString(error));
 }
 
 // One pass on the device, which serves one thread at a time.
@@ -28,6 +32,8 @@ class Pass {
   Pass() : lock_(mutex()) {
     static uint64_t seed = 0;
     cuda_on_cpu::reset();
+    const int blocks = kMachine.multiprocessors * cuda::kResidentAtATime;
+    cuda_on_cpu::set_machine({blocks, 48 * 1024, kMachine.multiprocessors});
     cuda_on_cpu::set_order({seed, static_cast<cuda_on_cpu::Policy>(seed % 4)});
     ++seed;
   }
@@ -51,7 +57,7 @@ class Pass {
   }
 
   void finish(cudaError_t error) {
-    if (error != cudaSuccess) throw cuda_on_cpu::Fault(cudaGetErrorString(error));
+    check(error);
     for (const Output& output : outputs_) std::memcpy(output.host, output.device, output.bytes);
   }
 
@@ -99,7 +105,8 @@ void forward(const ForwardParams& params) {
   pass.output("rstd", p.rstd, statistics, contents);
   pass.output("scale", p.scale, statistics, contents);
   pass.output("offset", p.offset, statistics, contents);
-  const cuda::Plan plan = cuda::plan_forward(p, kMachine);
+  cuda::Plan plan;
+  check(cuda::choose_plan(p, kMachine, plan));
   void* workspace = pass.workspace(cuda::forward_workspace_bytes(p, plan));
   pass.finish(cuda::launch_forward(p, plan, workspace, nullptr));
 }
@@ -122,7 +129,8 @@ void backward(const BackwardParams& params) {
   pass.output("dz", p.dz, activation);
   pass.output("dweight", p.dweight, vector);
   pass.output("dbias", p.dbias, vector);
-  const cuda::Plan plan = cuda::plan_backward(p, kMachine);
+  cuda::Plan plan;
+  check(cuda::choose_plan(p, kMachine, plan));
   void* workspace = pass.workspace(cuda::backward_workspace_bytes(p, plan));
   pass.finish(cuda::launch_backward(p, plan, workspace, nullptr));
 }

@@ -28,29 +28,21 @@ int64_t batch_norm_sizes() {
   return int64_t(sizeof(ForwardParams)) << 32 | int64_t(sizeof(BackwardParams)) << 16 | int64_t(sizeof(cuda::Plan));
 }
 
-const char* batch_norm_make_plan(const Shape* shape,
-                                 int64_t value_bytes,
-                                 int64_t alignment,
-                                 int64_t for_mask,
-                                 int64_t multiprocessors,
-                                 cuda::Plan* plan) {
-  return reported([&] {
-    *plan = cuda::make_plan(*shape, int(value_bytes), int(alignment), for_mask != 0, {int(multiprocessors)});
-  });
+const char* batch_norm_make_plan(const cuda::Request* request, const cuda::Machine* machine, cuda::Plan* plan) {
+  return reported([&] { *plan = cuda::make_plan(*request, *machine); });
 }
 
-const char* batch_norm_plan_forward(const ForwardParams* p,
-                                    int64_t multiprocessors,
-                                    int64_t shared_bytes,
-                                    cuda::Plan* plan) {
-  return reported([&] { *plan = cuda::plan_forward(*p, {int(multiprocessors), int(shared_bytes)}); });
+// Of shared memory, for so many tensors in tiles.
+const char* batch_norm_resident_bytes(const cuda::Plan* plan, int64_t tensors, int64_t value_bytes, int64_t* bytes) {
+  return reported([&] { *bytes = int64_t(cuda::ResidentMemory(*plan, int(tensors), size_t(value_bytes)).bytes); });
 }
 
-const char* batch_norm_plan_backward(const BackwardParams* p,
-                                     int64_t multiprocessors,
-                                     int64_t shared_bytes,
-                                     cuda::Plan* plan) {
-  return reported([&] { *plan = cuda::plan_backward(*p, {int(multiprocessors), int(shared_bytes)}); });
+const char* batch_norm_plan_forward(const ForwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
+  return reported([&] { check(cuda::choose_plan(*p, *machine, *plan)); });
+}
+
+const char* batch_norm_plan_backward(const BackwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
+  return reported([&] { check(cuda::choose_plan(*p, *machine, *plan)); });
 }
 
 const char* batch_norm_forward(const ForwardParams* p, const cuda::Plan* plan) {

@@ -115,9 +115,13 @@ class BackwardParams(ctypes.Structure):
     ]
 
 
-_INT64 = ["channels", "pitch", "slice_width", "slices", "rows", "image_rows", "segments", "step_offset", "wrap_offset"]
-_INT = ["step_rows", "vector", "columns", "row_lanes", "rows_per_thread", "threads", "slice_channels", "plane"]
-_INT += ["partials_per_row", "partial_values", "merge_lanes"]
+_INT64 = ["channels", "pitch", "slice_width", "slices", "rows", "image_rows", "segments", "teams"]
+_INT64 += ["step_offset", "wrap_offset"]
+_INT = ["step_rows", "vector", "columns", "row_lanes", "rows_per_thread", "kept_rows", "threads", "slice_channels"]
+_INT += ["plane", "row_values", "pieces", "warp_rows", "merge_lanes", "team_lanes", "team"]
+
+TEAMS = ["none", "block", "cluster", "grid"]
+"""In the order of Team in plan.h."""
 
 
 class Plan(ctypes.Structure):
@@ -128,22 +132,66 @@ class Plan(ctypes.Structure):
         *((name, ctypes.c_int) for name in _INT),
         ("one_channel", ctypes.c_bool),
         ("whole_bytes", ctypes.c_bool),
-        ("resident", ctypes.c_bool),
+    ]
+
+    @property
+    def team_name(self) -> str:
+        """Of TEAMS."""
+        return TEAMS[self.team]
+
+
+class Machine(ctypes.Structure):
+    """plan.h."""
+
+    _fields_ = [
+        ("multiprocessors", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("clusters", ctypes.c_bool),
+        ("cooperative", ctypes.c_bool),
+    ]
+
+    @property
+    def has_teams(self) -> bool:
+        """Whether blocks may wait for each other."""
+        return self.clusters or self.cooperative
+
+
+class Request(ctypes.Structure):
+    """plan.h."""
+
+    _fields_ = [
+        ("shape", Shape),
+        ("value_bytes", ctypes.c_int),
+        ("alignment", ctypes.c_int),
+        ("for_mask", ctypes.c_bool),
+        ("resident_tiles", ctypes.c_int),
     ]
 
 
 OF_H200 = 228 * 1024
 """Bytes of shared memory that a multiprocessor of an H200 has."""
 
-SHARED_BYTES: ContextVar[int] = ContextVar("SHARED_BYTES", default=0)
-"""That settings have which do not say."""
+GENERAL = Machine(1)
+"""Where no slice stays on chip."""
+H200 = Machine(132, OF_H200, True, True)
+SMALL = Machine(4, 48 * 1024, True, True)
+"""Of which small tensors fill the shared memory."""
+
+MACHINE: ContextVar[Machine] = ContextVar("MACHINE", default=GENERAL)
+"""Of settings that name none."""
+
+
+def with_multiprocessors(count: int) -> Machine:
+    """That machine with so many of them."""
+    machine = MACHINE.get()
+    return Machine(count, machine.shared_bytes, machine.clusters, machine.cooperative)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The simulated machine, and how a call's memory lies in it."""
 
-    multiprocessors: int = 1
+    machine: Machine = field(default_factory=lambda: MACHINE.get())
     policy: str = "priorities"
     seed: int = 0
     misalignment: int = 0
@@ -152,8 +200,9 @@ class Settings:
     """... which ones."""
     gap: int = 0
     """Values of reserved but unused memory between two images, as if the tensor had that many more channels."""
-    shared_bytes: int = field(default_factory=lambda: SHARED_BYTES.get())
-    """Of a multiprocessor; 0: no slice stays on chip."""
+
+    resident_blocks: int | None = None
+    """For which there is room, where other than a machine that has teams says."""
 
     def misalignment_of(self, name: str) -> int:
         """Of the tensor of this name."""
@@ -181,25 +230,38 @@ class Kernels:
         shape: Shape,
         value_bytes: int,
         alignment: int = 16,
-        multiprocessors: int = 132,
+        machine: Machine = GENERAL,
         for_mask: bool = False,
+        resident_tiles: int = 0,
     ) -> Plan:
         """make_plan of plan.h."""
         plan = Plan()
-        numbers = (value_bytes, alignment, int(for_mask), multiprocessors)
-        self.device.call("batch_norm_make_plan", ctypes.byref(shape), *numbers, ctypes.byref(plan))
+        request = Request(shape, value_bytes, alignment, for_mask, resident_tiles)
+        at = (ctypes.byref(request), ctypes.byref(machine), ctypes.byref(plan))
+        self.device.call("batch_norm_make_plan", *at)
         return plan
+
+    def resident_bytes(self, plan: Plan, tiles: int, value_bytes: int) -> int:
+        """Shared memory of a block: ResidentMemory of plan.h."""
+        count = ctypes.c_int64()
+        self.device.call("batch_norm_resident_bytes", ctypes.byref(plan), tiles, value_bytes, ctypes.byref(count))
+        return count.value
 
     def _start(self, settings: Settings) -> None:
         self.device.reset()
-        self.device.set_machine(shared_bytes=max(48 * 1024, settings.shared_bytes))
+        machine = settings.machine
+        shared_bytes = max(48 * 1024, machine.shared_bytes)
+        if machine.has_teams:
+            resident_blocks = settings.resident_blocks or 2 * machine.multiprocessors
+            self.device.set_machine(resident_blocks, shared_bytes, machine.multiprocessors)
+        else:
+            self.device.set_machine(shared_bytes=shared_bytes)
         self.device.set_order(settings.policy, settings.seed)
 
     def _run(self, direction: str, params: ForwardParams | BackwardParams, settings: Settings) -> Plan:
         plan = Plan()
         at, plan_at = ctypes.byref(params), ctypes.byref(plan)
-        machine = (settings.multiprocessors, settings.shared_bytes)
-        self.device.call(f"batch_norm_plan_{direction}", at, *machine, plan_at)
+        self.device.call(f"batch_norm_plan_{direction}", at, ctypes.byref(settings.machine), plan_at)
         settings.spread(plan)
         self.device.reset_counters()
         self.device.call(f"batch_norm_{direction}", at, plan_at)

@@ -4,12 +4,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from .batch_norm import OF_H200, SHARED_BYTES
+from .batch_norm import GENERAL, MACHINE, OF_H200, SMALL, Machine
+
+PATHS = {
+    "general": GENERAL,
+    "block": Machine(1, OF_H200),
+    "cluster": SMALL,
+    "grid": Machine(SMALL.multiprocessors, SMALL.shared_bytes, False, True),
+}
 
 
-@pytest.fixture(params=[0, OF_H200], ids=["general", "resident"])
-def either_path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Once by the general kernels, and once with slices kept on chip where they fit."""
-    token = SHARED_BYTES.set(request.param)
+@pytest.fixture(params=PATHS)
+def every_path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """By the general kernels; with slices kept on chip by one block, by clusters, by teams of a grid where they fit."""
+    token = MACHINE.set(PATHS[request.param])
     yield
-    SHARED_BYTES.reset(token)
+    MACHINE.reset(token)

@@ -98,6 +98,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
                       config.gridDim,
                       config.blockDim,
                       attributes.cluster_blocks,
+                      attributes.cooperative,
                       config.dynamicSmemBytes,
                       body,
                       arguments};
@@ -122,6 +123,14 @@ cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int
   const auto bytes = static_cast<std::size_t>(value);
   if (value < 0 || bytes > device().machine.shared_bytes) return device().last_error = cudaErrorInvalidValue;
   device().shared_bytes[function] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t most_clusters(int* clusters, const void* function, const cudaLaunchConfig_t& config) {
+  const unsigned blocks = attributes_of(config).cluster_blocks;
+  const cudaError_t error = refusal(config, {false, blocks}, function);
+  if (error != cudaSuccess && error != cudaErrorInvalidClusterSize) return device().last_error = error;
+  *clusters = error == cudaSuccess ? device().machine.resident_blocks / static_cast<int>(blocks) : 0;
   return cudaSuccess;
 }
 
@@ -162,10 +171,16 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin)
-    throw cuda_on_cpu::Fault("this harness has no such attribute");
-  *value = static_cast<int>(cuda_on_cpu::device().machine.shared_bytes);
-  return cudaSuccess;
+  const cuda_on_cpu::Machine& machine = cuda_on_cpu::device().machine;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = machine.multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(machine.shared_bytes);
+      return cudaSuccess;
+  }
+  throw cuda_on_cpu::Fault("this harness has no such attribute");
 }
 
 cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::device().last_error, cudaSuccess); }

@@ -46,6 +46,7 @@ void Scheduler::run(const Launch& launch, const Machine& machine, const Order& o
   memory_ = &memory;
   ordering_ = &ordering;
   started_ = writes_ = 0;
+  at_grid_barrier_.clear();
   blockDim = launch.block;
   gridDim = launch.grid;
   slots_.clear();
@@ -201,6 +202,18 @@ void Scheduler::maybe_preempt() {
 void Scheduler::sleep() {
   current->state = State::asleep;
   asleep_.push_back(current);
+  current->fibre->suspend();
+}
+
+void Scheduler::wait_for_grid(Place place) {
+  if (!launch_->cooperative) fault("it waits for the grid, whose launch is not cooperative", place);
+  current->place = place;
+  current->state = State::at_grid_barrier;
+  at_grid_barrier_.push_back(current);
+  if (at_grid_barrier_.size() == launch_->blocks() * launch_->threads()) {
+    for (Thread* released : at_grid_barrier_) make_ready(*released);
+    at_grid_barrier_.clear();
+  }
   current->fibre->suspend();
 }
 

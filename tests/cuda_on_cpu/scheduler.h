@@ -15,7 +15,7 @@ namespace cuda_on_cpu {
 
 constexpr unsigned kWarpThreads = 32;
 
-enum class State { ready, asleep, at_barrier, at_cluster_barrier, at_warp_operation, exited };
+enum class State { ready, asleep, at_barrier, at_cluster_barrier, at_grid_barrier, at_warp_operation, exited };
 
 struct Warp;
 struct Block;
@@ -89,6 +89,7 @@ struct Launch {
   dim3 grid;
   dim3 block;
   unsigned cluster_blocks;
+  bool cooperative;
   std::size_t shared_bytes;
   void (*kernel)(void*);
   void* arguments;
@@ -134,6 +135,9 @@ class Scheduler {
   void sleep();
   void note_write() { ++writes_; }
 
+  // On a thread's stack: waits for all threads of the grid.
+  void wait_for_grid(Place place);
+
   // On a thread's stack: whether what may happen at any time happens now.
   bool hurries() { return ordering_->preempts(); }
 
@@ -168,6 +172,7 @@ class Scheduler {
   Ordering* ordering_ = nullptr;
   std::uint64_t started_ = 0;  // clusters
   std::uint64_t writes_ = 0;   // to global memory
+  std::vector<Thread*> at_grid_barrier_;
 };
 
 extern Scheduler scheduler;

@@ -34,6 +34,7 @@ std::string standing(const Thread& thread) {
   if (thread.state == State::asleep) return "sleeps (" + name(thread.place) + "), and no one writes any more";
   const char* what = thread.state == State::at_barrier           ? "__syncthreads"
                      : thread.state == State::at_cluster_barrier ? "the cluster's barrier"
+                     : thread.state == State::at_grid_barrier    ? "the grid's barrier"
                                                                  : name(thread.request.operation);
   return std::string("waits at ") + what + " (" + name(thread.place) + ")";
 }
@@ -182,6 +183,8 @@ void cluster_wait(Place place) {
   thread.fibre->suspend();
 }
 
+void grid_barrier(Place place) { scheduler.wait_for_grid(place); }
+
 unsigned cluster_rank() { return running_thread().block->rank; }
 unsigned cluster_blocks() { return static_cast<unsigned>(running_thread().block->cluster->blocks.size()); }
 
@@ -240,6 +243,7 @@ std::string deadlock(const Block& block) {
   if (!waiting) {  // a block's barrier alone opens, or is reported when a thread exits
     const Thread* asleep = in(State::asleep);
     if (!asleep) asleep = in(State::at_cluster_barrier);
+    if (!asleep) asleep = in(State::at_grid_barrier);
     if (!asleep) return {};
     return name(*asleep) + ": deadlock: it " + standing(*asleep);
   }

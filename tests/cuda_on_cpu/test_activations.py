@@ -12,7 +12,7 @@ from torch import Tensor
 from bn_ext import testing
 
 from . import build
-from .batch_norm import SAVED, Settings, activation, kernels
+from .batch_norm import SAVED, Settings, activation, kernels, with_multiprocessors
 from .device import POLICIES
 from .fused import ACTIVATIONS, check, make_residual, reference
 from .operators import CudaOnCpu, bits, like, memory_of, shape_of
@@ -20,7 +20,7 @@ from .test_kernels import DTYPES, random_call
 
 pytestmark = [
     pytest.mark.skipif(build.compiler() is None, reason=build.MISSING),
-    pytest.mark.usefixtures("either_path"),
+    pytest.mark.usefixtures("every_path"),
 ]
 
 # Narrow and wide planes, of values that fill bytes of a mask and that do not; accesses of 1, 2, 4 and 8 values.
@@ -38,7 +38,7 @@ def test_every_activation_agrees_with_float64(dtype: torch.dtype, layout: str, t
     calls = [(name, has, next(shapes)) for name, has in itertools.product(ACTIVATIONS, (True, False))]
     calls += [(name, True, shape) for name, shape in itertools.product(("relu", "gelu"), SHAPES)]
     for seed, (name, has_residual, shape) in enumerate(calls):
-        operator = CudaOnCpu(Settings(multiprocessors=1 + seed % 3, policy=next(orders), seed=seed))
+        operator = CudaOnCpu(Settings(with_multiprocessors(1 + seed % 3), policy=next(orders), seed=seed))
         check(operator, testing.Case(shape, dtype, layout, training, seed=seed), name, has_residual)
 
 
@@ -128,7 +128,7 @@ def test_masks(dtype: torch.dtype, layout: str, training: bool) -> None:
         name = RELU_LIKE[seed % 3]
         case = testing.Case(shape, dtype, layout, training, seed=seed)
         inputs, z = tensors_of(case)
-        settings = Settings(1 + seed % 3, POLICIES[seed % 4], seed, misalignment)
+        settings = Settings(with_multiprocessors(1 + seed % 3), POLICIES[seed % 4], seed, misalignment)
         results = run_forward(inputs.input, name, z, settings, training=training, masks=True)
         expected = reference(case, inputs, name, z)
         passed = expected.before > 0
@@ -154,7 +154,7 @@ def test_once_more_gives_the_same_bits(name: str | None, layout: str, training: 
             again = kernels().forward(
                 *(shape_of(inputs.input), str(dtype).removeprefix("torch."), "float32", memory_of(inputs.input)),
                 {},
-                Settings(multiprocessors=3, policy="random"),
+                Settings(with_multiprocessors(3), policy="random"),
                 training=training,
                 activation=activation(name, ACTIVATIONS[name].alpha),
                 z=None if z is None else memory_of(z),
@@ -216,7 +216,7 @@ def test_only_the_gradients_asked_for(name: str, has_residual: bool, training: b
             sums = dweight or dbias or (training and dx)
             input_runs = (dx and (training or not sums)) or (dz and not sums)
             device, size = kernels().device, memory_of(x).nbytes
-            if results["plan"].resident:  # test_resident.py counts that
+            if results["plan"].team > 0:  # test_resident.py counts that
                 assert device.launch_count() == 1
                 continue
             assert device.launch_count() == 2 * sums + input_runs

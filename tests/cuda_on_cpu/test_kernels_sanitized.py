@@ -15,11 +15,13 @@ import pytest
 from cuda_on_cpu import build
 from cuda_on_cpu.batch_norm import (
     DTYPES,
+    GENERAL,
     KINDS,
-    OF_H200,
+    SMALL,
     SOURCES,
     Activation,
     Kernels,
+    Machine,
     Settings,
     Shape,
     activation,
@@ -31,6 +33,7 @@ from cuda_on_cpu.device import POLICIES
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
+MACHINES = [GENERAL, SMALL, Machine(SMALL.multiprocessors, SMALL.shared_bytes, False, True)]
 SHAPES = [(3, 65, 7), (2, 5, 49), (1, 3, 300), (2, 4, 289), (9, 300, 1), (2, 64, 128), (4, 16, 12)]
 
 
@@ -44,12 +47,12 @@ def digest_of_every_kernel(library: Kernels) -> str:
     generator = np.random.default_rng(0)
     fused = itertools.cycle(FUSED[1:])
     for number, (dtype, (n, c, s)) in enumerate(itertools.product(DTYPES, SHAPES)):
-        for channels_last, training, on_chip in itertools.product((False, True), repeat=3):
-            if on_chip and not training:
+        for channels_last, training, machine in itertools.product((False, True), (False, True), MACHINES):
+            if machine is not GENERAL and not training:
                 continue
             for name, has_residual in (FUSED[0], next(fused)):
                 shape = Shape(n, c, s, channels_last or s == 1)
-                settings = Settings(policy=POLICIES[number % 4], seed=number, shared_bytes=on_chip * OF_H200)
+                settings = Settings(machine, POLICIES[number % 4], seed=number)
                 if number % 2:
                     settings = replace(settings, misalignment=memory_dtype(dtype).itemsize)
                 for results in _both_passes(

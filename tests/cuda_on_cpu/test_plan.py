@@ -6,7 +6,7 @@ import random
 import pytest
 
 from . import build
-from .batch_norm import Plan, Shape, kernels
+from .batch_norm import Machine, Plan, Shape, kernels
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -17,7 +17,7 @@ RESNET50 = [
     *itertools.product((256, 1024), (28, 14)),
     *itertools.product((512, 2048), (14, 7)),
 ]
-MULTIPROCESSORS = 132
+DEVICE = Machine(132)
 
 
 def check(plan: Plan, shape: Shape, value_bytes: int, alignment: int) -> None:
@@ -32,14 +32,14 @@ def check(plan: Plan, shape: Shape, value_bytes: int, alignment: int) -> None:
 
     assert plan.slice_width == plan.slice_channels * plane
     assert (plan.slices - 1) * plan.slice_channels < shape.c <= plan.slices * plan.slice_channels
-    wide = plan.partials_per_row == 1 and plane > 1
+    wide = plan.one_channel and plan.columns == 1
     if wide:
         assert plan.image_rows * plan.vector == plane
         assert plan.columns == 1
     else:
         assert plan.image_rows == 1
         assert plan.columns * plan.vector == plan.slice_width
-        assert plan.partials_per_row == plane
+        assert plan.row_values == plane
     assert plan.rows == images * plan.image_rows
     assert plan.one_channel == (plan.vector == 1 or wide)
 
@@ -56,8 +56,9 @@ def check(plan: Plan, shape: Shape, value_bytes: int, alignment: int) -> None:
         assert plan.image_rows % lanes_of_byte == plan.row_lanes % lanes_of_byte == 0
     elif plan.whole_bytes:
         assert plan.columns % lanes_of_byte == 0
-    stride = plan.columns * (1 if plan.one_channel else plan.vector + 1) | 1  # with the gaps of partials_stride()
-    assert plan.row_lanes * stride * 16 <= 48 * 1024
+    # Partial sums in shared memory, with gaps: block_partials() of plan.h.
+    stride = plan.columns * (plan.pieces + (plan.pieces > 2)) | 1
+    assert -(-plan.row_lanes // plan.warp_rows) * stride * 16 <= 48 * 1024
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -67,11 +68,11 @@ def test_resnet50(n: int, value_bytes: int, channels_last: bool) -> None:
     """16-byte accesses in every layer; from a few MB on every multiprocessor has a block."""
     for channels, size in RESNET50:
         shape = Shape(n, channels, size * size, channels_last)
-        plan = kernels().make_plan(shape, value_bytes, 16, MULTIPROCESSORS)
+        plan = kernels().make_plan(shape, value_bytes, 16, DEVICE)
         check(plan, shape, value_bytes, 16)
         assert plan.vector * value_bytes == 16, (channels, size)
         if n * channels * size * size * value_bytes >= 2**23:
-            assert plan.slices * plan.segments >= MULTIPROCESSORS, (channels, size)
+            assert plan.slices * plan.segments >= DEVICE.multiprocessors, (channels, size)
         assert plan.columns * plan.row_lanes >= 0.75 * plan.threads
 
 
@@ -82,7 +83,7 @@ def test_resnet50_with_masks(n: int, value_bytes: int, channels_last: bool) -> N
     """16-byte accesses, and every byte of a mask is written by one block."""
     for channels, size in RESNET50:
         shape = Shape(n, channels, size * size, channels_last)
-        plan = kernels().make_plan(shape, value_bytes, 16, MULTIPROCESSORS, for_mask=True)
+        plan = kernels().make_plan(shape, value_bytes, 16, DEVICE, for_mask=True)
         check(plan, shape, value_bytes, 16)
         assert plan.whole_bytes, (channels, size)
         assert plan.vector * value_bytes == 16, (channels, size)
@@ -96,8 +97,8 @@ def test_waves_of_blocks_are_full(n: int, channels_last: bool) -> None:
     for channels, size in RESNET50:
         if n * channels * size * size < 2**24:
             continue
-        plan = kernels().make_plan(Shape(n, channels, size * size, channels_last), 2, 16, MULTIPROCESSORS)
-        at_a_time = MULTIPROCESSORS * (768 // plan.threads)
+        plan = kernels().make_plan(Shape(n, channels, size * size, channels_last), 2, 16, DEVICE)
+        at_a_time = DEVICE.multiprocessors * (768 // plan.threads)
         waves = -(-plan.slices * plan.segments // at_a_time)
         worked = plan.slices * plan.rows / plan.row_lanes
         assert worked >= 0.8 * waves * at_a_time * plan.rows_per_thread, (channels, size)
@@ -106,8 +107,8 @@ def test_waves_of_blocks_are_full(n: int, channels_last: bool) -> None:
 def test_a_channel_is_split_over_many_blocks() -> None:
     """C = 64 fills 132 multiprocessors, in both layouts; so does C = 1."""
     for channels, channels_last in itertools.product((64, 1), (False, True)):
-        plan = kernels().make_plan(Shape(256, channels, 112 * 112, channels_last), 2, 16, MULTIPROCESSORS)
-        assert plan.slices * plan.segments >= MULTIPROCESSORS
+        plan = kernels().make_plan(Shape(256, channels, 112 * 112, channels_last), 2, 16, DEVICE)
+        assert plan.slices * plan.segments >= DEVICE.multiprocessors
 
 
 def test_any_shape() -> None:
@@ -120,7 +121,7 @@ def test_any_shape() -> None:
         if generator.random() < 0.3:
             s = 1
         shape = Shape(n, c, s, generator.random() < 0.5 or s == 1)
-        machine, for_mask = generator.choice([1, 16, 132]), generator.random() < 0.3
+        machine, for_mask = Machine(generator.choice([1, 16, 132])), generator.random() < 0.3
         plan = kernels().make_plan(shape, value_bytes, alignment, machine, for_mask)
         check(plan, shape, value_bytes, alignment)
 
@@ -138,7 +139,7 @@ def test_any_shape() -> None:
     ],
 )
 def test_huge_tensors(shape: Shape, value_bytes: int) -> None:
-    plan = kernels().make_plan(shape, value_bytes, 16, MULTIPROCESSORS)
+    plan = kernels().make_plan(shape, value_bytes, 16, DEVICE)
     check(plan, shape, value_bytes, 16)
     assert plan.plane == (1 if shape.channels_last else min(shape.s, 2**30))
 
@@ -146,5 +147,5 @@ def test_huge_tensors(shape: Shape, value_bytes: int) -> None:
 def test_alignment_narrows_the_accesses() -> None:
     shape = Shape(32, 64, 56 * 56, False)
     for alignment, vector in ((16, 8), (8, 4), (4, 2), (2, 1)):
-        assert kernels().make_plan(shape, 2, alignment, MULTIPROCESSORS).vector == vector
-    assert kernels().make_plan(shape, 4, 8, MULTIPROCESSORS).vector == 2
+        assert kernels().make_plan(shape, 2, alignment, DEVICE).vector == vector
+    assert kernels().make_plan(shape, 4, 8, DEVICE).vector == 2

@@ -1,7 +1,6 @@
-"""Passes of one kernel, whose blocks hold a slice each: when they are chosen, and that every tensor is read once."""
+"""Passes of one kernel, whose teams of blocks hold a slice each: when they are chosen, and what they move."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,18 +8,44 @@ import torch
 from bn_ext import testing
 
 from . import build
-from .batch_norm import OF_H200, Settings
+from .batch_norm import GENERAL, H200, OF_H200, Machine, Plan, Settings, Shape, kernels
 from .device import POLICIES
 from .fused import check
 from .operators import Call, CudaOnCpu
+from .test_plan import RESNET50
+from .test_plan import check as check_plan
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
-H200 = Settings(multiprocessors=132, shared_bytes=OF_H200)
 LAYOUTS = ["contiguous", "channels_last"]
+LAYOUTS_OF_TORCH = {"contiguous": "contiguous_format", "channels_last": "channels_last"}
+KIB = 1024
+
+# Small devices and tensors, by the teams that they lead to.
+ONE = Machine(1, OF_H200)
+CLUSTERS = Machine(4, 64 * KIB, True, True)
+GRIDS = Machine(4, 64 * KIB, False, True)
+TEAMS = {
+    "block": (ONE, (8, 64, 14, 14), "contiguous"),
+    "block, channels_last": (ONE, (3, 32, 6, 7), "channels_last"),
+    "cluster": (CLUSTERS, (8, 6, 40, 40), "contiguous"),
+    "cluster, narrow planes": (CLUSTERS, (64, 64, 7, 7), "contiguous"),
+    "cluster, channels_last": (CLUSTERS, (4, 96, 12, 12), "channels_last"),
+    "grid": (GRIDS, (8, 7, 40, 40), "contiguous"),
+    "grid, narrow planes": (GRIDS, (64, 64, 7, 7), "contiguous"),
+    "grid, channels_last": (GRIDS, (4, 96, 12, 12), "channels_last"),
+    "grid, too large for clusters": (Machine(6, 48 * KIB, True, True), (12, 2, 64, 64), "contiguous"),
+}
+SPILLING = {
+    "cluster": (Machine(2, 48 * KIB, True, True), (4, 3, 80, 80), "contiguous"),
+    "cluster, channels_last": (Machine(2, 64 * KIB, True, True), (4, 96, 30, 30), "channels_last"),
+    "grid": (Machine(5, 48 * KIB, True, True), (5, 3, 128, 128), "contiguous"),
+    "grid, narrow planes": (Machine(2, 64 * KIB, False, True), (128, 64, 7, 7), "contiguous"),
+    "grid, channels_last": (Machine(2, 64 * KIB, False, True), (4, 96, 30, 30), "channels_last"),
+}
 
 
-def passes(case: testing.Case, settings: Settings = H200) -> list[Call]:
+def passes(case: testing.Case, settings: Settings) -> list[Call]:
     """A forward and a backward pass whose results are right."""
     operator = CudaOnCpu(settings)
     shares = testing.check(operator, case)
@@ -28,49 +53,79 @@ def passes(case: testing.Case, settings: Settings = H200) -> list[Call]:
     return operator.calls
 
 
-# Where a slice is the channels of 128 bytes, as in channels_last, fewer of their values fit.
-FITTING = [
-    *itertools.product([(8, 64, 14, 14), (16, 64, 7, 7), (4, 16, 28, 28), (100, 64)], ["contiguous"]),
-    *itertools.product([(2, 64, 8, 8), (3, 32, 6, 7)], ["channels_last"]),
-]
+def read_again(plan: Plan) -> float:
+    """The part of each tensor that the teams do not keep: spilled_rows() of plan.h."""
+    if plan.team_name == "none":
+        return 1.0
+    segment_rows = plan.row_lanes * plan.rows_per_thread
+    rows = [min(segment_rows, plan.rows - i * segment_rows) for i in range(plan.segments)]
+    return sum(max(0, r - plan.row_lanes * plan.kept_rows) for r in rows) / plan.rows
+
+
+def assert_moves_what_is_planned(calls: list[Call], size: int) -> None:
+    """Each tensor once, and what does not fit twice; in one launch, with little besides."""
+    for call, tensors in zip(calls, (1, 2), strict=True):
+        assert call.launches == 1
+        moved = call.counters["activation"]
+        assert (moved.bytes_read, moved.bytes_written) == (round(tensors * size * (1 + read_again(call.plan))), size)
+        assert moved.sector_bytes_read <= 1.06 * moved.bytes_read
+        exchanged = call.counters["workspace"]
+        assert exchanged.bytes_written <= 0.06 * size
+        assert (exchanged.bytes_written > 0) == (call.plan.team_name == "grid")
 
 
 @pytest.mark.parametrize("dtype", list(testing.TOLERANCE))
-@pytest.mark.parametrize(("shape", "layout"), FITTING)
-def test_every_tensor_is_read_once(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
-    """2N forward, 3N backward, in one launch without workspace; little besides."""
-    size = torch.Size(shape).numel() * torch.finfo(dtype).bits // 8
+@pytest.mark.parametrize("name", TEAMS)
+def test_every_tensor_is_read_once(name: str, dtype: torch.dtype) -> None:
+    """2N forward, 3N backward, by all teams, several of them at a time and one after the other."""
+    machine, shape, layout = TEAMS[name]
+    if dtype in (torch.float32, torch.float64):
+        shape = (max(1, shape[0] * 2 // dtype.itemsize), *shape[1:])  # as many bytes
     for seed, policy in enumerate(POLICIES):
-        calls = passes(testing.Case(shape, dtype, layout), replace(H200, policy=policy, seed=seed))
-        for call, read in zip(calls, (1, 2), strict=True):
-            assert call.plan.resident
-            assert call.launches == 1
-            moved = call.counters["activation"]
-            assert (moved.bytes_read, moved.bytes_written) == (read * size, size)
-            assert moved.sector_bytes_read <= 1.06 * read * size
-            assert call.counters["workspace"].bytes_read == call.counters["workspace"].bytes_written == 0
+        calls = passes(testing.Case(shape, dtype, layout), Settings(machine, policy, seed))
+        assert_moves_what_is_planned(calls, torch.Size(shape).numel() * dtype.itemsize)
+        assert [read_again(call.plan) for call in calls] == [0, 0]
+        assert calls[1].plan.team_name == name.split(",")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPILLING)
+def test_what_does_not_fit_is_read_again(name: str, dtype: torch.dtype) -> None:
+    """And nothing else."""
+    machine, shape, layout = SPILLING[name]
+    if dtype == torch.bfloat16 and layout == "contiguous":  # there a slice of channels_last has as many rows
+        shape = (shape[0] * 2, *shape[1:])
+    for seed, policy in enumerate(POLICIES):
+        calls = passes(testing.Case(shape, dtype, layout), Settings(machine, policy, seed))
+        assert_moves_what_is_planned(calls, torch.Size(shape).numel() * dtype.itemsize)
+        assert 0 < read_again(calls[1].plan) < 0.9
+        assert calls[1].plan.team_name == name.split(",")[0]
 
 
 @pytest.mark.parametrize("shape", [(8, 100, 21, 20), (24, 30, 9, 9), (2, 1031), (5, 20, 3, 3), (3, 65, 7, 7)])
 @pytest.mark.parametrize("misalignment", [0, 2])
-def test_odd_shapes_too(shape: tuple[int, ...], misalignment: int) -> None:
+@pytest.mark.parametrize("machine", [ONE, CLUSTERS, GRIDS], ids=["block", "cluster", "grid"])
+def test_odd_shapes_too(shape: tuple[int, ...], misalignment: int, machine: Machine) -> None:
     """Accesses of two bytes, which cannot be asynchronous, among them."""
     case = testing.Case(shape, torch.bfloat16)
     size = torch.Size(shape).numel() * 2
-    for call, read in zip(passes(case, replace(H200, misalignment=misalignment)), (1, 2), strict=True):
-        assert call.plan.resident
-        assert call.counters["activation"].bytes_read == read * size
+    for call, tensors in zip(passes(case, Settings(machine, misalignment=misalignment)), (1, 2), strict=True):
+        assert call.launches == 1
+        assert call.counters["activation"].bytes_read == round(tensors * size * (1 + read_again(call.plan)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("name", "has_residual"), [("relu", False), ("silu", False), (None, True), ("relu", True)])
-def test_activation_and_residual(name: str | None, has_residual: bool, dtype: torch.dtype, layout: str) -> None:
+@pytest.mark.parametrize("machine", [ONE, CLUSTERS, GRIDS], ids=["block", "cluster", "grid"])
+def test_activation_and_residual(
+    machine: Machine, name: str | None, has_residual: bool, dtype: torch.dtype, layout: str
+) -> None:
     """The residual is read once more, dz written; a mask is read twice in backward."""
     shape = (8, 32, 14, 14) if layout == "contiguous" else (4, 32, 5, 5)
-    operator = CudaOnCpu(H200)
+    operator = CudaOnCpu(Settings(machine))
     check(operator, testing.Case(shape, dtype, layout), name, has_residual)
-    size = torch.Size(shape).numel() * torch.finfo(dtype).bits // 8
+    size = torch.Size(shape).numel() * dtype.itemsize
     has_mask = has_residual and name == "relu"
     mask = torch.Size(shape).numel() // 8 if has_mask else 0
     forward, backward = (call.counters["activation"] for call in operator.calls)
@@ -84,50 +139,131 @@ def test_what_needs_the_general_kernels() -> None:
     """The mean over all batches, eval mode, a dy of one value, a residual behind a smooth activation."""
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
     z = torch.randn(4, 8, 6, 6)
-    operator = CudaOnCpu(H200)
+    operator = CudaOnCpu(Settings(ONE))
     mean, var, count = torch.zeros(8), torch.ones(8), torch.tensor(3)
     operator(x, mean, var, None, None, True, None, 1e-5, count)
     assert count.item() == 4
     operator(x, mean, var)
     operator(x, None, None, None, None, True).sum().backward()
     operator(x, None, None, None, None, True, activation="silu", residual=z).backward(z)
-    resident = [call.plan.resident for call in operator.calls]
-    assert resident == [False, False, True, False, True, False]
+    teams = [call.plan.team_name for call in operator.calls]
+    assert teams == ["none", "none", "block", "none", "block", "none"]
 
 
-def test_a_slice_stays_on_chip_where_three_fit_on_a_multiprocessor() -> None:
-    """On an H200 a channel of 28 x 28 bfloat16 at N = 32 forward, not its dy and x; on less memory, less."""
-    case = testing.Case((32, 16, 28, 28), torch.bfloat16)
-    smaller = replace(case, shape=(16, 16, 14, 14))
-
-    def chosen(shared_kib: int, case: testing.Case) -> list[bool]:
-        return [call.plan.resident for call in passes(case, replace(H200, shared_bytes=shared_kib * 1024))]
-
-    assert [chosen(kib, case) for kib in (228, 164, 0)] == [[True, False], [False, False], [False, False]]
-    assert [chosen(kib, smaller) for kib in (228, 164, 140)] == [[True, True], [True, False], [False, False]]
+@pytest.mark.parametrize("machine", [CLUSTERS, GRIDS], ids=["cluster", "grid"])
+def test_teams_that_the_device_has_no_room_for(machine: Machine) -> None:
+    """It is asked: with half as many blocks at a time these teams could not run, and nothing waits for ever."""
+    case = testing.Case((12, 2, 64, 64), torch.float32)
+    size = 12 * 2 * 64 * 64 * 4
+    for call, moved in zip(passes(case, Settings(machine, resident_blocks=4)), (3, 5), strict=True):
+        assert call.plan.team_name == "none"
+        counted = call.counters["activation"]
+        assert counted.bytes_read + counted.bytes_written == moved * size
+    assert [call.launches for call in passes(case, Settings(machine))] == [1, 1]
 
 
 def test_plans_are_alike_but_for_the_segments() -> None:
-    """A slice is the same whether a block holds it or reads it twice."""
+    """A slice is the same whether a team holds it or it is read twice."""
     case = testing.Case((16, 64, 14, 14), torch.bfloat16)
-    on_chip, general = (passes(case, replace(H200, shared_bytes=b))[0].plan for b in (OF_H200, 0))
-    assert (on_chip.segments, on_chip.resident) == (1, True)
+    on_chip, general = (passes(case, Settings(machine))[0].plan for machine in (ONE, GENERAL))
     for name in ("slices", "slice_width", "columns", "row_lanes", "vector", "threads"):
         assert getattr(on_chip, name) == getattr(general, name)
-    assert on_chip.row_lanes * on_chip.rows_per_thread >= on_chip.rows
+    assert (on_chip.team_name, general.team_name) == ("block", "none")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_bit_equal_whatever_the_order_of_threads_and_blocks(layout: str) -> None:
-    case = testing.Case((6, 65, 7, 7), torch.float32, layout)
-    inputs = testing.make_inputs(case)
+@pytest.mark.parametrize("name", [*TEAMS, *(f"{name}: spills" for name in SPILLING)])
+def test_bit_equal_whatever_the_order_of_threads_and_blocks(name: str) -> None:
+    machine, shape, layout = TEAMS[name] if name in TEAMS else SPILLING[name.split(":")[0]]
+    inputs = testing.make_inputs(testing.Case(shape, torch.float32, layout))
 
     def run(policy: str, seed: int) -> list[torch.Tensor]:
         leaf = inputs.input.clone().requires_grad_()
         mean, var = inputs.running_mean.clone(), inputs.running_var.clone()
-        y = CudaOnCpu(replace(H200, policy=policy, seed=seed))(leaf, mean, var, inputs.weight, inputs.bias, True)
-        return [y.detach(), *torch.autograd.grad(y, leaf, inputs.dy), mean, var]
+        operator = CudaOnCpu(Settings(machine, policy, seed))
+        y = operator(leaf, mean, var, inputs.weight, inputs.bias, True)
+        results = [y.detach(), *torch.autograd.grad(y, leaf, inputs.dy), mean, var]
+        assert all(call.launches == 1 for call in operator.calls)
+        return results
 
     first = run("ascending", 0)
-    for policy, seed in itertools.product(POLICIES, range(3)):
+    for policy, seed in itertools.product(POLICIES, range(2)):
         assert all(torch.equal(a, b) for a, b in zip(first, run(policy, seed), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("machine", [GENERAL, ONE, CLUSTERS, GRIDS], ids=["general", "block", "cluster", "grid"])
+def test_statistics_of_a_large_mean(machine: Machine, layout: str) -> None:
+    """Mean 1e4, deviation 0.1: the variance of the values as they are, to float32's rounding, on every path."""
+    x = (1e4 + 0.1 * torch.randn(8, 24, 10, 10)).to(memory_format=getattr(torch, LAYOUTS_OF_TORCH[layout]))
+    mean, var = torch.zeros(24), torch.zeros(24)
+    operator = CudaOnCpu(Settings(machine))
+    operator(x, mean, var, None, None, True, 1.0)
+    exact = x.double().transpose(0, 1).reshape(24, -1)
+    assert (operator.calls[0].plan.team_name == "none") == (machine is GENERAL)
+    assert torch.allclose(mean.double(), exact.mean(1), rtol=1e-7, atol=0)
+    assert torch.allclose(var.double(), exact.var(1), rtol=3e-7, atol=0)
+
+
+# The planner, as data.
+
+
+def plan_of(shape: Shape, value_bytes: int, machine: Machine, tiles: int, for_mask: bool = False) -> Plan:
+    """A plan that is one, with its shared memory within what two blocks of a multiprocessor may have."""
+    plan = kernels().make_plan(shape, value_bytes, 16, machine, for_mask, tiles)
+    if plan.team_name == "none":
+        check_plan(plan, shape, value_bytes, 16)
+        return plan
+    assert plan.row_lanes * plan.rows_per_thread * plan.segments >= plan.rows
+    assert (plan.segments - 1) * plan.row_lanes * plan.rows_per_thread < plan.rows
+    assert 0 < plan.kept_rows <= plan.rows_per_thread <= 256
+    assert 2 * (kernels().resident_bytes(plan, tiles, value_bytes) + KIB) <= machine.shared_bytes
+    blocks = 2 * machine.multiprocessors
+    assert (plan.segments == 1) == (plan.team_name == "block")
+    if plan.team_name == "cluster":
+        assert machine.clusters
+        assert plan.segments <= min(8, blocks)
+    if plan.team_name == "grid":
+        assert machine.cooperative
+        assert plan.teams == min(plan.slices, blocks // plan.segments)
+    else:
+        assert plan.teams == plan.slices
+    return plan
+
+
+@pytest.mark.parametrize("value_bytes", [2, 4])
+@pytest.mark.parametrize("n", [1, 8, 32, 128, 256])
+def test_every_channel_of_resnet50_fits_on_an_h200(n: int, value_bytes: int) -> None:
+    """NCHW: 2N forward and 3N backward, with masks and without; at N = 32 in 16 bits clusters do, but for one layer."""
+    for (channels, size), tiles, for_mask in itertools.product(RESNET50, (1, 2), (False, True)):
+        plan = plan_of(Shape(n, channels, size * size, False), value_bytes, H200, tiles, for_mask)
+        assert plan.team_name != "none"
+        assert read_again(plan) == 0, (channels, size)
+        if n == 32 and value_bytes == 2 and size < 112:
+            assert plan.team_name in ("block", "cluster")
+
+
+def test_channels_last_on_an_h200() -> None:
+    """bfloat16: all of N = 32 but the largest backward; at N = 256 all of 28 x 28, and of 56 x 56 a part."""
+
+    def again(n: int, channels: int, size: int, tiles: int) -> float:
+        return read_again(plan_of(Shape(n, channels, size * size, True), 2, H200, tiles))
+
+    for (channels, size), tiles in itertools.product(RESNET50, (1, 2)):
+        assert (again(32, channels, size, tiles) == 0) == (size * tiles < 224)
+        assert (again(256, channels, size, tiles) == 0) == (size < 56)
+        assert (again(256, channels, size, tiles) < (0.5, 0.75)[tiles - 1]) == (size < 112)
+
+
+def test_any_shape() -> None:
+    """Random shapes of up to 2^40 values on random machines."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(most: float) -> float:
+        return float(torch.rand((), generator=generator)) * most
+
+    for _ in range(10_000):
+        value_bytes = (2, 4, 8)[int(draw(3))]
+        n, c, s = (int(2 ** draw(13.5)) for _ in range(3))
+        shared = int(draw(230)) * KIB
+        machine = Machine((1, 16, 132)[int(draw(3))], shared, draw(1) < 0.5, draw(1) < 0.7)
+        plan_of(Shape(n, c, s, draw(1) < 0.5 or s == 1), value_bytes, machine, 1 + int(draw(2)), draw(1) < 0.3)

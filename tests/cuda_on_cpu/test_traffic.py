@@ -6,7 +6,7 @@ import torch
 from bn_ext import testing
 
 from . import build
-from .batch_norm import Settings
+from .batch_norm import Machine, Settings
 from .fused import check
 from .operators import Call, CudaOnCpu
 
@@ -20,7 +20,7 @@ LAYOUTS = ["contiguous", "channels_last"]
 
 def passes(shape: tuple[int, ...], dtype: torch.dtype, layout: str, training: bool = True) -> tuple[Call, Call]:
     """A forward and a backward pass whose results are right."""
-    operator = CudaOnCpu(Settings(multiprocessors=1))
+    operator = CudaOnCpu(Settings())
     shares = testing.check(operator, testing.Case(shape, dtype, layout, training))
     assert max(shares.values()) <= 1, shares
     forward, backward = operator.calls
@@ -57,7 +57,7 @@ def test_training_reads_and_writes_no_more_than_it_must(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layer_as_an_h200_runs_it(layout: str) -> None:
     """132 multiprocessors: 3N and 5N, and a few per cent of N for everything else."""
-    operator = CudaOnCpu(Settings(multiprocessors=132))
+    operator = CudaOnCpu(Settings(Machine(132)))
     shape = (32, 64, 112, 112)
     shares = testing.check(operator, testing.Case(shape, torch.bfloat16, layout))
     assert max(shares.values()) <= 1, shares
@@ -110,7 +110,7 @@ def test_activation_and_residual(
 ) -> None:
     """Plain batch norm's 3N and 5N (eval: 2N and 3N), and what z, dz and the mask add to it."""
     for shape in ((2, 16, 56, 56), (8, 32, 14, 14), (16, 16, 7, 7)):
-        operator = CudaOnCpu(Settings(multiprocessors=1))
+        operator = CudaOnCpu(Settings())
         check(operator, testing.Case(shape, dtype, layout, training), name, has_residual)
         forward, backward = (call.counters["activation"] for call in operator.calls)
         size = torch.Size(shape).numel() * torch.finfo(dtype).bits // 8
@@ -140,7 +140,7 @@ def test_least_traffic_of_add_and_relu(layout: str) -> None:
     """BN + add + ReLU, 16 bits: 4N and a mask forward, 6N and a mask backward; in eval mode 3N forward."""
     shape = (8, 64, 28, 28)
     size = torch.Size(shape).numel() * 2
-    operator = CudaOnCpu(Settings(multiprocessors=1))
+    operator = CudaOnCpu(Settings())
     for training in (True, False):
         check(operator, testing.Case(shape, torch.bfloat16, layout, training), "relu", True)
     moved = [c.counters["activation"].bytes_read + c.counters["activation"].bytes_written for c in operator.calls]

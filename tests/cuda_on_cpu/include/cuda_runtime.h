@@ -34,6 +34,7 @@ namespace cuda_on_cpu {
 // `function` is the kernel, whose attributes hold; body(arguments) calls it.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void (*body)(void*), void* arguments);
 cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value);
+cudaError_t most_clusters(int* clusters, const void* function, const cudaLaunchConfig_t& config);
 cudaError_t blocks_per_multiprocessor(int* blocks, const void* function, int threads, std::size_t shared_bytes);
 
 }  // namespace cuda_on_cpu
@@ -61,4 +62,10 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
                                                           int threads,
                                                           std::size_t shared_bytes) {
   return cuda_on_cpu::blocks_per_multiprocessor(blocks, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
+}
+
+// How many clusters of this launch the machine has room for.
+template <typename... K>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(K...), const cudaLaunchConfig_t* config) {
+  return cuda_on_cpu::most_clusters(clusters, reinterpret_cast<const void*>(kernel), *config);
 }

@@ -48,6 +48,7 @@ unsigned cluster_rank();
 unsigned cluster_blocks();
 void cluster_arrive(Place place);
 void cluster_wait(Place place);
+void grid_barrier(Place place);
 void* cluster_shared(const void* address, unsigned rank, Place place);
 void sleep(Place place);
 std::uint64_t warp_operation(const WarpRequest& request, Place place);
