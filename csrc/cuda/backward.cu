@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
     if (writes_dz) store(static_cast<T*>(p.dz) + row.offset, row_dz);  // grad_input_kernel may read it
   };
-  g.template for_rows<bytes_of_sums(kVariant, kOneChannel, kWrites)>(plan, walk, walk.rows, finish);
+  g.template for_rows<bytes_of_sums(kVariant, kOneChannel, kWrites)>(plan, walk, finish);
 
   GradSums sums[kVector];
 #pragma unroll
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
     if (writes_dz) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
   };
-  g.template for_rows<bytes_of_input(kVariant)>(plan, walk, walk.rows, finish);
+  g.template for_rows<bytes_of_input(kVariant)>(plan, walk, finish);
 }
 
 struct Workspace {

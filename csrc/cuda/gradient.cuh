@@ -38,11 +38,11 @@ class Gradient {
     return {offset, dy, x, V{}, has_mask ? load_bits(p_.mask, offset) : 0};
   }
 
-  // Calls finish(row) for the next `count` rows, of which so many bytes of each tensor are read at a time.
+  // Calls finish(row) for all rows, of which so many bytes of each tensor are read at a time.
   template <int kBytes, bool kBackwards, typename Finish>
-  __device__ void for_rows(const Plan& plan, Walk<kBackwards>& walk, int count, const Finish& finish) const {
-    in_batches<kBatchRows<V, kBytes>>(count, [&](auto at_a_time, int) {
-      Row rows[decltype(at_a_time)::value] = {};
+  __device__ void for_rows(const Plan& plan, Walk<kBackwards>& walk, const Finish& finish) const {
+    in_batches<kBatchRows<V, kBytes>>(walk.rows, [&](auto count, int) {
+      Row rows[decltype(count)::value] = {};
 #pragma unroll
       for (Row& row : rows) {
         row.offset = walk.offset;

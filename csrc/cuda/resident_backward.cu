@@ -19,27 +19,22 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   const ResidentMemory memory(plan, kTensors, sizeof(T));
-  const Tile<T, kVector> dy(plan, memory.tiles, 0);
-  const Tile<T, kVector> x(plan, memory.tiles, 1);
+  const Tile<T, kVector, kTensors> tile(plan, memory.tiles, {p.dy, p.x});
+  const Gradient<T, kVector, kVariant, true> g(p, true);
   Exchange<GradSums, Slope<A>> exchange(plan, memory, workspace);
   exchange.start();
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     Walk<false> walk(plan, block);
-    const int kept = min(walk.rows, plan.kept_rows);
-    const int spilled = walk.rows - kept;
-    for (int i = 0; i < kept; ++i) {
-      dy.fetch(i, static_cast<const T*>(p.dy) + walk.offset);
-      x.fetch(i, static_cast<const T*>(p.x) + walk.offset);
-      walk.next(plan);
-    }
+    Walk<false> ahead = walk;
+    int count = tile.first_chunk(walk.rows);
+    tile.fetch(ahead, count);
     Affine<A> affine[kOneChannel ? 1 : kVector] = {};
     make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
       return saved_affine<A>(p, channel, true, p.needs_u());
     });
-
     A sum_dy[kVector] = {};
     A sum_dy_centred[kVector] = {};
-    const auto add = [&](const auto& g, const auto& row) {
+    const auto add = [&](const auto& row) {
       with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
@@ -50,13 +45,15 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         }
       });
     };
-    const Gradient<T, kVector, kVariant, false> g_to_sum(p, true);
-    g_to_sum.template for_rows<16>(plan, walk, spilled, [&](const auto& row) { add(g_to_sum, row); });
-    dy.wait();
-    walk = Walk<false>(plan, block);
-    for (int i = 0; i < kept; ++i) {
-      add(g_to_sum, g_to_sum.row(walk.offset, dy[i], x[i]));
-      walk.next(plan);
+    for (int left = walk.rows; left > 0;) {
+      tile.wait();
+      for (int i = 0; i < count; ++i) {
+        add(g.row(walk.offset, tile.row(0, i), tile.row(1, i)));
+        walk.next(plan);
+      }
+      left -= count;
+      count = tile.last_chunk(left);
+      tile.fetch(ahead, count);
     }
     GradSums sums[kVector];
 #pragma unroll
@@ -73,7 +70,6 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     Walk<true> back(plan, block);
     Slope<A> slope[kOneChannel ? 1 : kVector] = {};
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, slope);
-    const Gradient<T, kVector, kVariant, true> g(p, true);
     const auto finish = [&](const auto& row) {
       V row_dx;
       V row_dz;
@@ -90,10 +86,19 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       if (kVariant != Variant::kPlain && p.dz != nullptr) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
     };
     if (p.dx == nullptr && p.dz == nullptr) continue;
-    g.template for_rows<16>(plan, back, spilled, finish);
-    for (int i = kept - 1; i >= 0; --i) {
-      finish(g.row(back.offset, dy[i], x[i]));
-      back.next(plan);
+    for (int left = back.rows; left > 0;) {
+      int i = tile.last_chunk(left);
+      if (left < back.rows) {
+        Walk<true> again = back;
+        tile.fetch(again, i);
+        tile.wait();
+      }
+      left -= i;
+      while (i > 0) {
+        --i;
+        finish(g.row(back.offset, tile.row(0, i), tile.row(1, i)));
+        back.next(plan);
+      }
     }
   }
   exchange.finish();

@@ -19,30 +19,22 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     resident_forward_kernel(const Plan plan, const ForwardParams p, void* workspace) {
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
-  const T* x = static_cast<const T*>(p.x);
   const ResidentMemory memory(plan, kTensors, sizeof(T));
-  const Tile<T, kVector> tile(plan, memory.tiles, 0);
+  const Tile<T, kVector, kTensors> tile(plan, memory.tiles, {p.x});
   Exchange<Moments, Affine<A>> exchange(plan, memory, workspace);
   exchange.start();
   count_batch(p.num_batches_tracked);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     Walk<false> walk(plan, block);
-    const int kept = min(walk.rows, plan.kept_rows);
-    const int spilled = walk.rows - kept;
-    for (int i = 0; i < kept; ++i) {
-      tile.fetch(i, x + walk.offset);
-      walk.next(plan);
-    }
     RunningMoments<A> moments[kVector] = {};
-    const auto next = [&] {
-      const V row = load<kVector>(x + walk.offset);
-      walk.next(plan);
-      return row;
-    };
-    add_rows<T>(spilled, next, moments);
-    tile.wait();
-    int i = 0;
-    add_rows<T>(walk.rows, [&] { return tile[i++]; }, moments, spilled);
+    for (int done = 0; done < walk.rows;) {
+      const int count = tile.first_chunk(walk.rows - done);
+      tile.fetch(walk, count);
+      tile.wait();
+      int i = 0;
+      add_rows<T>(done + count, [&] { return tile.row(0, i++); }, moments, done);
+      done += count;
+    }
     merge_moments<kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int place) {
       exchange.leave_sums(place, total);
     });
@@ -59,21 +51,25 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     Apply<T, kVector, kOneChannel, kVariant> apply(p);
     Walk<true> back(plan, block);
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, apply.affine);
-    const auto write_rows = [&](int count, const auto& get_x) {
-      using Row = typename decltype(apply)::Row;
-      in_batches<kBatchRows<V, 32>>(count, [&](auto at_a_time, int) {
-        Row rows[decltype(at_a_time)::value] = {};
+    for (int left = back.rows; left > 0;) {
+      int i = tile.last_chunk(left);
+      if (left < back.rows) {
+        Walk<true> ahead = back;
+        tile.fetch(ahead, i);
+        tile.wait();
+      }
+      left -= i;
+      in_batches<kBatchRows<V, 32>>(i, [&](auto count, int) {
+        typename decltype(apply)::Row rows[decltype(count)::value] = {};
 #pragma unroll
-        for (Row& row : rows) {
-          row = {back.offset, get_x(), apply.z(back.offset)};
+        for (auto& row : rows) {
+          row = {back.offset, tile.row(0, --i), apply.z(back.offset)};
           back.next(plan);
         }
 #pragma unroll
-        for (const Row& row : rows) apply.finish(plan, row);
+        for (const auto& row : rows) apply.finish(plan, row);
       });
-    };
-    write_rows(spilled, [&] { return load_last<kVector>(x + back.offset); });
-    write_rows(kept, [&] { return tile[--i]; });
+    }
   }
   exchange.finish();
 }

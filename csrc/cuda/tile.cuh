@@ -7,27 +7,38 @@
 #include "launch.cuh"
 #include "plan.h"
 #include "vector.cuh"
+#include "walk.cuh"
 
 namespace bn_ext::cuda {
 
-template <typename T, int kVector>
+// Rows of some tensors. A thread's rows go through it in chunks of plan.kept_rows, of which the first one is what is
+// left over; the last one stays, until all have been there once and they come again from the end.
+template <typename T, int kVector, int kTensors>
 class Tile {
  public:
   using V = Vector<T, kVector>;
 
-  // The tensor-th tile of the block.
-  __device__ Tile(const Plan& plan, size_t tiles_begin, int tensor)
-      : own_(reinterpret_cast<V*>(shared_memory<unsigned char>() + tiles_begin) +
-             tensor * plan.kept_rows * plan.threads + threadIdx.x),
-        threads_(plan.threads) {}
+  __device__ Tile(const Plan& plan, size_t begin, const void* const (&tensors)[kTensors])
+      : own_(reinterpret_cast<V*>(shared_memory<unsigned char>() + begin) + threadIdx.x), plan_(plan) {
+#pragma unroll
+    for (int i = 0; i < kTensors; ++i) tensors_[i] = static_cast<const T*>(tensors[i]);
+  }
 
-  // Row `i` of the thread is to be what lies at p; it is there after wait().
-  __device__ void fetch(int i, const T* p) const {
-    V* to = own_ + i * threads_;
-    if constexpr (sizeof(V) >= 4) {
-      __pipeline_memcpy_async(to, p, sizeof(V));
-    } else {
-      *to = load_last<kVector>(p);
+  // Of so many rows that are still to come.
+  __device__ int first_chunk(int rows) const {
+    return rows == 0 ? 0 : rows - (rows - 1) / plan_.kept_rows * plan_.kept_rows;
+  }
+  __device__ int last_chunk(int rows) const { return min(rows, plan_.kept_rows); }
+
+  // The next rows of a walk are to be here, in memory's order; they are after wait().
+  template <bool kBackwards>
+  __device__ void fetch(Walk<kBackwards>& walk, int count) const {
+    for (int i = 0; i < count; ++i) {
+#pragma unroll
+      for (int tensor = 0; tensor < kTensors; ++tensor) {
+        copy(place(tensor, kBackwards ? count - 1 - i : i), tensors_[tensor] + walk.offset);
+      }
+      walk.next(plan_);
     }
   }
   static __device__ void wait() {
@@ -35,11 +46,22 @@ class Tile {
     __pipeline_wait_prior(0);
     asm volatile("" ::: "memory");  // nothing is read before: CUDA's own wait does not say so to the compiler
   }
-  __device__ const V& operator[](int i) const { return own_[i * threads_]; }
+
+  __device__ const V& row(int tensor, int i) const { return *place(tensor, i); }
 
  private:
+  __device__ V* place(int tensor, int i) const { return own_ + (tensor * plan_.kept_rows + i) * plan_.threads; }
+  static __device__ void copy(V* to, const T* from) {
+    if constexpr (sizeof(V) >= 4) {
+      __pipeline_memcpy_async(to, from, sizeof(V));
+    } else {
+      *to = load_last<kVector>(from);
+    }
+  }
+
   V* own_;
-  int threads_;
+  const Plan& plan_;
+  const T* tensors_[kTensors];
 };
 
 }  // namespace bn_ext::cuda
