@@ -26,6 +26,7 @@ constexpr int bytes_of_input(Variant variant) { return variant == Variant::kPlai
 template <typename T, int kVector, bool kOneChannel, Variant kVariant, bool kWrites>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_sums_kernel(const Plan plan, const BackwardParams p, GradSums* partials) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   using Gradients = Gradient<T, kVector, kVariant, false>;
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
 template <typename A>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_gradients_kernel(
     const Plan plan, int lanes, const BackwardParams p, const GradSums* partials, A* coefficients) {
+  wait_for_earlier_kernels();
   const ChannelSums<GradSums> sums(plan, lanes, partials);
   const GradSums total = merge(sums.group, sums.parts, sums);
   if (!sums.is_first()) return;
@@ -97,6 +99,7 @@ __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficie
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_input_kernel(const Plan plan, const BackwardParams p, const acc_t<T>* coefficients) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   using Gradients = Gradient<T, kVector, kVariant, true>;

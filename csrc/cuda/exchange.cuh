@@ -161,7 +161,8 @@ class Exchange {
 inline Grid grid_of_teams(const Plan& plan, int tensors, size_t value_bytes) {
   const int cluster_blocks = plan.team == Team::kCluster ? static_cast<int>(plan.segments) : 1;
   const size_t shared_bytes = ResidentMemory(plan, tensors, value_bytes).bytes;
-  return {plan.blocks(), plan.threads, shared_bytes, cluster_blocks, plan.team == Team::kGrid};
+  const bool cooperative = plan.team == Team::kGrid;
+  return {plan.blocks(), plan.threads, shared_bytes, cluster_blocks, cooperative, plan.starts_early && !cooperative};
 }
 
 }  // namespace bn_ext::cuda

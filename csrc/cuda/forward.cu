@@ -29,6 +29,7 @@ constexpr int bytes_of_apply(Variant variant) { return variant == Variant::kPlai
 // z once, writes y once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) apply_kernel(const Plan plan, const ForwardParams p) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   const Block block = block_of(plan, gridDim.x - 1 - blockIdx.x);

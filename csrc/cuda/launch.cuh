@@ -30,6 +30,14 @@ __device__ T* shared_memory_at(size_t begin) {
 
 constexpr size_t kUnaskedSharedBytes = 48 * 1024;
 
+// A kernel that is launched to start early must call this before it touches global memory: it may run while the kernel
+// before it on the stream is at its end.
+inline __device__ void wait_for_earlier_kernels() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // What a kernel is launched as. Only grid.x is used: it may be 2^31 - 1, y and z no more than 65535.
 struct Grid {
   int64_t blocks;
@@ -37,6 +45,7 @@ struct Grid {
   size_t shared_bytes = 0;
   int cluster_blocks = 1;
   bool cooperative = false;
+  bool starts_early = false;
 };
 
 // CUDA's description of it, which holds a pointer to its own attributes.
@@ -58,6 +67,11 @@ class LaunchConfig {
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
     }
+    if (grid.starts_early && !is_captured(stream)) {
+      cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
   }
   LaunchConfig(const LaunchConfig&) = delete;
   LaunchConfig& operator=(const LaunchConfig&) = delete;
@@ -65,7 +79,13 @@ class LaunchConfig {
   const cudaLaunchConfig_t* get() const { return &config_; }
 
  private:
-  cudaLaunchAttribute attributes_[2] = {};
+  // CUDA does not promise that a graph's kernels may start early.
+  static bool is_captured(cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    return cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
+  }
+
+  cudaLaunchAttribute attributes_[3] = {};
   cudaLaunchConfig_t config_ = {};
 };
 

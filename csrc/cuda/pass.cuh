@@ -16,7 +16,7 @@ class Pass {
   template <typename... Parameters, typename... Arguments>
   void on_segments(void (*kernel)(Plan, Parameters...), size_t shared_bytes, const Arguments&... arguments) {
     if (error_ != cudaSuccess) return;
-    error_ = launch(kernel, {plan_.blocks(), plan_.threads, shared_bytes}, stream_, plan_, arguments...);
+    error_ = launch(kernel, grid(plan_.blocks(), plan_.threads, shared_bytes), stream_, plan_, arguments...);
   }
 
   // kernel(plan, lanes, arguments...), `lanes` threads per channel: see ChannelSums.
@@ -25,7 +25,7 @@ class Pass {
     if (error_ != cudaSuccess) return;
     const int lanes = merge_lanes(plan_.segments);
     const int64_t blocks = blocks_of_groups(plan_.channels, lanes);
-    error_ = launch(kernel, {blocks, kMaxThreads}, stream_, plan_, lanes, arguments...);
+    error_ = launch(kernel, grid(blocks, kMaxThreads, 0), stream_, plan_, lanes, arguments...);
   }
 
   void clear(void* memory, size_t bytes) {
@@ -35,6 +35,10 @@ class Pass {
   cudaError_t error() const { return error_; }
 
  private:
+  Grid grid(int64_t blocks, int threads, size_t shared_bytes) const {
+    return {blocks, threads, shared_bytes, 1, false, plan_.starts_early};
+  }
+
   const Plan& plan_;
   cudaStream_t stream_;
   cudaError_t error_ = cudaSuccess;

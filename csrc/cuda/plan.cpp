@@ -20,7 +20,8 @@ constexpr int64_t kRowsOfBlock = 4;    // in what time a thread reads them, a bl
 constexpr int64_t kRowsOfCluster = 1;  // the same for barriers of a cluster
 constexpr int64_t kRowsOfGrid = 4;     // and of a grid's teams
 constexpr int64_t kLeastKept = 8;      // a part of so many must fit, for the general path has no barriers
-constexpr int kReservedSharedBytes = 1024;  // of every block, for the device's own use
+constexpr int kReservedSharedBytes = 1024;          // of every block, for the device's own use
+constexpr int64_t kSmallTensor = int64_t(4) << 20;  // bytes, which take about as long as a launch; not measured
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -223,6 +224,7 @@ Plan plan_with_slices(const Request& request, int line, const Machine& machine) 
   plan.step_offset = plan.row_lanes / plan.image_rows * plan.pitch + int64_t(plan.step_rows) * plan.vector;
   plan.wrap_offset = plan.pitch - plan.image_rows * plan.vector;
   choose_lanes(plan);
+  plan.starts_early = machine.clusters && shape.numel() * request.value_bytes <= kSmallTensor;
   return plan;
 }
 

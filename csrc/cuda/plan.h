@@ -83,8 +83,9 @@ struct Plan {
   int merge_lanes;      // threads that together merge the partials of a channel, a power of two <= 32
   int team_lanes;       // the same for the sums of a channel's segments
   Team team;
-  bool one_channel;  // all values of a thread belong to one channel
-  bool whole_bytes;  // rows of slices are whole bytes of a mask, in memory: no two slices share one
+  bool starts_early;  // kernels may start while the one before them ends: for tensors so small that this counts
+  bool one_channel;   // all values of a thread belong to one channel
+  bool whole_bytes;   // rows of slices are whole bytes of a mask, in memory: no two slices share one
 
   constexpr bool resident() const { return team != Team::kNone; }
   constexpr bool blocks_wait() const { return team == Team::kCluster || team == Team::kGrid; }  // for each other

@@ -16,6 +16,7 @@ constexpr int kTensors = 2;  // in tiles
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     resident_backward_kernel(const Plan plan, const BackwardParams p, void* workspace) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   const ResidentMemory memory(plan, kTensors, sizeof(T));
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     Walk<false> walk(plan, block);
     Walk<false> ahead = walk;
     int count = tile.first_chunk(walk.rows);
-    tile.fetch(ahead, count);
+    tile.fetch(ahead, count, count == walk.rows);
     Affine<A> affine[kOneChannel ? 1 : kVector] = {};
     make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
       return saved_affine<A>(p, channel, true, p.needs_u());
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       }
       left -= count;
       count = tile.last_chunk(left);
-      tile.fetch(ahead, count);
+      tile.fetch(ahead, count, count == left);
     }
     GradSums sums[kVector];
 #pragma unroll
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       int i = tile.last_chunk(left);
       if (left < back.rows) {
         Walk<true> again = back;
-        tile.fetch(again, i);
+        tile.fetch(again, i, true);
         tile.wait();
       }
       left -= i;

@@ -17,6 +17,7 @@ constexpr int kTensors = 1;  // in tiles
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     resident_forward_kernel(const Plan plan, const ForwardParams p, void* workspace) {
+  wait_for_earlier_kernels();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   const ResidentMemory memory(plan, kTensors, sizeof(T));
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     RunningMoments<A> moments[kVector] = {};
     for (int done = 0; done < walk.rows;) {
       const int count = tile.first_chunk(walk.rows - done);
-      tile.fetch(walk, count);
+      tile.fetch(walk, count, done + count == walk.rows);
       tile.wait();
       int i = 0;
       add_rows<T>(done + count, [&] { return tile.row(0, i++); }, moments, done);
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       int i = tile.last_chunk(left);
       if (left < back.rows) {
         Walk<true> ahead = back;
-        tile.fetch(ahead, i);
+        tile.fetch(ahead, i, true);
         tile.wait();
       }
       left -= i;

@@ -99,6 +99,7 @@ inline __device__ void count_batch(int64_t* num_batches_tracked) {
 template <typename T, int kVector, bool kOneChannel>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
+  wait_for_earlier_kernels();
   const Block block = block_of(plan, blockIdx.x);
   Walk<false> walk(plan, block);
   count_batch(num_batches_tracked);
@@ -183,6 +184,7 @@ __device__ Affine<A> finalise_channel(const ForwardParams& p, int64_t channel, c
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     finalise_statistics_kernel(const Plan plan, int lanes, const ForwardParams p, const Moments* partials) {
+  wait_for_earlier_kernels();
   const ChannelSums<Moments> sums(plan, lanes, partials);
   const double count = double(p.shape.values_per_channel());
   const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };

@@ -11,6 +11,22 @@
 
 namespace bn_ext::cuda {
 
+// 16 bytes to shared memory while the thread goes on; the first to leave the cache where `is_last` says that nothing
+// reads them again.
+inline __device__ void copy_async(void* shared, const void* global, bool is_last) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if (is_last) {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "l"(policy)
+                 : "memory");
+    return;
+  }
+#endif
+  __pipeline_memcpy_async(shared, global, 16);
+}
+
 // Rows of some tensors. A thread's rows go through it in chunks of plan.kept_rows, of which the first one is what is
 // left over; the last one stays, until all have been there once and they come again from the end.
 template <typename T, int kVector, int kTensors>
@@ -30,13 +46,14 @@ class Tile {
   }
   __device__ int last_chunk(int rows) const { return min(rows, plan_.kept_rows); }
 
-  // The next rows of a walk are to be here, in memory's order; they are after wait().
+  // The next rows of a walk are to be here, in memory's order; they are after wait(). is_last: they are not fetched
+  // again.
   template <bool kBackwards>
-  __device__ void fetch(Walk<kBackwards>& walk, int count) const {
+  __device__ void fetch(Walk<kBackwards>& walk, int count, bool is_last) const {
     for (int i = 0; i < count; ++i) {
 #pragma unroll
       for (int tensor = 0; tensor < kTensors; ++tensor) {
-        copy(place(tensor, kBackwards ? count - 1 - i : i), tensors_[tensor] + walk.offset);
+        copy(place(tensor, kBackwards ? count - 1 - i : i), tensors_[tensor] + walk.offset, is_last);
       }
       walk.next(plan_);
     }
@@ -51,8 +68,10 @@ class Tile {
 
  private:
   __device__ V* place(int tensor, int i) const { return own_ + (tensor * plan_.kept_rows + i) * plan_.threads; }
-  static __device__ void copy(V* to, const T* from) {
-    if constexpr (sizeof(V) >= 4) {
+  static __device__ void copy(V* to, const T* from, bool is_last) {
+    if constexpr (sizeof(V) == 16) {
+      copy_async(to, from, is_last);
+    } else if constexpr (sizeof(V) >= 4) {
       __pipeline_memcpy_async(to, from, sizeof(V));
     } else {
       *to = load_last<kVector>(from);

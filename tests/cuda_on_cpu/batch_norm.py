@@ -130,6 +130,7 @@ class Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _INT64),
         *((name, ctypes.c_int) for name in _INT),
+        ("starts_early", ctypes.c_bool),
         ("one_channel", ctypes.c_bool),
         ("whole_bytes", ctypes.c_bool),
     ]

@@ -33,6 +33,7 @@ struct Device {
 
 struct Attributes {
   bool cooperative = false;
+  bool starts_early = false;
   unsigned cluster_blocks = 1;
 };
 
@@ -55,6 +56,8 @@ Attributes attributes_of(const cudaLaunchConfig_t& config) {
     } else if (id == cudaLaunchAttributeClusterDimension) {
       if (value.clusterDim.y != 1 || value.clusterDim.z != 1) throw Fault("this harness knows clusters along x only");
       attributes.cluster_blocks = value.clusterDim.x;
+    } else if (id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      attributes.starts_early = value.programmaticStreamSerializationAllowed != 0;
     } else if (id != cudaLaunchAttributeIgnore) {
       throw Fault("this harness does not know launch attribute " + std::to_string(id));
     }
@@ -99,6 +102,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
                       config.blockDim,
                       attributes.cluster_blocks,
                       attributes.cooperative,
+                      attributes.starts_early,
                       config.dynamicSmemBytes,
                       body,
                       arguments};
@@ -113,6 +117,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
 
 void check_access(Direction direction, const void* address, std::size_t bytes, Place place) {
   Thread& thread = running_thread();
+  if (thread.waits_for_launches) {
+    scheduler.fault("it touches global memory before it has waited for earlier launches", place);
+  }
   const std::string wrong = device().memory.access(direction, address, bytes, thread.accesses, thread.warp->sectors);
   if (!wrong.empty()) scheduler.fault(wrong, place);
   scheduler.maybe_preempt();
@@ -128,7 +135,7 @@ cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int
 
 cudaError_t most_clusters(int* clusters, const void* function, const cudaLaunchConfig_t& config) {
   const unsigned blocks = attributes_of(config).cluster_blocks;
-  const cudaError_t error = refusal(config, {false, blocks}, function);
+  const cudaError_t error = refusal(config, {false, false, blocks}, function);
   if (error != cudaSuccess && error != cudaErrorInvalidClusterSize) return device().last_error = error;
   *clusters = error == cudaSuccess ? device().machine.resident_blocks / static_cast<int>(blocks) : 0;
   return cudaSuccess;
@@ -162,6 +169,11 @@ void reset() { replace_device(); }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
   cuda_on_cpu::device().memory.fill(memory, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 

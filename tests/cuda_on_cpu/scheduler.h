@@ -43,6 +43,7 @@ struct Thread {
   bool has_arrived;               // at the cluster's barrier, without having waited since
   std::uint64_t arrival;          // which barrier of the cluster that is
   std::uint64_t writes_seen;      // the launch's writes when it woke last, and began to look for what it waits for
+  bool waits_for_launches;        // earlier ones may still write
   std::vector<CopyGroup> copies;  // committed ones in the order of their groups, the last group is open
 
   unsigned lane() const { return rank % kWarpThreads; }
@@ -90,6 +91,7 @@ struct Launch {
   dim3 block;
   unsigned cluster_blocks;
   bool cooperative;
+  bool starts_early;
   std::size_t shared_bytes;
   void (*kernel)(void*);
   void* arguments;

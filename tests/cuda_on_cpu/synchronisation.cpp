@@ -185,6 +185,8 @@ void cluster_wait(Place place) {
 
 void grid_barrier(Place place) { scheduler.wait_for_grid(place); }
 
+void wait_for_earlier_launches() { running_thread().waits_for_launches = false; }
+
 unsigned cluster_rank() { return running_thread().block->rank; }
 unsigned cluster_blocks() { return static_cast<unsigned>(running_thread().block->cluster->blocks.size()); }
 

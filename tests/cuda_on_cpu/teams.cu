@@ -1,5 +1,6 @@
 // Kernels of blocks that work together, for the harness's own tests: in clusters, in cooperative grids, and with
 // asynchronous copies; correct, and with a fault each.
+#include <cooperative_groups.h>
 #include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
@@ -116,6 +117,18 @@ __global__ void words_kernel(unsigned* words, unsigned* y) {
   __stwb(y, 1u);
 }
 
+// Launched to start early.
+__global__ void early_kernel(const float* x, float* y, bool waits) {
+  if (waits) cudaGridDependencySynchronize();
+  __stwb(y + threadIdx.x, __ldg(x + threadIdx.x));  // in early_kernel
+}
+
+// Waits for the grid, whatever its launch says; one thread may stay away.
+__global__ void whole_grid_kernel(unsigned* y, bool all) {
+  if (all || threadIdx.x != 3) cooperative_groups::this_grid().sync();  // in whole_grid_kernel
+  __stwb(y + blockIdx.x * kThreads + threadIdx.x, 1u);
+}
+
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
@@ -171,6 +184,41 @@ const char* words(unsigned* words, unsigned* y, int64_t others) {
 
 const char* copies(const float* x, float* y, int64_t waits, int64_t bytes, int64_t to) {
   return cuda_on_cpu::reported([&] { launch(copies_kernel, 1, 1, false, x, y, int(waits), int(bytes), int(to)); });
+}
+
+const char* early(const float* x, float* y, int64_t waits) {
+  return cuda_on_cpu::reported([&] {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = 1;
+    config.blockDim = kThreads;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, early_kernel, x, y, waits != 0));
+  });
+}
+
+const char* whole_grid(unsigned* y, int64_t blocks, int64_t cooperative, int64_t all) {
+  return cuda_on_cpu::reported([&] { launch(whole_grid_kernel, blocks, 1, cooperative != 0, y, all != 0); });
+}
+
+// How many clusters of so many blocks there is room for.
+const char* occupancy_of_clusters(int64_t cluster, int64_t* clusters) {
+  return cuda_on_cpu::reported([&] {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = unsigned(cluster);
+    config.blockDim = kThreads;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int found = -1;
+    check(cudaOccupancyMaxActiveClusters(&found, empty_kernel, &config));
+    *clusters = found;
+  });
 }
 
 // A launch with so much shared memory, of a kernel that has asked for so much or has not asked (0).

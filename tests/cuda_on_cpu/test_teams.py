@@ -209,3 +209,39 @@ def test_shared_memory_is_asked_for(device: Device) -> None:
     assert room(1025, 0) == 0
     with pytest.raises(Fault, match=r"^invalid argument"):
         device.call("launch_shared", 101 * 1024, 0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_launch_that_starts_early(device: Device, policy: str) -> None:
+    """It must wait for the launch before it before it looks at memory."""
+    device.set_order(policy)
+    values = np.arange(64, dtype=np.float32)
+    x, y = device.input("x", values), device.output("y", 64, np.float32)
+    device.call("early", x, y, 1)
+    assert (y.array == values).all()
+    words = rf"{line('// in early_kernel')}: it touches global memory before it has waited for earlier launches"
+    with pytest.raises(Fault, match=words):
+        device.call("early", x, y, 0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_barrier_of_a_whole_grid(device: Device, policy: str) -> None:
+    """Of a cooperative launch only, and of all its threads."""
+    device.set_machine(resident_blocks=3)
+    device.set_order(policy)
+    y = device.output("y", (3, 64), np.uint32, contents="zero")
+    device.call("whole_grid", y, 3, 1, 1)
+    assert (y.array == 1).all()
+    with pytest.raises(Fault, match="it waits for the grid, whose launch is not cooperative"):
+        device.call("whole_grid", y, 3, 0, 1)
+    place = line("// in whole_grid_kernel")
+    with pytest.raises(Fault, match=rf"deadlock: it waits at the grid's barrier \({place}\)"):
+        device.call("whole_grid", y, 3, 1, 0)
+
+
+@pytest.mark.parametrize(("resident", "cluster", "expected"), [(8, 4, 2), (8, 8, 1), (6, 4, 1), (3, 4, 0), (16, 16, 0)])
+def test_occupancy_of_clusters(device: Device, resident: int, cluster: int, expected: int) -> None:
+    device.set_machine(resident_blocks=resident)
+    clusters = ctypes.c_int64()
+    device.call("occupancy_of_clusters", cluster, ctypes.byref(clusters))
+    assert clusters.value == expected

@@ -49,6 +49,7 @@ unsigned cluster_blocks();
 void cluster_arrive(Place place);
 void cluster_wait(Place place);
 void grid_barrier(Place place);
+void wait_for_earlier_launches();
 void* cluster_shared(const void* address, unsigned rank, Place place);
 void sleep(Place place);
 std::uint64_t warp_operation(const WarpRequest& request, Place place);
@@ -153,6 +154,9 @@ inline void __cluster_barrier_wait(CUDA_ON_CPU_PLACE) { cuda_on_cpu::cluster_wai
 inline void* __cluster_map_shared_rank(const void* address, unsigned rank, CUDA_ON_CPU_PLACE) {
   return cuda_on_cpu::cluster_shared(address, rank, place);
 }
+
+// In a launch that may start before the one before it has ended.
+inline void cudaGridDependencySynchronize() { cuda_on_cpu::wait_for_earlier_launches(); }
 
 // In a loop that waits for another block: lets others go first. Memory is in order here, so a fence does nothing.
 inline void __nanosleep(unsigned, CUDA_ON_CPU_PLACE) { cuda_on_cpu::sleep(place); }
