@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
-KERNELS = sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), CUDA / "kernels.h", CUDA / "plan.cpp"])
+KERNELS = sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), CUDA / "kernels.h", CUDA / "plan.cpp", CUDA / "traffic.cpp"])
 TORCH = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h", "caffe2/")
 
 

@@ -151,26 +151,6 @@ void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Wo
   pass.on_channels(finalise_gradients_kernel<A>, p, workspace.partials, static_cast<A*>(workspace.coefficients));
 }
 
-// Whether dz, rounded to the activations' type, is g.
-template <typename T>
-bool dz_is_exact(const Activation& activation) {
-  return sizeof(T) == sizeof(acc_t<T>) || (activation.kind == ActivationKind::kReluLike && activation.alpha == 0);
-}
-
-// What is left when grad_sums_kernel has run: in training dx, from dz where that is there.
-template <typename T>
-BackwardParams after_sums(BackwardParams p) {
-  if (p.dz != nullptr && !p.dy_is_scalar && dz_is_exact<T>(p.activation)) {
-    p.dy = p.dz;
-    p.activation.kind = ActivationKind::kNone;
-    p.z = nullptr;
-    p.mask = nullptr;
-  }
-  p.dz = nullptr;
-  if (!p.training) p.dx = nullptr;
-  return p;
-}
-
 }  // namespace
 
 cudaError_t choose_plan(const BackwardParams& p, const Machine& machine, Plan& plan) {
@@ -201,7 +181,7 @@ cudaError_t launch_backward(const BackwardParams& params, const Plan& plan, void
         return pass.error();
       });
       if (error != cudaSuccess) return error;
-      p = after_sums<T>(p);
+      p = after_sums(p);
     }
     if (p.dx == nullptr && p.dz == nullptr) return cudaSuccess;
     return dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {

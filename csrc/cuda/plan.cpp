@@ -167,17 +167,6 @@ Plan choose_team(const Plan& general, int tensors, int value_bytes, const Machin
   return best;
 }
 
-int value_bytes(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return 4;
-    case DType::kFloat64:
-      return 8;
-    default:
-      return 2;
-  }
-}
-
 int common_alignment(Variant variant, int value_bytes, std::initializer_list<const void*> addresses) {
   const bool any = variant == Variant::kAny;
   uintptr_t bits = any ? std::min(kWidestAccess, most_values_of_any(value_bytes) * value_bytes) : kWidestAccess;
@@ -228,7 +217,34 @@ Plan plan_with_slices(const Request& request, int line, const Machine& machine) 
   return plan;
 }
 
+// Whether dz, rounded to the activations' type, is g.
+bool dz_is_exact(const BackwardParams& p) {
+  return value_bytes(p.dtype) >= 4 || (p.activation.kind == ActivationKind::kReluLike && p.activation.alpha == 0);
+}
+
 }  // namespace
+
+int value_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat64:
+      return 8;
+    default:
+      return 2;
+  }
+}
+
+int resident_tiles(const ForwardParams& p) {
+  // The mean over all batches needs their number, which one block raises and others read.
+  const bool reads_count = p.cumulative && p.num_batches_tracked != nullptr;
+  return p.training && !p.repeats && !reads_count ? 1 : 0;
+}
+
+int resident_tiles(const BackwardParams& p) {
+  const bool reads_z = p.z != nullptr && p.mask == nullptr;
+  return p.training && p.needs_sums() && !p.dy_is_scalar && !reads_z ? 2 : 0;
+}
 
 Plan make_plan(const Request& request, const Machine& machine) {
   const Plan plan = plan_with_slices(request, kLine, machine);
@@ -242,19 +258,26 @@ Plan plan_forward(const ForwardParams& p, const Machine& machine) {
   const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {p.x, p.z, p.y});
   // Alike for calls with a mask and without, so that results do not depend on it.
   const bool for_mask = p.activation.kind == ActivationKind::kReluLike && p.z != nullptr;
-  // The mean over all batches needs their number, which one block raises and others read.
-  const bool reads_count = p.cumulative && p.num_batches_tracked != nullptr;
-  const int tiles = p.training && !p.repeats && !reads_count ? 1 : 0;
-  return make_plan({p.shape, bytes, alignment, for_mask, tiles}, machine);
+  return make_plan({p.shape, bytes, alignment, for_mask, resident_tiles(p)}, machine);
 }
 
 Plan plan_backward(const BackwardParams& p, const Machine& machine) {
   const int bytes = value_bytes(p.dtype);
   const void* dy = p.dy_is_scalar ? nullptr : p.dy;
   const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {dy, p.x, p.z, p.dx, p.dz});
-  const bool reads_z = p.z != nullptr && p.mask == nullptr;
-  const int tiles = p.training && p.needs_sums() && !p.dy_is_scalar && !reads_z ? 2 : 0;
-  return make_plan({p.shape, bytes, alignment, false, tiles}, machine);
+  return make_plan({p.shape, bytes, alignment, false, resident_tiles(p)}, machine);
+}
+
+BackwardParams after_sums(BackwardParams p) {
+  if (p.dz != nullptr && !p.dy_is_scalar && dz_is_exact(p)) {
+    p.dy = p.dz;
+    p.activation.kind = ActivationKind::kNone;
+    p.z = nullptr;
+    p.mask = nullptr;
+  }
+  p.dz = nullptr;
+  if (!p.training) p.dx = nullptr;
+  return p;
 }
 
 int merge_lanes(int64_t partials) {

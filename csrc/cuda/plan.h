@@ -169,8 +169,18 @@ struct Request {
   int resident_tiles;  // tensors that a team would keep of a slice; 0: there is to be none
 };
 
+int value_bytes(DType dtype);
+
+// Tensors that a team keeps of a slice in this pass; 0: no team could keep what is needed.
+int resident_tiles(const ForwardParams& p);
+int resident_tiles(const BackwardParams& p);
+
 Plan make_plan(const Request& request, const Machine& machine);
 Plan plan_forward(const ForwardParams& p, const Machine& machine);
 Plan plan_backward(const BackwardParams& p, const Machine& machine);
+
+// What is left of a backward pass without teams when its sums are there: in training dx, from dz in place of dy and z
+// where that holds g to the bit.
+BackwardParams after_sums(BackwardParams p);
 
 }  // namespace bn_ext::cuda

@@ -1,6 +1,7 @@
 // The package's kernels on the simulated device, for ctypes (batch_norm.py): plan, workspace, launches.
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/plan.h"
+#include "../../csrc/cuda/traffic.h"
 #include "c_api.h"
 #include "cuda_on_cpu.h"
 
@@ -43,6 +44,14 @@ const char* batch_norm_plan_forward(const ForwardParams* p, const cuda::Machine*
 
 const char* batch_norm_plan_backward(const BackwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
   return reported([&] { check(cuda::choose_plan(*p, *machine, *plan)); });
+}
+
+const char* batch_norm_traffic_forward(const ForwardParams* p, const cuda::Plan* plan, cuda::Traffic* traffic) {
+  return reported([&] { *traffic = cuda::expected_traffic(*p, *plan); });
+}
+
+const char* batch_norm_traffic_backward(const BackwardParams* p, const cuda::Plan* plan, cuda::Traffic* traffic) {
+  return reported([&] { *traffic = cuda::expected_traffic(*p, *plan); });
 }
 
 const char* batch_norm_forward(const ForwardParams* p, const cuda::Plan* plan) {

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from . import build
 from .device import Buffer, Device
+from .traffic import Moved, Traffic, check_traffic
 
 CUDA = build.ROOT / "csrc" / "cuda"
-KERNELS = [*sorted(CUDA.glob("*.cu")), CUDA / "plan.cpp"]
+KERNELS = [*sorted(CUDA.glob("*.cu")), CUDA / "plan.cpp", CUDA / "traffic.cpp"]
 SOURCES = [build.HERE / "batch_norm.cpp", *KERNELS]
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
@@ -268,6 +269,13 @@ class Kernels:
         self.device.call(f"batch_norm_{direction}", at, plan_at)
         return plan
 
+    def _check_traffic(self, direction: str, params: ForwardParams | BackwardParams, plan: Plan, moved: Moved) -> None:
+        traffic = Traffic()
+        at = (ctypes.byref(params), ctypes.byref(plan), ctypes.byref(traffic))
+        self.device.call(f"batch_norm_traffic_{direction}", *at)
+        assert self.device.launch_count() == traffic.launches
+        check_traffic(self.device.counters("activation"), traffic, moved)
+
     def forward(
         self,
         shape: Shape,
@@ -315,6 +323,7 @@ class Kernels:
         self.device.check_written(*kept.values(), *([] if settings.gap else [tensors["y"]]))
         copies = {name: buffer and buffer.array.copy() for name, buffer in (kept | inputs).items()}
         mask = _get_bits(tensors["mask"].array, shape, settings) if masks else None
+        self._check_traffic("forward", params, plan, Moved.of(plan, x, dtype, None if saved else mask))
         return {"y": _gathered(tensors["y"], x, shape), **copies, "mask": mask, "plan": plan}
 
     def backward(
@@ -340,9 +349,10 @@ class Kernels:
         self._start(settings)
         inputs = {name: self._vector(name, saved[name]) for name in SAVED}
         is_scalar = dy.size == 1 and x.size != 1
+        dy_of_all = self.device.input("dy", dy, "parameter") if is_scalar else None
         buffers = {
             "x": self._activation("x", x, shape, settings),
-            "dy": self.device.input("dy", dy) if is_scalar else self._activation("dy", dy, shape, settings),
+            "dy": dy_of_all or self._activation("dy", dy, shape, settings),
             "z": None if z is None else self._activation("z", z, shape, settings),
             "mask": None if mask is None else self._mask(shape, settings, mask),
         }
@@ -365,6 +375,7 @@ class Kernels:
             **_addresses(**inputs, **buffers, **tensors, **outputs),
         )
         plan = self._run("backward", params, settings)
+        self._check_traffic("backward", params, plan, Moved.of(plan, x, dtype))
         written = [*outputs.values(), *([] if settings.gap else tensors.values())]
         self.device.check_written(*(buffer for buffer in written if buffer))
         gradients = {name: buffer and _gathered(buffer, x, shape) for name, buffer in tensors.items()}

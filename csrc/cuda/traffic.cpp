@@ -1,0 +1,90 @@
+// What a pass moves: the tensors and masks that each of its kernels reads and writes. See forward.cu, backward.cu and
+// gradient.cuh, resident_forward.cu and resident_backward.cu; tests/cuda_on_cpu compares with what they count.
+#include "traffic.h"
+
+namespace bn_ext::cuda {
+namespace {
+
+// How often a whole one is moved.
+struct Counts {
+  int read;           // tensors
+  int read_again;     // tensors, of which only what is not in tiles
+  int written;        // tensors
+  int masks_read;     // masks
+  int masks_written;  // masks
+  int launches;
+};
+
+Traffic in_bytes(const Counts& counts, const Shape& shape, DType dtype, const Plan& plan) {
+  const int64_t tensor = shape.numel() * value_bytes(dtype), mask = (shape.numel() + 7) / 8;
+  const int64_t spilled = plan.resident() ? tensor / plan.rows * plan.spilled_rows() : 0;
+  Traffic traffic{};
+  traffic.mask_read = counts.masks_read * mask;
+  traffic.mask_written = counts.masks_written * mask;
+  traffic.read = counts.read * tensor + counts.read_again * spilled + traffic.mask_read;
+  traffic.written = counts.written * tensor + traffic.mask_written;
+  traffic.launches = counts.launches;
+  return traffic;
+}
+
+bool reads_mask(const BackwardParams& p) {
+  return p.mask != nullptr && variant_of(p.activation, p.z) == Variant::kReluLike;
+}
+
+// What Gradient reads, once; `wants_x`: for something else than u.
+void add_gradient(Counts& counts, const BackwardParams& p, bool wants_x) {
+  const bool reads_z = p.z != nullptr && p.mask == nullptr;
+  counts.read += !p.dy_is_scalar + (wants_x || p.needs_u()) + reads_z;
+  counts.masks_read += reads_mask(p);
+}
+
+Counts resident_backward(const BackwardParams& p) {
+  const int results = (p.dx != nullptr) + (p.dz != nullptr);
+  Counts counts{};
+  counts.launches = 1;
+  counts.read = 2;
+  counts.read_again = results > 0 ? 2 : 0;
+  counts.written = results;
+  counts.masks_read = reads_mask(p) ? 1 + (results > 0) : 0;
+  return counts;
+}
+
+Counts general_backward(const BackwardParams& p) {
+  Counts counts{};
+  BackwardParams left = p;
+  if (p.needs_sums()) {
+    const bool writes_dx = p.dx != nullptr && !p.training;
+    counts.launches += 2;
+    add_gradient(counts, p, p.dweight != nullptr || (p.training && p.dx != nullptr));
+    counts.written += writes_dx + (p.dz != nullptr);
+    left = after_sums(p);
+  }
+  if (left.dx == nullptr && left.dz == nullptr) return counts;
+  counts.launches += 1;
+  add_gradient(counts, left, left.training && left.dx != nullptr);
+  counts.written += (left.dx != nullptr) + (left.dz != nullptr);
+  return counts;
+}
+
+}  // namespace
+
+Traffic expected_traffic(const ForwardParams& p, const Plan& plan) {
+  const bool has_sums = p.training && !p.repeats;
+  Counts counts{};
+  counts.launches = has_sums && !plan.resident() ? 3 : 1;
+  counts.read = 1 + (p.z != nullptr);
+  if (has_sums) (plan.resident() ? counts.read_again : counts.read) += 1;
+  counts.written = 1;
+  if (p.mask != nullptr && !p.repeats) {
+    // Where slices share bytes of it, it is cleared first, and then changed in place.
+    counts.masks_read = plan.whole_bytes ? 0 : 1;
+    counts.masks_written = plan.whole_bytes ? 1 : 2;
+  }
+  return in_bytes(counts, p.shape, p.dtype, plan);
+}
+
+Traffic expected_traffic(const BackwardParams& p, const Plan& plan) {
+  return in_bytes(plan.resident() ? resident_backward(p) : general_backward(p), p.shape, p.dtype, plan);
+}
+
+}  // namespace bn_ext::cuda
