@@ -87,8 +87,9 @@ def paths(*patterns: str) -> list[str]:
 
 def extension(cuda: bool, reason: str) -> "cpp_extension.CppExtension":
     """The one extension module, with the CUDA back-end or what stands in for it."""
-    stand_in = "csrc/cuda/unavailable.cpp"
-    sources = paths("csrc/*.cpp", "csrc/cpu/*.cpp")
+    # The planner is in every build; of the host's side of CUDA there is one or the other.
+    left_out = "csrc/cuda/unavailable.cpp" if cuda else "csrc/cuda/batch_norm_cuda.cpp"
+    sources = [path for path in paths("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp") if path != left_out]
     # OpenMP: without it at::parallel_for in an extension is serial, without a word.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     # errno: nobody reads it, and loops with a square root become vectors.
@@ -97,14 +98,14 @@ def extension(cuda: bool, reason: str) -> "cpp_extension.CppExtension":
     if cuda:
         return cpp_extension.CUDAExtension(
             "bn_ext._C",
-            sources + [path for path in paths("csrc/cuda/*.cpp", "csrc/cuda/*.cu") if path != stand_in],
+            sources + paths("csrc/cuda/*.cu"),
             extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
             extra_link_args=openmp,
             depends=depends,
         )
     return cpp_extension.CppExtension(
         "bn_ext._C",
-        [*sources, stand_in],
+        sources,
         define_macros=[("BN_EXT_CUDA_REASON", f'"{reason}"')],
         extra_compile_args={"cxx": cxx},
         extra_link_args=openmp,

@@ -3,6 +3,7 @@
 from bn_ext._build_info import BuildInfo, build_info, version
 from bn_ext._recompute import recompute
 from bn_ext.convert import convert, revert
+from bn_ext.explain import Explanation, PassPlan, explain
 from bn_ext.functional import batch_norm
 from bn_ext.fuse import FuseReport, fuse
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
@@ -14,13 +15,16 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BuildInfo",
+    "Explanation",
     "FuseReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "PassPlan",
     "batch_norm",
     "build_info",
     "convert",
+    "explain",
     "fuse",
     "recompute",
     "revert",

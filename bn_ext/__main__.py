@@ -1,9 +1,16 @@
-"""Command line: `python -m bn_ext` tells what was built, `python -m bn_ext verify` checks that it computes right."""
+"""Command line: what was built, whether it computes right, and what is planned for a shape on a GPU.
+
+python -m bn_ext; python -m bn_ext verify; python -m bn_ext explain 32 64 56 56 --dtype bfloat16 --channels-last
+"""
 
 import argparse
 import sys
 
-from bn_ext import build_info, testing
+import torch
+
+from bn_ext import activations, build_info, explain, testing
+
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def _verify() -> int:
@@ -28,18 +35,46 @@ def _verify() -> int:
     return 1 if failures else 0
 
 
+def _explain(options: argparse.Namespace) -> int:
+    """Print the plan; 1 and a sentence on what there is none for."""
+    format_of = {4: torch.channels_last, 5: torch.channels_last_3d} if options.channels_last else {}
+    shape = tuple(options.input_shape)
+    try:
+        explanation = explain(
+            shape,
+            getattr(torch, options.dtype),
+            format_of.get(len(shape), torch.contiguous_format),
+            training=not options.eval,
+            activation=options.activation,
+            residual=options.residual,
+            device=options.device,
+        )
+    except (ValueError, RuntimeError) as error:
+        print(f"bn_ext explain: {error}", file=sys.stderr)
+        return 1
+    print(explanation)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bn_ext", description=__doc__)
-    parser.add_argument(
-        "command",
-        nargs="?",
-        choices=("info", "verify"),
-        default="info",
-        help="info (default): versions, CUDA, instruction set, threads; verify: compare with float64 formulas",
-    )
-    if parser.parse_args(arguments).command == "verify":
+    parser = argparse.ArgumentParser(prog="python -m bn_ext")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("info", help="the default: versions, CUDA, instruction set, threads")
+    commands.add_parser("verify", help="compare with float64 formulas")
+    explaining = commands.add_parser("explain", help="the plan of the CUDA kernels for a shape: see bn_ext.explain")
+    explaining.add_argument("input_shape", nargs="+", type=int, metavar="size", help="N C H W")
+    explaining.add_argument("--dtype", choices=_DTYPES, default="float32")
+    explaining.add_argument("--channels-last", action="store_true")
+    explaining.add_argument("--eval", action="store_true")
+    explaining.add_argument("--activation", choices=activations.NAMES)
+    explaining.add_argument("--residual", action="store_true")
+    explaining.add_argument("--device", help="as cuda:0, or the name of a GPU, as H200")
+    options = parser.parse_args(arguments)
+    if options.command == "verify":
         return _verify()
+    if options.command == "explain":
+        return _explain(options)
     print(build_info())
     return 0
 

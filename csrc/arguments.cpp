@@ -1,9 +1,25 @@
 // See arguments.h.
 #include "arguments.h"
 
+#include <c10/util/Exception.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 namespace bn_ext {
+
+DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", type, "'");
+  }
+}
 
 bool skips_this_pass(const Skip& skip) { return skip.recomputed && torch::autograd::get_current_graph_task_id() != -1; }
 

@@ -13,6 +13,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
+// Throws for a type that the kernels do not have.
+DType dtype_of(at::ScalarType type);
+
 // Training forward passes that leave running statistics as they are; off unless asked for.
 struct Skip {
   bool nonfinite;   // of a channel, what would make its running statistics inf or NaN

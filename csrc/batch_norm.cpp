@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "activation.h"
+#include "arguments.h"
 #include "checks.h"
 #include "cpu/batch_norm_cpu.h"
 #include "cuda/batch_norm_cuda.h"
@@ -13,21 +14,6 @@
 
 namespace bn_ext {
 namespace {
-
-DType dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", type, "'");
-  }
-}
 
 at::ScalarType accumulate_type_of(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "cpu/instruction_set.h"
+#include "explain.h"
 #include "operator.h"
 
 TORCH_LIBRARY(bn_ext, m) {
@@ -64,4 +65,19 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "batch_norm", bn_ext::batch_norm_from_python<at::Tensor>);
   define(m, "batch_norm_and_saved", bn_ext::batch_norm_from_python<bn_ext::TensorAndSaved>);
   m.def("instruction_set", &bn_ext::cpu::instruction_set);
+  m.def("explain",
+        &bn_ext::explain,
+        py::kw_only(),
+        py::arg("n"),
+        py::arg("c"),
+        py::arg("s"),
+        py::arg("channels_last"),
+        py::arg("dtype"),
+        py::arg("training"),
+        py::arg("activation"),
+        py::arg("activation_parameter"),
+        py::arg("residual"),
+        py::arg("multiprocessors"),
+        py::arg("shared_bytes"),
+        py::arg("clusters"));
 }

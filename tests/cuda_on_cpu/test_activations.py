@@ -257,12 +257,15 @@ def test_one_gradient_for_all(shape: tuple[int, ...], name: str, training: bool)
     mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
     for count in (3, 4):  # without a residual, and with it
         gradients = []
+        operator = CudaOnCpu()
         for dy in (torch.tensor(0.7).expand(shape), torch.full(shape, 0.7)):
             residual = leaves[3] if count == 4 else None
-            y = CudaOnCpu()(*(leaves[0], mean, var, *leaves[1:3], training), activation=name, residual=residual)
+            y = operator(*(leaves[0], mean, var, *leaves[1:3], training), activation=name, residual=residual)
             gradients.append(torch.autograd.grad(y, leaves[:count], dy))
+        # No team keeps a dy of one value, so they may be of kernels that sum in another order.
+        close = 1e-5 * (operator.calls[3].plan.team_name != "none")
         for expanded, full in zip(*gradients, strict=True):
-            assert torch.equal(expanded, full)
+            torch.testing.assert_close(expanded, full, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("training", [True, False])
