@@ -89,6 +89,25 @@ def test_toolkit_is_where_its_headers_are(sources: Path, tmp_path: Path) -> None
     assert "CUDA kernels: no: no CUDA toolkit was found" in result.stdout
 
 
+SHOW_SOURCES = """
+import setuptools
+setuptools.setup = lambda ext_modules, **_: print("sources:", *ext_modules[0].sources)
+"""
+
+
+def test_sources_are_built_once_and_the_planner_always(sources: Path, tmp_path: Path) -> None:
+    """What bn_ext.explain asks is in every build; the host's side of CUDA or what stands in for it, never both."""
+    toolkit = str(fake_toolkit(tmp_path / "toolkit"))
+    for cuda, environment in ((False, {"BN_EXT_CUDA": "0"}), (True, {"CUDA_HOME": toolkit})):
+        result = setup(sources, f"{WITH_CUDA}\n{SHOW_SOURCES}", **environment)
+        assert result.returncode == 0, result.stderr
+        built = result.stdout.split("sources:")[1].split()
+        assert len(set(built)) == len(built)
+        assert {f"csrc/cuda/{name}.cpp" for name in ("plan", "traffic")} <= set(built)
+        assert ("csrc/cuda/batch_norm_cuda.cpp" in built, "csrc/cuda/unavailable.cpp" in built) == (cuda, not cuda)
+        assert ("csrc/cuda/forward.cu" in built) == cuda
+
+
 def test_without_torch(sources: Path) -> None:
     result = setup(sources, "import sys; sys.modules['torch'] = None")
     assert result.returncode == 1

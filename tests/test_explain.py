@@ -200,10 +200,8 @@ def test_it_runs_nothing_and_changes_nothing() -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (
-        "explain 32 64 56 56 --dtype bfloat16 --channels-last --activation relu --residual --device H200".split()
-    )
-    assert __main__.main(arguments) == 0
+    options = ["--dtype=bfloat16", "--channels-last", "--activation=relu", "--residual", "--device=H200"]
+    assert __main__.main(["explain", "32", "64", "56", "56", *options]) == 0
     expected = bn_ext.explain(SHAPE, memory_format=torch.channels_last, activation="relu", residual=True, **BFLOAT16)
     assert capsys.readouterr().out == f"{expected}\n"
     assert __main__.main(["explain", "32", "64", "--eval", "--device", "H100"]) == 0
