@@ -97,7 +97,7 @@ def described(plan: Plan) -> str:
 
 def test_passes_at_random() -> None:
     draw = random.Random(0)
-    ran = [one for _ in range(200) for one in run_at_random(draw)]
+    ran = [one for _ in range(600) for one in run_at_random(draw)]
     paths = {"none", "block", "cluster", "cluster spills", "grid", "grid spills"}
     for direction in ("forward", "backward"):
         assert {one[1] for one in ran if one[0] == direction} >= paths
