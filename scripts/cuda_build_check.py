@@ -235,6 +235,20 @@ def check_kernels(nvcc: Path, sources: Path) -> None:
             )
     if len(kernels) != len(names) * len(ARCHITECTURES):
         fail("some kernel is missing for an architecture, see the table")
+    titles = dict(zip(names, readable(names), strict=True))
+    check_listed({(titles[k.name].split("<")[0], k.architecture, k.registers) for k in kernels})
+
+
+def check_listed(registers: set[tuple[str, str, int]]) -> None:
+    """No kernel has more registers than csrc/README.md says: name, architecture, registers of each."""
+    row = re.compile(r"^\| `(\w+_kernel)` \| (?:\d+ to )?(\d+) \| (?:\d+ to )?(\d+) \|", re.MULTILINE)
+    listed = {}
+    for name, of_90, of_80 in row.findall((ROOT / "csrc" / "README.md").read_text()):
+        listed |= {(name, "90"): int(of_90), (name, "80"): int(of_80)}
+    for name, architecture, found in sorted(registers):
+        said = listed.get((name, architecture), 0)
+        if found > said:
+            fail(f"{name} has {found} registers on sm_{architecture}, csrc/README.md says {said} at most: correct it")
 
 
 def main() -> None:
