@@ -153,12 +153,10 @@ void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Wo
 
 }  // namespace
 
-cudaError_t choose_plan(const BackwardParams& p, const Machine& machine, Plan& plan) {
-  plan = plan_backward(p, machine);
-  bool fits = true;
-  const cudaError_t error = plan.blocks_wait() ? ask_whether_fits(p, plan, fits) : cudaSuccess;
-  if (!fits) plan = plan_backward(p, machine.without_teams());
-  return error;
+Plan choose_plan(const BackwardParams& p, const Machine& machine) {
+  Plan plan = plan_backward(p, machine);
+  if (plan.blocks_wait() && !fits(p, plan)) plan = plan_backward(p, machine.without_teams());
+  return plan;
 }
 
 size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {

@@ -6,6 +6,10 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
+#include <map>
+#include <mutex>
+
 #include "kernels.h"
 
 namespace bn_ext::cuda {
@@ -17,18 +21,6 @@ int attribute(cudaDeviceAttr name) {
   const cudaError_t error = cudaDeviceGetAttribute(&value, name, c10::cuda::current_device());
   TORCH_CHECK(error == cudaSuccess, "bn_ext: the CUDA device could not be asked: ", cudaGetErrorString(error));
   return value;
-}
-
-Machine machine() {
-  return {attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrClusterLaunch) != 0,
-          attribute(cudaDevAttrCooperativeLaunch) != 0};
-}
-
-// From torch's caching allocator: it belongs to the current stream, and to the graph that is being captured.
-at::Tensor workspace(size_t bytes) {
-  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().device(at::kCUDA).dtype(at::kByte));
 }
 
 void check_launched(cudaError_t error) {
@@ -50,18 +42,45 @@ void check_launched(cudaError_t error) {
   TORCH_CHECK(false, "bn_ext: a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 
+Machine ask_machine() {
+  int architecture = 0;
+  check_launched(ask_compiled_for(architecture));
+  Machine machine = {attribute(cudaDevAttrMultiProcessorCount),
+                     attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+                     attribute(cudaDevAttrClusterLaunch) != 0 && architecture >= 90,
+                     attribute(cudaDevAttrCooperativeLaunch) != 0};
+  const char* largest = std::getenv("BN_EXT_CUDA_TEAMS");
+  TORCH_CHECK(largest == nullptr || limit_teams(largest, machine),
+              "BN_EXT_CUDA_TEAMS must be none, block, cluster or grid, got ",
+              largest);
+  return machine;
+}
+
+// The current device, which is asked once.
+Machine machine() {
+  static std::mutex mutex;
+  static std::map<int, Machine> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const int device = c10::cuda::current_device();
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known[device] = ask_machine();
+}
+
+// From torch's caching allocator: it belongs to the current stream, and to the graph that is being captured.
+at::Tensor workspace(size_t bytes) {
+  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().device(at::kCUDA).dtype(at::kByte));
+}
+
 }  // namespace
 
 void forward(const ForwardParams& p) {
-  Plan plan;
-  check_launched(choose_plan(p, machine(), plan));
+  const Plan plan = choose_plan(p, machine());
   const at::Tensor memory = workspace(forward_workspace_bytes(p, plan));
   check_launched(launch_forward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }
 
 void backward(const BackwardParams& p) {
-  Plan plan;
-  check_launched(choose_plan(p, machine(), plan));
+  const Plan plan = choose_plan(p, machine());
   const at::Tensor memory = workspace(backward_workspace_bytes(p, plan));
   check_launched(launch_backward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
 }

@@ -8,7 +8,8 @@
 
 namespace bn_ext::cuda {
 
-// Clusters are of sm_90 and newer; for older devices no plan has them.
+// Clusters are of code compiled for sm_90 or newer; a plan has them only where such code is loaded, whatever the
+// device.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 inline __device__ void arrive_in_cluster() { __cluster_barrier_arrive(); }
 inline __device__ void wait_for_cluster() { __cluster_barrier_wait(); }
@@ -17,8 +18,8 @@ __device__ T of_peer(const T* own, int block) {
   return *static_cast<const T*>(__cluster_map_shared_rank(own, static_cast<unsigned>(block)));
 }
 #else
-inline __device__ void arrive_in_cluster() {}
-inline __device__ void wait_for_cluster() {}
+inline __device__ void arrive_in_cluster() { __trap(); }
+inline __device__ void wait_for_cluster() { __trap(); }
 template <typename T>
 __device__ T of_peer(const T* own, int) {
   return *own;

@@ -63,12 +63,17 @@ void launch_statistics(Pass& pass, const ForwardParams& p, const Plan& plan, Mom
 
 }  // namespace
 
-cudaError_t choose_plan(const ForwardParams& p, const Machine& machine, Plan& plan) {
-  plan = plan_forward(p, machine);
-  bool fits = true;
-  const cudaError_t error = plan.blocks_wait() ? ask_whether_fits(p, plan, fits) : cudaSuccess;
-  if (!fits) plan = plan_forward(p, machine.without_teams());
+cudaError_t ask_compiled_for(int& architecture) {
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, finalise_statistics_kernel<float>);
+  architecture = attributes.ptxVersion;
   return error;
+}
+
+Plan choose_plan(const ForwardParams& p, const Machine& machine) {
+  Plan plan = plan_forward(p, machine);
+  if (plan.blocks_wait() && !fits(p, plan)) plan = plan_forward(p, machine.without_teams());
+  return plan;
 }
 
 size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan) {

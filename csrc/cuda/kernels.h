@@ -10,9 +10,13 @@
 
 namespace bn_ext::cuda {
 
+// What the kernels that are loaded on this device were compiled for: 90 for compute capability 9.0. A newer device may
+// run code of an older one, which has no clusters and starts no kernels early.
+cudaError_t ask_compiled_for(int& architecture);
+
 // As plan_forward and plan_backward, but for teams that this device, as it is now, cannot have at a time.
-cudaError_t choose_plan(const ForwardParams& p, const Machine& machine, Plan& plan);
-cudaError_t choose_plan(const BackwardParams& p, const Machine& machine, Plan& plan);
+Plan choose_plan(const ForwardParams& p, const Machine& machine);
+Plan choose_plan(const BackwardParams& p, const Machine& machine);
 
 // Device memory that a pass needs while it runs, aligned to 16 bytes; its contents do not matter.
 size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan);

@@ -79,10 +79,12 @@ class LaunchConfig {
   const cudaLaunchConfig_t* get() const { return &config_; }
 
  private:
-  // CUDA does not promise that a graph's kernels may start early.
+  // Into a graph: there kernels start as usual, since not every version of CUDA takes the other kind.
   static bool is_captured(cudaStream_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    return cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
+    if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
+    (void)cudaGetLastError();  // so that no one else finds it
+    return true;
   }
 
   cudaLaunchAttribute attributes_[3] = {};
@@ -120,7 +122,8 @@ cudaError_t ask_whether_fits(void (*kernel)(Parameters...), const Grid& grid, bo
   if (error != cudaSuccess) return error;
   if (grid.cluster_blocks > 1) {
     int clusters = 0;
-    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, LaunchConfig(grid, nullptr).get());
+    const LaunchConfig config({grid.blocks, grid.threads, grid.shared_bytes, grid.cluster_blocks}, nullptr);
+    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, config.get());
     fits = clusters > 0;
     return error;
   }

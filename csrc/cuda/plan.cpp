@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <numeric>
+#include <string_view>
 
 namespace bn_ext::cuda {
 namespace {
@@ -244,6 +245,17 @@ int resident_tiles(const ForwardParams& p) {
 int resident_tiles(const BackwardParams& p) {
   const bool reads_z = p.z != nullptr && p.mask == nullptr;
   return p.training && p.needs_sums() && !p.dy_is_scalar && !reads_z ? 2 : 0;
+}
+
+bool limit_teams(const char* largest, Machine& machine) {
+  const std::string_view name = largest;
+  if (name == "grid") return true;
+  machine.cooperative = false;
+  if (name == "cluster") return true;
+  machine.clusters = false;
+  if (name == "block") return true;
+  machine.shared_bytes = 0;
+  return name == "none";
 }
 
 Plan make_plan(const Request& request, const Machine& machine) {

@@ -38,6 +38,9 @@ struct Machine {
   constexpr Machine without_teams() const { return {multiprocessors, shared_bytes}; }
 };
 
+// Without teams larger than those of this name, "none", "block", "cluster" or "grid"; false if there is no such name.
+bool limit_teams(const char* largest, Machine& machine);
+
 constexpr int kMaxClusterBlocks = 8;  // on every device that has clusters
 
 // The blocks that hold a slice on chip together, between the two uses of its values, so that one kernel does the pass.

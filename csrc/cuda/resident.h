@@ -9,9 +9,9 @@
 
 namespace bn_ext::cuda {
 
-// Whether the device has room for a plan's teams at a time.
-cudaError_t ask_whether_fits(const ForwardParams& p, const Plan& plan, bool& fits);
-cudaError_t ask_whether_fits(const BackwardParams& p, const Plan& plan, bool& fits);
+// Whether the device has room for a plan's teams at a time; not where it does not say.
+bool fits(const ForwardParams& p, const Plan& plan);
+bool fits(const BackwardParams& p, const Plan& plan);
 
 // The workspace is of workspace_of_teams(plan) bytes, aligned to 16; its contents do not matter.
 cudaError_t launch_resident_forward(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);

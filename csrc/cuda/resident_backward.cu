@@ -118,8 +118,12 @@ cudaError_t with_kernel(const BackwardParams& p, const Plan& plan, const Body& b
 
 }  // namespace
 
-cudaError_t ask_whether_fits(const BackwardParams& p, const Plan& plan, bool& fits) {
-  return with_kernel(p, plan, [&](auto* kernel, const Grid& grid) { return ask_whether_fits(kernel, grid, fits); });
+bool fits(const BackwardParams& p, const Plan& plan) {
+  bool yes = false;
+  const auto ask = [&](auto* kernel, const Grid& grid) { return ask_whether_fits(kernel, grid, yes); };
+  if (with_kernel(p, plan, ask) == cudaSuccess) return yes;
+  (void)cudaGetLastError();  // so that no one else finds it
+  return false;
 }
 
 cudaError_t launch_resident_backward(const BackwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {

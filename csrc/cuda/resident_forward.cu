@@ -88,8 +88,12 @@ cudaError_t with_kernel(const ForwardParams& p, const Plan& plan, const Body& bo
 
 }  // namespace
 
-cudaError_t ask_whether_fits(const ForwardParams& p, const Plan& plan, bool& fits) {
-  return with_kernel(p, plan, [&](auto* kernel, const Grid& grid) { return ask_whether_fits(kernel, grid, fits); });
+bool fits(const ForwardParams& p, const Plan& plan) {
+  bool yes = false;
+  const auto ask = [&](auto* kernel, const Grid& grid) { return ask_whether_fits(kernel, grid, yes); };
+  if (with_kernel(p, plan, ask) == cudaSuccess) return yes;
+  (void)cudaGetLastError();  // so that no one else finds it
+  return false;
 }
 
 cudaError_t launch_resident_forward(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {

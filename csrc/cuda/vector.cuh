@@ -1,4 +1,4 @@
-// Numbers in memory and in registers, and every access to global memory: several adjacent values at once.
+// Numbers in memory and in registers, and accesses to global memory: several adjacent values at once.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -22,10 +22,6 @@ size_t bytes_of(DType dtype, int64_t count) {
   return sizes[static_cast<int>(dtype)] * count;
 }
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw cuda_on_cpu::Fault(cudaGetErrorString(error));
-}
-
 // One pass on the device, which serves one thread at a time.
 class Pass {
  public:
@@ -57,7 +53,7 @@ class Pass {
   }
 
   void finish(cudaError_t error) {
-    check(error);
+    if (error != cudaSuccess) throw cuda_on_cpu::Fault(cudaGetErrorString(error));
     for (const Output& output : outputs_) std::memcpy(output.host, output.device, output.bytes);
   }
 
@@ -105,8 +101,7 @@ void forward(const ForwardParams& params) {
   pass.output("rstd", p.rstd, statistics, contents);
   pass.output("scale", p.scale, statistics, contents);
   pass.output("offset", p.offset, statistics, contents);
-  cuda::Plan plan;
-  check(cuda::choose_plan(p, kMachine, plan));
+  const cuda::Plan plan = cuda::choose_plan(p, kMachine);
   void* workspace = pass.workspace(cuda::forward_workspace_bytes(p, plan));
   pass.finish(cuda::launch_forward(p, plan, workspace, nullptr));
 }
@@ -129,8 +124,7 @@ void backward(const BackwardParams& params) {
   pass.output("dz", p.dz, activation);
   pass.output("dweight", p.dweight, vector);
   pass.output("dbias", p.dbias, vector);
-  cuda::Plan plan;
-  check(cuda::choose_plan(p, kMachine, plan));
+  const cuda::Plan plan = cuda::choose_plan(p, kMachine);
   void* workspace = pass.workspace(cuda::backward_workspace_bytes(p, plan));
   pass.finish(cuda::launch_backward(p, plan, workspace, nullptr));
 }

@@ -33,17 +33,23 @@ const char* batch_norm_make_plan(const cuda::Request* request, const cuda::Machi
   return reported([&] { *plan = cuda::make_plan(*request, *machine); });
 }
 
+const char* batch_norm_limit_teams(const char* largest, cuda::Machine* machine) {
+  return reported([&] {
+    if (!cuda::limit_teams(largest, *machine)) throw Fault("no such team");
+  });
+}
+
 // Of shared memory, for so many tensors in tiles.
 const char* batch_norm_resident_bytes(const cuda::Plan* plan, int64_t tensors, int64_t value_bytes, int64_t* bytes) {
   return reported([&] { *bytes = int64_t(cuda::ResidentMemory(*plan, int(tensors), size_t(value_bytes)).bytes); });
 }
 
 const char* batch_norm_plan_forward(const ForwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
-  return reported([&] { check(cuda::choose_plan(*p, *machine, *plan)); });
+  return reported([&] { *plan = cuda::choose_plan(*p, *machine); });
 }
 
 const char* batch_norm_plan_backward(const BackwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
-  return reported([&] { check(cuda::choose_plan(*p, *machine, *plan)); });
+  return reported([&] { *plan = cuda::choose_plan(*p, *machine); });
 }
 
 const char* batch_norm_traffic_forward(const ForwardParams* p, const cuda::Plan* plan, cuda::Traffic* traffic) {

@@ -1,5 +1,6 @@
 """Passes of one kernel, whose teams of blocks hold a slice each: when they are chosen, and what they move."""
 
+import ctypes
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ from bn_ext import testing
 
 from . import build
 from .batch_norm import GENERAL, H200, OF_H200, Machine, Plan, Settings, Shape, kernels
-from .device import POLICIES
+from .device import POLICIES, Fault
 from .fused import check
 from .operators import Call, CudaOnCpu
 from .test_plan import RESNET50
@@ -160,6 +161,23 @@ def test_teams_that_the_device_has_no_room_for(machine: Machine) -> None:
         counted = call.counters["activation"]
         assert counted.bytes_read + counted.bytes_written == moved * size
     assert [call.launches for call in passes(case, Settings(machine))] == [1, 1]
+
+
+@pytest.mark.parametrize("largest", ["none", "block", "cluster", "grid"])
+def test_the_largest_teams_may_be_named(largest: str) -> None:
+    """As BN_EXT_CUDA_TEAMS does."""
+    machine = Machine(H200.multiprocessors, H200.shared_bytes, True, True)
+    kernels().device.call("batch_norm_limit_teams", largest, ctypes.byref(machine))
+    shapes = [(32, 2048, 49), (32, 64, 56 * 56), (256, 64, 112 * 112)]
+    teams = [kernels().make_plan(Shape(*s, False), 2, 16, machine, False, 1).team_name for s in shapes]
+    most = ["none", "block", "cluster", "grid"].index(largest)
+    assert teams[:most] == ["block", "cluster", "grid"][:most]
+    assert teams[most:] == ["none"] * (3 - most)
+
+
+def test_no_such_team() -> None:
+    with pytest.raises(Fault, match="no such team"):
+        kernels().device.call("batch_norm_limit_teams", "blocks", ctypes.byref(Machine(1)))
 
 
 def test_plans_are_alike_but_for_the_segments() -> None:

@@ -55,6 +55,12 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(K...), cudaFuncAttribute attribu
   return cuda_on_cpu::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
+template <typename... K>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(K...)) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
+
 // How many blocks a multiprocessor of the machine has room for.
 template <typename... K>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
