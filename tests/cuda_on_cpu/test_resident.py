@@ -266,6 +266,8 @@ def test_channels_last_on_an_h200() -> None:
     def again(n: int, channels: int, size: int, tiles: int) -> float:
         return read_again(plan_of(Shape(n, channels, size * size, True), 2, H200, tiles))
 
+    for (channels, size), tiles, n in itertools.product(RESNET50, (1, 2), (1, 8, 128)):
+        assert (again(n, channels, size, tiles) == 0) == (n * size * size * tiles <= 32 * 112 * 112)
     for (channels, size), tiles in itertools.product(RESNET50, (1, 2)):
         assert (again(32, channels, size, tiles) == 0) == (size * tiles < 224)
         assert (again(256, channels, size, tiles) == 0) == (size < 56)

@@ -1,0 +1,110 @@
+"""Teams of blocks that keep values on chip, on a GPU: what the simulated device cannot tell of them."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bn_ext
+from bn_ext import testing
+
+if "cuda" not in testing.devices():
+    pytest.skip("needs a GPU, and a build of bn_ext with CUDA kernels", allow_module_level=True)
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+# On an H200 teams of one block, of a cluster, of a grid; and at the end a part that does not fit.
+SHAPES = [(32, 512, 7, 7), (32, 64, 56, 56), (64, 16, 112, 112), (64, 8, 512, 512)]
+
+
+@pytest.fixture(params=["cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Of all tests here; conftest.py chooses by it."""
+    return str(request.param)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
+    """A leaf x and dy."""
+    x, dy = (torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
+    return x.requires_grad_(), dy
+
+
+def step(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output, gradients, and running statistics after it."""
+    y = module(x)
+    gradients = torch.autograd.grad(y, [x, *module.parameters()], dy)
+    return [y.detach(), *gradients, *(buffer.clone() for buffer in module.buffers())]
+
+
+def modules(channels: int) -> tuple[nn.Module, nn.Module]:
+    """Ours, and torch's in float64 with the same parameters."""
+    ours = bn_ext.BatchNorm2d(channels, device="cuda")
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.uniform_(0.5, 1.5)
+    theirs = nn.BatchNorm2d(channels, device="cuda", dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_results(device: str, shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """As float64 says, and the same bits each time, also while other work holds a part of the GPU."""
+    x, dy = inputs(shape, dtype, memory_format)
+    ours, theirs = modules(shape[1])
+    start = {name: value.clone() for name, value in ours.state_dict().items()}
+    actual = step(ours, x, dy)
+    expected = step(theirs, x.detach().double().requires_grad_(), dy.double())
+    for a, e in zip(actual, expected, strict=True):
+        error = (a.double() - e).norm() / e.double().norm()
+        assert error <= (4e-3 if a.dtype == torch.bfloat16 else 1e-5)
+
+    other, work = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    other.wait_stream(torch.cuda.current_stream())
+    for _ in range(3):
+        ours.load_state_dict(start)
+        with torch.cuda.stream(other):
+            for _ in range(4):
+                work = torch.mm(work, work).clamp_(-1, 1)
+        assert all(torch.equal(a, b) for a, b in zip(actual, step(ours, x, dy), strict=True))
+    torch.cuda.current_stream().wait_stream(other)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_graphs(device: str, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    """Captured once, replayed on other values: the bits that a call gives."""
+    x, dy = inputs(shape, torch.bfloat16, memory_format)
+    captured, eager = (bn_ext.BatchNorm2d(shape[1], device="cuda") for _ in range(2))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # warm-up, as torch's documentation of graphs has it
+        step(captured, x, dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured.load_state_dict(eager.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(captured, x, dy)
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_(1, 2), dy.normal_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, step(eager, x, dy), strict=True))
+
+
+def test_two_streams(device: str) -> None:
+    """Grids on two streams at a time: each waits for room, and neither for the other."""
+    x, dy = inputs(SHAPES[2], torch.bfloat16, torch.contiguous_format)
+    module = bn_ext.BatchNorm2d(SHAPES[2][1], track_running_stats=False, device="cuda")
+    expected = step(module, x, dy)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    results = []
+    for _, stream in itertools.product(range(10), streams):
+        with torch.cuda.stream(stream):
+            results.append(step(module, x, dy))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, e) for result in results for a, e in zip(result, expected, strict=True))
