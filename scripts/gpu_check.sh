@@ -94,6 +94,9 @@ export BN_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture
 
 if step build 150 "$python" setup.py build_ext --inplace; then
   step verify 60 "$python" -m bn_ext verify
+  for teams in none block cluster; do # where verify fails, which teams it takes to fail
+    step "verify-$teams" 30 env BN_EXT_CUDA_TEAMS="$teams" "$python" -m bn_ext verify
+  done
 
   # Not the project's options: they ask for pytest-benchmark, which tests do without.
   step tests 240 "$python" -m pytest -o addopts= -ra --strict-markers --device=cuda --durations=20 -p no:cacheprovider \
@@ -116,5 +119,5 @@ if step build 150 "$python" setup.py build_ext --inplace; then
     fi
   done
 else
-  for name in verify tests benchmark memcheck racecheck; do skip "$name" "the build failed"; done
+  for name in verify verify-none verify-block verify-cluster tests benchmark memcheck racecheck; do skip "$name" "the build failed"; done
 fi

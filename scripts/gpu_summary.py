@@ -6,7 +6,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STEPS = ["build", "verify", "tests", "benchmark", "memcheck", "racecheck"]
+STEPS = [
+    "build",
+    "verify",
+    "verify-none",
+    "verify-block",
+    "verify-cluster",
+    "tests",
+    "benchmark",
+    "memcheck",
+    "racecheck",
+]
 
 
 def commit(sources: Path) -> str:

@@ -13,8 +13,19 @@ import torch
 import bn_ext
 from bn_ext import testing
 
-# Narrow planes, wide ones, odd ones with no vector access, fewer and more channels than a block is wide, 3D.
-SHAPES = ((5, 3), (48, 130), (3, 7, 5), (4, 16, 7, 7), (2, 3, 33, 35), (3, 24, 24, 24), (2, 8, 3, 4, 5))
+# Narrow planes, wide ones, odd ones with no vector access, fewer and more channels than a block is wide, 3D; at the end
+# what takes a cluster, and what takes a grid.
+SHAPES = (
+    (5, 3),
+    (48, 130),
+    (3, 7, 5),
+    (4, 16, 7, 7),
+    (2, 3, 33, 35),
+    (3, 24, 24, 24),
+    (2, 8, 3, 4, 5),
+    (8, 2, 40, 40),
+    (64, 2, 40, 40),
+)
 
 # One of each kind of kernel: relu's kind with a mask and without one, the others with a residual and without.
 FUSED = (("relu", True), ("leaky_relu", False), (None, True), ("silu", True), ("gelu", False))
