@@ -11,11 +11,18 @@ from . import allocator, report
 HERE = Path(__file__).parent
 
 
+def positive(text: str) -> int:
+    """A number of at least one, or what argparse makes a sentence of."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Compare bn_ext with torch.nn.")
     parser.add_argument("--quick", action="store_true", help="small batch and few rounds: does everything run?")
-    parser.add_argument("--batch", type=int, metavar="N", help="batch size (default 32; 2 with --quick)")
+    parser.add_argument("--batch", type=positive, metavar="N", help="batch size (default 32; 2 with --quick)")
     parser.add_argument("-k", metavar="EXPR", help="only the tests that match, as in pytest")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/<device>/...")
     parser.add_argument("--default-allocator", action="store_true", help="leave glibc's allocator as it is")

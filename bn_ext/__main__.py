@@ -37,13 +37,13 @@ def _verify() -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     """Print the plan; 1 and a sentence on what there is none for."""
-    format_of = {4: torch.channels_last, 5: torch.channels_last_3d} if options.channels_last else {}
     shape = tuple(options.input_shape)
+    memory_format = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
     try:
         explanation = explain(
             shape,
             getattr(torch, options.dtype),
-            format_of.get(len(shape), torch.contiguous_format),
+            memory_format if options.channels_last else torch.contiguous_format,
             training=not options.eval,
             activation=options.activation,
             residual=options.residual,
@@ -72,7 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
     explaining.add_argument("--device", help="as cuda:0, or the name of a GPU, as H200")
     options = parser.parse_args(arguments)
     if options.command == "verify":
-        return _verify()
+        try:
+            return _verify()
+        except RuntimeError as error:  # as a wrong value of a variable of the environment
+            print(f"bn_ext verify: {error}", file=sys.stderr)
+            return 1
     if options.command == "explain":
         return _explain(options)
     print(build_info())

@@ -196,9 +196,12 @@ def _pass_plan(direction: str, facts: dict[str, Any]) -> PassPlan:
 
 def _shape_of(input_shape: Sequence[int]) -> tuple[int, ...]:
     try:
-        return tuple(torch.Size(input_shape))
-    except TypeError:
+        shape = tuple(torch.Size(input_shape))
+    except (TypeError, OverflowError):
         raise TypeError(f"explain(): input_shape must be numbers as (N, C, H, W), got {input_shape!r}") from None
+    if any(size >= 2**63 for size in shape):
+        raise ValueError(f"input_shape must have sizes below 2^63, got {shape}")
+    return shape
 
 
 def _check(
@@ -215,7 +218,8 @@ def _check(
     if not isinstance(residual, bool):
         raise TypeError(f"explain(): residual must be bool, whether there is one, not {type(residual).__name__}")
     dimensions = {torch.contiguous_format: len(shape), torch.channels_last: 4, torch.channels_last_3d: 5}
-    if dimensions.get(memory_format) != len(shape):
+    known = isinstance(memory_format, torch.memory_format)
+    if not known or dimensions.get(memory_format) != len(shape):
         raise ValueError(
             "memory_format must be torch.contiguous_format, torch.channels_last of 4 dimensions (N, C, H, W) or "
             f"torch.channels_last_3d of 5, got {memory_format} and input_shape {shape}"
@@ -235,7 +239,7 @@ def _gpu_of(device: str | torch.device | int | None) -> Gpu:
     if isinstance(device, str) and device.upper() in GPUS:
         return GPUS[device.upper()]
     try:
-        asked = torch.device(device)
+        asked = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError):
         asked = torch.device("cpu")
     if asked.type != "cuda":

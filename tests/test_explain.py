@@ -172,6 +172,9 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
     "residual": ((SHAPE,), {"residual": torch.ones(2)}, TypeError, "residual must be bool, whether there is one"),
     "cpu": ((SHAPE,), {"device": "cpu"}, ValueError, "must be a CUDA device or one of H200, H100, A100, got 'cpu'"),
     "unknown GPU": ((SHAPE,), {"device": "V100"}, ValueError, "one of H200, H100, A100, got 'V100'"),
+    "too large": (((2**63, 3),), {}, ValueError, "input_shape must have sizes below 2^63"),
+    "far too large": (((10**30, 3),), {}, ValueError, "input_shape must have sizes below 2^63"),
+    "no memory format": ((SHAPE, torch.float32, []), {}, ValueError, "memory_format must be"),
     "no list": ((SHAPE,), {"device": ["H200"]}, ValueError, "must be a CUDA device or one of H200"),
 }
 
@@ -189,6 +192,8 @@ def test_no_device_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="torch sees no CUDA device here, name a GPU instead: H200, H100, A100"):
         bn_ext.explain(SHAPE, device="cuda")
+    with pytest.raises(RuntimeError, match="torch sees no CUDA device here"):
+        bn_ext.explain(SHAPE, device=0)
 
 
 def test_it_runs_nothing_and_changes_nothing() -> None:

@@ -132,6 +132,27 @@ def allocated_by(function: object, device: str) -> int:
     return sum(max(0, e.self_cpu_memory_usage) for e in prof.events() if e.name != "[memory]")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_strides_of_two_layouts(device: str, training: bool, dtype: torch.dtype) -> None:
+    """With W = 1 an input's strides can be those of two layouts, and dy's of the other one.
+
+    torch.nn's gradients are wrong there, so the model is float64 in a layout of which there is no doubt.
+    """
+    x = on(device, torch.randn(2, 5, 3).to(dtype).transpose(1, 2).unsqueeze(-1)).requires_grad_()
+    dy = on(device, torch.randn(2, 3, 5, 1).to(dtype))
+    weight, bias = (torch.ones(3, device=device).requires_grad_() for _ in range(2))
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    y = bn_ext.batch_norm(x, mean, var, weight, bias, training)
+    actual = torch.autograd.grad(y, (x, weight, bias), dy)
+    exact = [t.detach().double().contiguous().requires_grad_() for t in (x, weight, bias)]
+    expected = F.batch_norm(exact[0], torch.zeros_like(exact[1]), torch.ones_like(exact[1]), *exact[1:], training)
+    expected_gradients = torch.autograd.grad(expected, exact, dy.double().contiguous())
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, e in zip((y, *actual), (expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(a.double(), e.double(), rtol=close, atol=close)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
