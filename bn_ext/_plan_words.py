@@ -25,7 +25,10 @@ def words_of(explanation: "Explanation") -> str:
     for plan in (e.forward, e.backward):
         lines += ["", f"{plan.direction}: {_count(plan.launches, 'kernel')}"]
         lines += [f"  {name:<7} {words}" for name, words in _rows(e, plan)]
-    lines += ["", "Planned, not measured; vectors of channels and partial sums, a few per cent of a large tensor, are left out."]
+    lines += [
+        "",
+        "Planned, not measured; vectors of channels and partial sums, a few per cent of a large tensor, are left out.",
+    ]
     if any(plan.team in ("cluster", "grid") for plan in (e.forward, e.backward)):
         lines[-1] += (
             "\nAt the launch CUDA is asked whether it has room for teams of several blocks; if not, the general kernels"
