@@ -26,9 +26,9 @@ const char* name_of(cuda::Team team) {
 }
 
 template <typename Params>
-Facts facts_of(const Params& p, const cuda::Plan& plan, const cuda::Plan& without_teams) {
+Facts facts_of(const Params& p, const cuda::Plan& plan, const cuda::Plan& general) {
   const int value_bytes = cuda::value_bytes(p.dtype), tiles = cuda::resident_tiles(p);
-  const cuda::Traffic traffic = expected_traffic(p, plan), without = expected_traffic(p, without_teams);
+  const cuda::Traffic traffic = expected_traffic(p, plan), without = expected_traffic(p, general);
   const size_t shared_bytes = plan.resident() ? cuda::ResidentMemory(plan, tiles, value_bytes).bytes : 0;
   return {
       {"team", name_of(plan.team)},
@@ -88,8 +88,9 @@ std::pair<Facts, Facts> explain(int64_t n,
   b.z = some_tensor(has_dz && !has_mask);
   b.mask = f.mask;
   b.dz = some_tensor(has_dz);
-  return {facts_of(f, plan_forward(f, machine), plan_forward(f, machine.without_teams())),
-          facts_of(b, plan_backward(b, machine), plan_backward(b, machine.without_teams()))};
+  const cuda::Machine without_teams = {multiprocessors};
+  return {facts_of(f, plan_forward(f, machine), plan_forward(f, without_teams)),
+          facts_of(b, plan_backward(b, machine), plan_backward(b, without_teams))};
 }
 
 }  // namespace bn_ext

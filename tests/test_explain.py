@@ -50,6 +50,15 @@ def test_contiguous_on_an_h200() -> None:
     assert "twice" not in text
 
 
+def test_what_the_general_kernels_would_move() -> None:
+    """Whichever teams there are, those of one block too: three kernels, 3N and 5N."""
+    for shape, team in (((32, 2048, 7, 7), "block"), (SHAPE, "cluster"), ((256, 64, 112, 112), "grid")):
+        e = bn_ext.explain(shape, **BFLOAT16)
+        assert (e.forward.team, e.backward.team) in ((team, team), (team, "grid"))
+        assert [plan.general_launches for plan in (e.forward, e.backward)] == [3, 3]
+        assert [plan.general_bytes // e.tensor_bytes for plan in (e.forward, e.backward)] == [3, 5]
+
+
 def test_channels_last_on_an_h200() -> None:
     """One slice of all channels, which the whole grid keeps."""
     e = bn_ext.explain(SHAPE, memory_format=torch.channels_last, **BFLOAT16)
