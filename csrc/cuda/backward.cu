@@ -155,7 +155,7 @@ void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Wo
 
 Plan choose_plan(const BackwardParams& p, const Machine& machine) {
   Plan plan = plan_backward(p, machine);
-  if (plan.blocks_wait() && !fits(p, plan)) plan = plan_backward(p, machine.without_waiting());
+  if (plan.blocks_wait() && !fits(p, plan)) plan = plan_backward(p, machine.without_teams());
   return plan;
 }
 

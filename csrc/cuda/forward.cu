@@ -72,7 +72,7 @@ cudaError_t ask_compiled_for(int& architecture) {
 
 Plan choose_plan(const ForwardParams& p, const Machine& machine) {
   Plan plan = plan_forward(p, machine);
-  if (plan.blocks_wait() && !fits(p, plan)) plan = plan_forward(p, machine.without_waiting());
+  if (plan.blocks_wait() && !fits(p, plan)) plan = plan_forward(p, machine.without_teams());
   return plan;
 }
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from .batch_norm import GENERAL, MACHINE, OF_H200, SMALL, Machine
+from .batch_norm import MACHINE
+from .structs import GENERAL, OF_H200, SMALL, Machine
 
 PATHS = {
     "general": GENERAL,

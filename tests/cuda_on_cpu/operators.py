@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch_norm import SAVED, Settings, Shape, activation, kernels
+from .batch_norm import Settings, kernels
+from .structs import SAVED, Shape, activation
 
 _NAMES = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 

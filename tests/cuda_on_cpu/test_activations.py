@@ -12,10 +12,11 @@ from torch import Tensor
 from bn_ext import testing
 
 from . import build
-from .batch_norm import SAVED, Settings, activation, kernels, with_multiprocessors
+from .batch_norm import Settings, kernels, with_multiprocessors
 from .device import POLICIES
 from .fused import ACTIVATIONS, check, make_residual, reference
 from .operators import CudaOnCpu, bits, like, memory_of, shape_of
+from .structs import SAVED, activation
 from .test_kernels import DTYPES, random_call
 
 pytestmark = [

@@ -11,21 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from . import build
-from .batch_norm import (
-    DTYPES,
-    GENERAL,
-    OF_H200,
-    SAVED,
-    Machine,
-    Plan,
-    Settings,
-    Shape,
-    activation,
-    kernels,
-    memory_dtype,
-    statistics_dtype,
-)
+from .batch_norm import Settings, kernels, memory_dtype, statistics_dtype
 from .device import Counters
+from .structs import DTYPES, GENERAL, OF_H200, SAVED, Machine, Plan, Shape, activation
 from .traffic import Moved, Traffic, check_traffic
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)

@@ -12,9 +12,10 @@ from torch import Tensor
 from bn_ext import testing
 
 from . import build
-from .batch_norm import SAVED, Settings, kernels, with_multiprocessors
+from .batch_norm import Settings, kernels, with_multiprocessors
 from .device import POLICIES
 from .operators import CudaOnCpu, bits, memory_of, shape_of
+from .structs import SAVED
 
 pytestmark = [
     pytest.mark.skipif(build.compiler() is None, reason=build.MISSING),

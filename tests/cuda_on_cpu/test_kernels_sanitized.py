@@ -13,23 +13,9 @@ import numpy as np
 import pytest
 
 from cuda_on_cpu import build
-from cuda_on_cpu.batch_norm import (
-    DTYPES,
-    GENERAL,
-    KINDS,
-    SMALL,
-    SOURCES,
-    Activation,
-    Kernels,
-    Machine,
-    Settings,
-    Shape,
-    activation,
-    kernels,
-    memory_dtype,
-    statistics_dtype,
-)
+from cuda_on_cpu.batch_norm import SOURCES, Kernels, Settings, kernels, memory_dtype, statistics_dtype
 from cuda_on_cpu.device import POLICIES
+from cuda_on_cpu.structs import DTYPES, GENERAL, KINDS, SMALL, Activation, Machine, Shape, activation
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from . import build
-from .batch_norm import Machine, Plan, Shape, kernels
+from .batch_norm import kernels
+from .structs import Machine, Plan, Shape
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 

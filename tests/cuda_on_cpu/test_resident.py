@@ -9,10 +9,11 @@ import torch
 from bn_ext import testing
 
 from . import build
-from .batch_norm import GENERAL, H200, OF_H200, Machine, Plan, Settings, Shape, kernels
+from .batch_norm import Settings, kernels
 from .device import POLICIES, Fault
 from .fused import check
 from .operators import Call, CudaOnCpu
+from .structs import GENERAL, H200, OF_H200, Machine, Plan, Shape
 from .test_plan import RESNET50
 from .test_plan import check as check_plan
 

@@ -6,9 +6,10 @@ import torch
 from bn_ext import testing
 
 from . import build
-from .batch_norm import Machine, Settings
+from .batch_norm import Settings
 from .fused import check
 from .operators import Call, CudaOnCpu
+from .structs import Machine
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 

@@ -1,0 +1,153 @@
+"""The structs of params.h and plan.h for ctypes, with the names of their enumerators."""
+
+import ctypes
+import math
+
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+"""In the order of DType in params.h. Memory of bfloat16 is uint16."""
+
+KINDS = ["none", "relu_like", "elu", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid", "tanh", "mish"]
+"""In the order of ActivationKind in params.h."""
+
+SAVED = ["mean", "rstd", "scale", "offset"]
+"""The vectors that the forward pass hands to the backward pass."""
+
+
+class Shape(ctypes.Structure):
+    """params.h: N images, C channels, S positions."""
+
+    _fields_ = [
+        ("n", ctypes.c_int64),
+        ("c", ctypes.c_int64),
+        ("s", ctypes.c_int64),
+        ("channels_last", ctypes.c_bool),
+    ]
+
+
+class Activation(ctypes.Structure):
+    """params.h."""
+
+    _fields_ = [("kind", ctypes.c_int), ("alpha", ctypes.c_double), ("upper", ctypes.c_double)]
+
+
+def activation(name: str | None, alpha: float = 0.0) -> Activation:
+    """The activation that Python calls so; ``alpha`` is leaky_relu's slope or elu's alpha."""
+    if name in ("relu", "leaky_relu", "relu6"):
+        return Activation(KINDS.index("relu_like"), alpha, 6.0 if name == "relu6" else math.nan)
+    return Activation(KINDS.index(name or "none"), alpha, math.nan)
+
+
+NONE = activation(None)
+
+
+class ForwardParams(ctypes.Structure):
+    """params.h."""
+
+    _fields_ = [
+        ("shape", Shape),
+        ("dtype", ctypes.c_int),
+        ("params_dtype", ctypes.c_int),
+        ("training", ctypes.c_bool),
+        ("repeats", ctypes.c_bool),
+        ("activation", Activation),
+        ("x", ctypes.c_void_p),
+        ("z", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("running_mean", ctypes.c_void_p),
+        ("running_var", ctypes.c_void_p),
+        ("num_batches_tracked", ctypes.c_void_p),
+        ("cumulative", ctypes.c_bool),
+        ("momentum", ctypes.c_double),
+        ("skip_nonfinite", ctypes.c_bool),
+        ("eps", ctypes.c_double),
+        ("y", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in SAVED),
+        ("mask", ctypes.c_void_p),
+    ]
+
+
+class BackwardParams(ctypes.Structure):
+    """params.h."""
+
+    _fields_ = [
+        ("shape", Shape),
+        ("dtype", ctypes.c_int),
+        ("params_dtype", ctypes.c_int),
+        ("training", ctypes.c_bool),
+        ("activation", Activation),
+        ("dy", ctypes.c_void_p),
+        ("dy_is_scalar", ctypes.c_bool),
+        ("x", ctypes.c_void_p),
+        ("z", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in SAVED),
+        ("dx", ctypes.c_void_p),
+        ("dz", ctypes.c_void_p),
+        ("dweight", ctypes.c_void_p),
+        ("dbias", ctypes.c_void_p),
+    ]
+
+
+_INT64 = ["channels", "pitch", "slice_width", "slices", "rows", "image_rows", "segments", "teams"]
+_INT64 += ["step_offset", "wrap_offset"]
+_INT = ["step_rows", "vector", "columns", "row_lanes", "rows_per_thread", "kept_rows", "threads", "slice_channels"]
+_INT += ["plane", "row_values", "pieces", "warp_rows", "merge_lanes", "team_lanes", "team"]
+
+TEAMS = ["none", "block", "cluster", "grid"]
+"""In the order of Team in plan.h."""
+
+
+class Plan(ctypes.Structure):
+    """plan.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _INT64),
+        *((name, ctypes.c_int) for name in _INT),
+        ("starts_early", ctypes.c_bool),
+        ("one_channel", ctypes.c_bool),
+        ("whole_bytes", ctypes.c_bool),
+    ]
+
+    @property
+    def team_name(self) -> str:
+        """Of TEAMS."""
+        return TEAMS[self.team]
+
+
+class Machine(ctypes.Structure):
+    """plan.h."""
+
+    _fields_ = [
+        ("multiprocessors", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+        ("clusters", ctypes.c_bool),
+        ("cooperative", ctypes.c_bool),
+    ]
+
+    @property
+    def blocks_may_wait(self) -> bool:
+        """Whether blocks may wait for each other."""
+        return self.clusters or self.cooperative
+
+
+class Request(ctypes.Structure):
+    """plan.h."""
+
+    _fields_ = [
+        ("shape", Shape),
+        ("value_bytes", ctypes.c_int),
+        ("alignment", ctypes.c_int),
+        ("for_mask", ctypes.c_bool),
+        ("resident_tiles", ctypes.c_int),
+    ]
+
+
+OF_H200 = 228 * 1024
+"""Bytes of shared memory that a multiprocessor of an H200 has."""
+
+GENERAL = Machine(1)
+"""Where no slice stays on chip."""
+H200 = Machine(132, OF_H200, True, True)
+SMALL = Machine(4, 48 * 1024, True, True)
+"""Of which small tensors fill the shared memory."""
