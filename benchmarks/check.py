@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import Case, Inputs
+from .inputs import DTYPES, Case, Inputs
+from .names import COMPILED
 from .operations import OPERATIONS
 from .providers import Subject
 
@@ -22,13 +23,16 @@ TOLERANCES = {
     ("float32", "activation"): {"relative": 2e-4, "absolute": 2e-4},
     # Stored in bfloat16, which rounds by up to 2^-8 of the value; twice that, and the float32 part.
     ("bfloat16", "activation"): {"relative": 2**-7, "absolute": 2e-4},
-    # Means over M values, held in float32 for either dtype.
-    ("float32", "statistic"): {"relative": 1e-4, "absolute": 1e-4},
-    ("bfloat16", "statistic"): {"relative": 1e-4, "absolute": 1e-4},
+    # Stored in float16, which rounds by up to 2^-11; as bfloat16.
+    ("float16", "activation"): {"relative": 2**-10, "absolute": 2e-4},
+    # Means over M values, held in float32 for any dtype.
+    **{(dtype, "statistic"): {"relative": 1e-4, "absolute": 1e-4} for dtype in DTYPES},
     # Sums of M values of either sign, which grow as sqrt(M), errors too: `absolute` is per sqrt(M).
-    ("float32", "sum"): {"relative": 1e-5, "absolute": 2e-4},
-    ("bfloat16", "sum"): {"relative": 1e-5, "absolute": 2e-4},
+    **{(dtype, "sum"): {"relative": 1e-5, "absolute": 2e-4} for dtype in DTYPES},
 }
+# torch.compile keeps intermediate values of 16-bit activations in 16 bits: its dx was seen 28 times the tolerances
+# above away from float64, its dweight 80 times (torch 2.13, CPU). Not fine, but what there is to compare with.
+COMPILED_ABSOLUTE = {"bfloat16": 2e-2, "float16": 2.5e-3}
 KINDS = {
     "y": "activation",
     "dx": "activation",
@@ -39,6 +43,14 @@ KINDS = {
     "dweight": "sum",
     "dbias": "sum",
 }
+
+
+def tolerance_of(provider: str, dtype: str, kind: str) -> dict[str, float]:
+    """Say how far from float64 a provider's result may be."""
+    tolerance = TOLERANCES[dtype, kind]
+    if provider == COMPILED and kind != "statistic":
+        return tolerance | {"absolute": COMPILED_ABSOLUTE.get(dtype, tolerance["absolute"])}
+    return tolerance
 
 
 class WrongResultError(Exception):
@@ -135,14 +147,14 @@ def results(subject: Subject, residual: bool) -> list[tuple[str, Tensor]]:
 def check(provider: str, case: Case, inputs: Inputs, subject: Subject, expected: dict[str, Expected]) -> None:
     """Raise WrongResultError unless every result has the right shape, dtype, layout and values."""
     where = f"{provider} is wrong on {case.label}, N = {case.size[0]}"
-    end = "; nothing of this case was timed"
+    end = "; it is not timed"
     root_m = (inputs.x[0].numel() / inputs.x[0].size(1)) ** 0.5
     for name, got in results(subject, OPERATIONS[case.operation].residual):
         kind = KINDS[name]
         alike = inputs.x[0] if kind == "activation" else inputs.weight
         if got.dtype != alike.dtype or got.shape != alike.shape or got.stride() != alike.stride():
             raise WrongResultError(f"{where}: {name} must be {describe(alike)}, got {describe(got)}{end}")
-        allowed = expected[name].allowed(TOLERANCES[case.dtype, kind], root_m if kind == "sum" else 1.0)
+        allowed = expected[name].allowed(tolerance_of(provider, case.dtype, kind), root_m if kind == "sum" else 1.0)
         worst = ((got.double() - expected[name].value).abs() / allowed).max().item()
         if not worst <= 1.0:  # so written that NaN is wrong
             off = "NaN" if isnan(worst) else f"{worst:.3g} times its tolerance away from float64"

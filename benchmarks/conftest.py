@@ -1,30 +1,58 @@
-"""Options of the suite, its one session fixture, and the machine's description in the JSON."""
+"""Options of the suite, its one session fixture, and the machine's description in pytest-benchmark's JSON."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .bench import Bench
+from . import cudnn_graph, machine
+from .bench import SETTINGS, Bench, Settings
+from .cells import FileError, Journal
+from .names import CUDNN_GRAPH, PROVIDERS
+from .providers import usual
 
-BENCH = pytest.StashKey[Bench]()
+QUICK_BATCH = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --quick and --batch, which `python -m benchmarks` passes on."""
+    """Add what `python -m benchmarks` passes on."""
     group = parser.getgroup("bn_ext benchmarks")
     group.addoption("--quick", action="store_true", help="small batch and few rounds: does everything run?")
-    group.addoption("--batch", type=int, help="batch size of the ResNet-50 cases (32; 2 with --quick)")
+    group.addoption("--batch", type=int, nargs="+", help="batch sizes of the ResNet-50 cases (2 with --quick)")
+    group.addoption("--providers", nargs="+", choices=PROVIDERS, help="who is measured; the others are left out")
+    group.addoption("--budget", type=float, help="seconds after which no case is begun")
+    group.addoption("--results", type=Path, help="the file that gets the cells")
+    group.addoption("--resume", action="store_true", help="go on with that file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the device, and who is measured on it."""
+    device = machine.best_device()
+    providers = tuple(config.getoption("--providers") or usual(device))
+    if cudnn_graph.unavailable(device):
+        providers = tuple(name for name in providers if name != CUDNN_GRAPH)
+    quick = config.getoption("--quick")
+    batches = tuple(config.getoption("--batch") or (QUICK_BATCH,) * quick)
+    config.stash[SETTINGS] = Settings(device, providers, batches, quick, config.getoption("--budget"))
 
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """Make the run, with the copy figure measured before and after it."""
-    bench = Bench(request.config.getoption("--quick"), request.config.getoption("--batch"))
-    request.config.stash[BENCH] = bench
+    config, settings = request.config, request.config.stash[SETTINGS]
+    about = machine.describe(settings.device) | {"quick": settings.quick}
+    about["unavailable"] = {CUDNN_GRAPH: cudnn_graph.unavailable(settings.device)}
+    try:
+        journal = Journal(config.getoption("--results"), about, config.getoption("--resume"))
+    except FileError as error:
+        pytest.exit(str(error), returncode=2)
+    bench = Bench(journal, settings)
     bench.measure_copy()
     yield bench
-    bench.measure_copy()
+    if request.session.exitstatus != pytest.ExitCode.INTERRUPTED:  # otherwise --resume goes on with what there is
+        bench.measure_copy()
+        bench.end()
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
@@ -33,9 +61,6 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
         entry["stats"].pop("data", None)
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Add what the times depend on; leave out the host's name."""
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Leave out the host's name."""
     machine_info.pop("node", None)
-    bench = config.stash.get(BENCH, None)
-    if bench is not None:
-        machine_info["run"] = bench.describe()

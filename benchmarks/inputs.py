@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cells import Key
 from .operations import OPERATIONS, PLAIN
-from .shapes import OVERHEAD
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ROWS_LAYOUT = "(N, C)"
 MEMORY_FORMATS = LAYOUTS | {ROWS_LAYOUT: torch.contiguous_format}
@@ -25,11 +25,16 @@ class Case(NamedTuple):
     dtype: str  # a key of DTYPES
     layout: str  # a key of MEMORY_FORMATS
     operation: str = PLAIN  # a key of OPERATIONS
+    clock: str = "kernels"  # what is timed: kernels, as far as the device allows, or whole "calls", by the wall's clock
 
     @property
     def label(self) -> str:
         """Name the case in a line; plain batch norm goes without saying."""
         return " ".join([*[self.operation] * (self.operation != PLAIN), self.name, self.dtype, self.layout])
+
+    def key(self, direction: str) -> Key:
+        """Tell it from all other cases, in one direction."""
+        return Key(self.operation, self.name, self.size, self.dtype, self.layout, direction, self.clock)
 
     @property
     def bytes(self) -> int:
@@ -61,13 +66,13 @@ def copies_needed(case: Case, device: torch.device) -> int:
     tensor is as warm as the round before has left it, for both sides alike. Where only the cost of
     the call counts, one everywhere.
     """
-    if device.type != "cuda" or case.name == OVERHEAD.name:
+    if device.type != "cuda" or case.clock == "calls":
         return 1
     return ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / case.bytes)
 
 
-def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Draw random inputs, the same ones on every call."""
+def make_inputs(case: Case, device: torch.device, copies: int | None = None) -> Inputs:
+    """Draw random inputs, the same ones on every call; in `copies` copies or as many as timing needs."""
     random = torch.Generator(device).manual_seed(SEED)
     channels = case.size[1]
 
@@ -77,7 +82,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     def activation(values: Tensor) -> Tensor:
         return values.to(DTYPES[case.dtype]).contiguous(memory_format=MEMORY_FORMATS[case.layout])
 
-    count = copies_needed(case, device)
+    count = copies or copies_needed(case, device)
     # Means and deviations that are neither 0 nor 1 and differ from channel to channel.
     of_channels = (1, channels, *[1] * (len(case.size) - 2))
     deviation = draw(*of_channels).abs_().add_(0.5)

@@ -1,8 +1,10 @@
 """The machine a run is made on: its device, a name for it, and the speed of a plain copy."""
 
 import datetime
+import hashlib
 import platform
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from . import allocator
 from .measure import Wall
 
 COPY_ROUNDS = 15
+CSRC = Path(__file__).parents[1] / "csrc"
 
 
 def best_device() -> torch.device:
@@ -44,16 +47,35 @@ def device_slug(device: torch.device) -> str:
 def describe(device: torch.device) -> dict[str, Any]:
     """Collect what the figures of a run depend on."""
     build = bn_ext.build_info()
-    return {
+    gpu = {"cuda": torch.version.cuda, "driver": driver()} if device.type == "cuda" else {}
+    return gpu | {
         "date": datetime.date.today().isoformat(),
         "device": device.type,
         "name": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bn_ext": build.version,
+        "sources": sources(),
         "instruction_set": build.instruction_set,
         "allocator": allocator.mode(device),
     }
+
+
+def driver() -> str:
+    """Give the version of the GPU's driver; empty if nvidia-smi cannot tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def sources() -> str:
+    """Tell one state of the kernels' sources from another, where there is no git too."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(CSRC)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def last_level_cache_bytes(device: torch.device) -> int:
@@ -68,8 +90,9 @@ def last_level_cache_bytes(device: torch.device) -> int:
 def copy_gb_per_s(device: torch.device) -> float:
     """Time copy_ between tensors too large for any cache: bytes read + written per second, best of some rounds."""
     size = max(256 << 20, 4 * last_level_cache_bytes(device))
-    source = torch.ones(size // 4, device=device)
+    source = torch.randn(size // 4, device=device)
     target = torch.zeros(size // 4, device=device)
     wall = Wall([lambda: target.copy_(source)], device)
-    wall.round(1)
-    return 2 * size / min(wall.round(1) for _ in range(COPY_ROUNDS)) / 1e9
+    repeats = 20 if device.type == "cuda" else 1  # beside which a launch is nothing
+    wall.round(repeats)
+    return 2 * size / min(wall.round(repeats) for _ in range(COPY_ROUNDS)) / 1e9

@@ -9,7 +9,9 @@ moves only when told to. Only `benchmark.pedantic` and the `timer` option are us
 
 import gc
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple, Protocol
@@ -20,7 +22,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from .allocator import page_faults
 from .providers import Call
 
-GRAPH_CALLS = 32  # at least, in one graph
+GRAPH_CALLS = 32  # in one graph, unless fewer take
+GRAPH_SECONDS = 5e-3
 WARM_UP = 3
 
 
@@ -62,18 +65,22 @@ class Wall:
 
 
 class Graph:
-    """A CUDA graph of many calls over the copies of the inputs: kernels without launch costs."""
+    """A CUDA graph of many calls over the copies of the inputs: kernels without launch costs.
 
-    def __init__(self, calls: Sequence[Call]):
-        # Backward nodes run on the stream of their forward, so the graph must be captured on that
-        # very stream: the current one, which Bench has set before any module was called.
-        turns = ceil(GRAPH_CALLS / len(calls))
+    The results of as many calls as there are copies are kept, so that results too are written to memory that the cache
+    no longer holds.
+    """
+
+    def __init__(self, calls: Sequence[Call], device: torch.device):
+        once = Wall(calls, device).round(1)
+        turns = max(1, min(ceil(GRAPH_CALLS / len(calls)), ceil(GRAPH_SECONDS / (once * len(calls)))))
         self.count = turns * len(calls)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+        kept: deque[object] = deque(maxlen=len(calls))
+        with captured(self.graph):
             for _ in range(turns):
                 for call in calls:
-                    call()
+                    kept.append(call())
 
     def round(self, repeats: int) -> float:
         """Replay the graph `repeats` times and return the seconds per call."""
@@ -84,6 +91,21 @@ class Graph:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / (repeats * self.count)
+
+
+@contextmanager
+def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Capture what is done on the current stream, which must not be the default one.
+
+    Backward nodes run on the stream of their forward, so it must be the one on which modules were called before.
+    torch.cuda.graph would do the same, and empty torch's cache of memory and collect garbage each time.
+    """
+    torch.cuda.synchronize()
+    graph.capture_begin()
+    try:
+        yield
+    finally:
+        graph.capture_end()
 
 
 @dataclass

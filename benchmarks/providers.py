@@ -9,14 +9,15 @@ from torch import Tensor, nn
 import bn_ext
 
 from .inputs import Inputs
+from .names import COMPILED, OURS, PROVIDERS, RIVAL, WITHOUT_CUDNN
 from .operations import OPERATIONS
 
-RIVAL = "torch.nn"
-OURS = "bn_ext"
-PROVIDERS = (RIVAL, OURS)
-OVERHEAD_DIRECTIONS = ("forward", "forward+backward")
-
 Call = Callable[[], object]
+
+
+def usual(device: torch.device) -> tuple[str, ...]:
+    """Name who is measured on a device unless others are asked for."""
+    return PROVIDERS if device.type == "cuda" else (RIVAL, OURS)
 
 
 class SeparateModules(nn.Module):
@@ -49,17 +50,30 @@ class Layer:
         else:
             self.norm = (nn.BatchNorm2d if has_planes else nn.BatchNorm1d)(channels, device=device)
         # What is called: nothing comes between a batch norm alone and its caller.
-        self.module = self.norm if provider == OURS or activation is None else SeparateModules(self.norm)
+        module = self.norm if provider == OURS or activation is None else SeparateModules(self.norm)
+        self.module: Callable[..., Tensor] = module
+        self.train = module.train
+        if provider == COMPILED:
+            # fullgraph: an error instead of eager calls where the compiler gives up.
+            self.module = torch.compile(module, fullgraph=True, dynamic=False)
+        elif provider == WITHOUT_CUDNN:
+            self.module = partial(without_cudnn, module)
         with torch.no_grad():
             for name in ("weight", "bias", "running_mean", "running_var"):
                 getattr(self.norm, name).copy_(getattr(inputs, name))
 
 
-@torch.no_grad()
-def evaluate(module: nn.Module, *arguments: Tensor) -> Tensor:
-    """Call a module as for inference."""
-    y: Tensor = module(*arguments)
+def without_cudnn(module: nn.Module, *arguments: Tensor) -> Tensor:
+    """Call a module, whose backward pass goes the way of its forward pass."""
+    with torch.backends.cudnn.flags(enabled=False):
+        y: Tensor = module(*arguments)
     return y
+
+
+@torch.no_grad()
+def evaluate(module: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    """Call a module as for inference."""
+    return module(*arguments)
 
 
 class Subject:
@@ -74,7 +88,7 @@ class Subject:
     def __init__(self, provider: str, operation: str, inputs: Inputs):
         # One layer per direction, so that no call changes what another one relies on.
         training, differentiated, evaluated = (Layer(provider, operation, inputs) for _ in range(3))
-        evaluated.module.eval()
+        evaluated.train(False)
         self.trained_norm = training.norm
 
         def leaves(x: Tensor, *z: Tensor) -> tuple[Tensor, ...]:

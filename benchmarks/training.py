@@ -19,11 +19,11 @@ from torch import Tensor, nn
 import bn_ext
 
 from . import allocator, machine, training_report
+from .cells import FileError
 from .inputs import DTYPES, SEED
 from .measure import Effort, Side, Wall, in_turns
 from .memory import LiveBytes, storage_bytes, tensors
 from .models import CLASSES, MODELS
-from .report import ReportError
 
 STOCK = "stock"
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -168,7 +168,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, metavar="N", help="of the images; default 160; 224 on a GPU; 64 with --quick"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: under autocast")
+    parser.add_argument("--dtype", choices=LOSS, default="float32", help="bfloat16: under autocast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/<device>/training...")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="run nothing: the table of an earlier run's JSON")
     return parser.parse_args(arguments)
@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     try:
         print(training_report.report(options.markdown or run(options), bool(options.markdown)))
-    except (DisagreementError, ReportError) as error:
+    except (DisagreementError, FileError) as error:
         print(f"benchmarks.training: {error}", file=sys.stderr)
         return 2
     return 0

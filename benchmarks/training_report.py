@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from .report import ReportError, read, table, versions
+from .cells import FileError, read_json
+from .tables import table, versions
 
 MIB = 1 << 20
 
@@ -38,14 +39,14 @@ def head(about: dict[str, Any], models: dict[str, Any]) -> list[str]:
 
 
 def report(path: Path, markdown: bool) -> str:
-    """Make the whole report on one file; raise ReportError if that cannot be done."""
-    run = read(path)
+    """Make the whole report on one file; raise FileError if that cannot be done."""
+    run = read_json(path)
     try:
         lines = [f"- {line}" * markdown or line for line in head(run["run"], run["models"])]
         rows = [
             row(model, name, found) for model, variants in run["models"].items() for name, found in variants.items()
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReportError(f"{path} was not written by benchmarks.training: {error!r}") from error
+        raise FileError(f"{path} was not written by benchmarks.training: {error!r}") from error
     header = ["model, variant", "saved MiB", "of stock", "peak MiB", "of stock", "ms", "least to most", "of stock"]
     return "\n".join([*lines, "", *table(header, rows, markdown)])

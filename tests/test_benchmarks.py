@@ -1,6 +1,5 @@
 """The benchmarks themselves: that they refuse wrong results, and that they count what they say they count."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,15 +8,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bn_ext
-from benchmarks import report, training, training_report
-from benchmarks.bench import Bench
+from benchmarks import training, training_report
+from benchmarks.cells import read_json
 from benchmarks.check import WrongResultError, check, reference
 from benchmarks.inputs import DTYPES, LAYOUTS, ROWS_LAYOUT, Case, make_inputs
 from benchmarks.measure import Effort, in_turns
 from benchmarks.memory import LiveBytes
 from benchmarks.models import MODELS
 from benchmarks.operations import OPERATIONS, least_bytes
-from benchmarks.providers import PROVIDERS, Subject
+from benchmarks.providers import Subject, usual
 
 CPU = torch.device("cpu")
 SIZE = (4, 3, 9, 7)
@@ -30,7 +29,7 @@ def test_right_results_pass(operation: str, dtype: str, layout: str) -> None:
     case = Case("small", SIZE, dtype, layout, operation)
     inputs = make_inputs(case, CPU)
     expected = reference(case, inputs)
-    for provider in PROVIDERS:
+    for provider in usual(CPU):
         check(provider, case, inputs, Subject(provider, operation, inputs), expected)
 
 
@@ -39,7 +38,7 @@ def test_right_results_of_rows_pass(dtype: str) -> None:
     case = Case("small", (50, 7), dtype, ROWS_LAYOUT)
     inputs = make_inputs(case, CPU)
     expected = reference(case, inputs)
-    for provider in PROVIDERS:
+    for provider in usual(CPU):
         check(provider, case, inputs, Subject(provider, case.operation, inputs), expected)
 
 
@@ -161,10 +160,10 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", training.LOSS)
 def test_training(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = train_tiny(tmp_path, monkeypatch, dtype)
-    found = training_report.read(path)["models"]["tiny"]
+    found = read_json(path)["models"]["tiny"]
     assert [found[variant]["saved_bytes"] for variant in ("stock", "converted")] == [
         SAVED[dtype],
         SAVED[dtype] + 2 * 4 * 4,  # four vectors per channel, not two
@@ -207,34 +206,3 @@ def test_the_copy_is_timed_in_the_same_rounds() -> None:
     warm_up = len(order) - 9
     assert order[warm_up:] == ["torch", "ours", "copy", "ours", "torch", "copy", "torch", "ours", "copy"]
     assert {name: side.seconds for name, side in times.items()} == dict.fromkeys(("torch", "ours", "copy"), [1.0] * 3)
-
-
-def test_the_copy_is_of_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.machine.best_device", lambda: CPU)
-    bench = Bench(quick=True, batch=None)
-    case = Case("small", SIZE, "bfloat16", "channels_last", "batch_norm")
-    times = bench.times(case, "eval")
-    assert set(times) == {"torch.nn", "bn_ext", "copy"}
-    (copy,) = bench._copies
-    assert torch.equal(copy(), make_inputs(case, CPU).x[0])
-
-
-def test_report_keeps_operations_apart(tmp_path: Path) -> None:
-    """Plain batch norm has its tables and mean, each other operation its own; without a name it is plain batch norm."""
-
-    def entry(provider: str, seconds: float, **more: str) -> dict[str, object]:
-        info = {"provider": provider, "case": "stem", "dtype": "float32", "layout": "contiguous", "direction": "eval"}
-        numbers = {"gb_per_s": 3.0, "copy_gb_per_s": 4.0, "page_faults_per_call": 0.0}
-        return {"stats": {"median": seconds, "min": seconds}, "extra_info": {**info, **numbers, **more}}
-
-    about = {"name": "A", "device": "cpu", "threads": 1, "torch": "2", "bn_ext": "1", "instruction_set": "baseline"}
-    about |= {"allocator": "default", "page_faults_per_64_mib": 0, "copy_gb_per_s": [1.0], "batch": 2, "quick": False}
-    entries = [entry("torch.nn", 3.0), entry("bn_ext", 1.0)]
-    entries += [entry("torch.nn", 1.0, operation="bn+relu"), entry("bn_ext", 2.0, operation="bn+relu")]
-    path = tmp_path / "run.json"
-    path.write_text(json.dumps({"machine_info": {"run": about}, "benchmarks": entries}))
-    lines = [" ".join(line.split()) for line in report.report(path, markdown=False).splitlines()]
-    assert lines[lines.index("float32, contiguous, eval") + 3] == "stem 3000.000 1000.000 3.00 3.00 3.0 4.0 75%"
-    for title, mean in {"Geometric means": "all 1 cases 3.00", "Geometric means: bn+relu, eval": "0.50"}.items():
-        assert mean in lines[lines.index(title) + 4]
-    assert lines[-2:] == ["bn_ext is slower in 1 of 2 cases", "- stem bn+relu float32 contiguous eval: 0.50"]

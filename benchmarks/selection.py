@@ -1,0 +1,92 @@
+"""Which cases are measured on a device, in which order, and beside whom: a GPU is often to be had for minutes only."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+from .inputs import LAYOUTS, ROWS_LAYOUT, Case
+from .names import COMPILED, CUDNN_GRAPH, WITHOUT_CUDNN
+from .operations import FUSED, OPERATIONS, PLAIN
+from .shapes import DEFAULT_BATCH, OVERHEAD, OVERHEAD_BATCH, RESNET50, ROWS, Shape
+
+ADD_RELU = "bn+add+relu"
+CALL_DIRECTIONS = ("forward", "forward+backward")
+# Large, middle and small ones: they stand for all twelve where not everything can be measured.
+SAMPLE = tuple(RESNET50[i] for i in (0, 2, 4, 8, 10))
+OTHERS = tuple(shape for shape in RESNET50 if shape not in SAMPLE)
+# Whose calls are timed by the clock on the wall too: where a GPU is done before the next call comes.
+SMALL = tuple(shape for shape in RESNET50 if shape.height <= 14)
+# On a GPU, the most telling first.
+BLOCKS: tuple[tuple[str, str, tuple[int, ...], tuple[Shape, ...]], ...] = (
+    ("bfloat16", PLAIN, (256, 32), SAMPLE),
+    ("bfloat16", ADD_RELU, (256,), SAMPLE),
+    ("float32", PLAIN, (256, 32), SAMPLE),
+    ("bfloat16", PLAIN, (256, 32), OTHERS),
+    ("float32", ADD_RELU, (256,), SAMPLE),
+    ("float32", PLAIN, (256, 32), OTHERS),
+    ("bfloat16", ADD_RELU, (256,), OTHERS),
+    ("bfloat16", ADD_RELU, (32,), RESNET50),
+    ("float16", PLAIN, (256,), SAMPLE),
+    ("float16", ADD_RELU, (256,), SAMPLE),
+    ("float32", ADD_RELU, (256, 32), RESNET50),
+    ("bfloat16", "bn+relu", (256, 32), SAMPLE),
+    ("float32", "bn+relu", (256,), SAMPLE),
+    ("bfloat16", PLAIN, (128,), SAMPLE),
+)
+
+
+def small_calls(batch: int) -> Iterator[Case]:
+    """Give the inputs of which the call itself is timed."""
+    yield Case(OVERHEAD.name, OVERHEAD.size(OVERHEAD_BATCH), "float32", "contiguous", clock="calls")
+    for dtype, shape in product(("bfloat16", "float32"), SMALL):
+        yield Case(shape.name, shape.size(batch), dtype, "contiguous", clock="calls")
+
+
+def on_a_gpu(batches: Sequence[int]) -> Iterator[Case]:
+    """List the cases of BLOCKS, or their like of other batch sizes, the calls of small inputs, and rows."""
+    yield from small_calls(min(batches) if batches else DEFAULT_BATCH)
+    for dtype, operation, usual, shapes in BLOCKS:
+        for batch, shape, layout in product(batches or usual, shapes, LAYOUTS):
+            yield Case(shape.name, shape.size(batch), dtype, layout, operation)
+    yield from rows()
+
+
+def on_a_cpu(batches: Sequence[int]) -> Iterator[Case]:
+    """List plain batch norm, then what is more, then rows and one call."""
+    dtypes = ("float32", "bfloat16")
+    for operations in ((PLAIN,), FUSED):
+        for batch, shape, dtype, layout in product(batches or (DEFAULT_BATCH,), RESNET50, dtypes, LAYOUTS):
+            for operation in operations:
+                yield Case(shape.name, shape.size(batch), dtype, layout, operation)
+    yield from rows()
+    yield next(small_calls(DEFAULT_BATCH))
+
+
+def rows() -> Iterator[Case]:
+    """List the inputs without positions; their size does not depend on a batch size."""
+    for size, dtype in product(ROWS, ("float32", "bfloat16")):
+        yield Case(f"rows_{size[0]}x{size[1]}", size, dtype, ROWS_LAYOUT)
+
+
+def cases(device: str, batches: Sequence[int] = ()) -> list[Case]:
+    """List all cases of a device in the order in which they are measured; `batches` instead of the usual ones."""
+    return list(dict.fromkeys(on_a_gpu(batches) if device == "cuda" else on_a_cpu(batches)))
+
+
+def directions(case: Case) -> tuple[str, ...]:
+    """Say in which directions a case is timed."""
+    return CALL_DIRECTIONS if case.clock == "calls" else OPERATIONS[case.operation].directions
+
+
+def providers_of(case: Case, providers: Sequence[str]) -> tuple[str, ...]:
+    """Choose those that a case is measured with, in the order given.
+
+    Where torch does not use cuDNN anyway, bfloat16, it is not measured without. What compiles takes seconds, so it is
+    sampled. By the clock on the wall a compiled module or a graph of cuDNN's is another thing than a module's call.
+    """
+    sampled = case.name in {shape.name for shape in SAMPLE} and case.dtype != "float16"
+    wanted = {
+        WITHOUT_CUDNN: case.dtype != "bfloat16",
+        COMPILED: sampled and case.clock == "kernels",
+        CUDNN_GRAPH: sampled and case.clock == "kernels" and case.layout == "channels_last",
+    }
+    return tuple(name for name in providers if wanted.get(name, True))
