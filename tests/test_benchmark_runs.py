@@ -341,5 +341,5 @@ def test_bytes_that_ncu_counts() -> None:
         {"kernels": 2, "read": 1500, "written": 1000},
         {"kernels": 1, "read": 7, "written": 8},
     ]
-    with pytest.raises(FileError, match="ncu printed no table; its last words: .*==ERROR== no permission"):
+    with pytest.raises(FileError, match=r"ncu printed no table; its last words: .*==ERROR== no permission"):
         dram.counted("==PROF== Connected\n==ERROR== no permission")
