@@ -31,7 +31,7 @@ EFFORTS = {
     (True, "calls"): Effort(seconds=1.0, min_rounds=31, max_rounds=501, round_seconds=5e-4),
 }
 # A GPU's kernels take the same time each time, and a machine with a GPU is often to be had for minutes only.
-GPU_EFFORT = Effort(seconds=0.3, min_rounds=11, max_rounds=51, round_seconds=2e-3)
+GPU_EFFORT = Effort(seconds=0.15, min_rounds=11, max_rounds=51, round_seconds=2e-3)
 COPY = "copy"
 
 

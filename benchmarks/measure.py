@@ -101,11 +101,15 @@ def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     torch.cuda.graph would do the same, and empty torch's cache of memory and collect garbage each time.
     """
     torch.cuda.synchronize()
+    collecting = gc.isenabled()
+    gc.disable()  # a graph that is no longer used must not be destroyed meanwhile
     graph.capture_begin()
     try:
         yield
     finally:
         graph.capture_end()
+        if collecting:
+            gc.enable()
 
 
 @dataclass
