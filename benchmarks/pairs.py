@@ -21,6 +21,12 @@ USUAL_ORDER = (
     "eval",
     "forward+backward",
 )
+LEGEND = (
+    "bn_ext GB/s: the least bytes that must move (2 tensors, backward 3) by its median; copy GB/s: "
+    "torch's copy_ of the case's x, timed in the same rounds; share: of the one in the other",
+    "ratio = torch / bn_ext, above 1: bn_ext is faster; of best = the same of the fastest rounds (far from ratio: a "
+    "disturbed run)",
+)
 
 
 class Pair(NamedTuple):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from .cells import Cell, Key, Run
 from .names import COMPILED, CUDNN_GRAPH, OURS, PROVIDERS, RIVAL, WITHOUT_CUDNN
@@ -31,15 +32,16 @@ def drawn(key: Key) -> bool:
 
 
 def bars(axes: Axes, cells: dict[str, Cell], providers: list[str], top: float) -> None:
-    """Draw one panel: all shapes, and for each the providers side by side."""
+    """Draw one panel: all shapes, and for each those who were timed, side by side around its place."""
     width = 0.8 / max(1, len(providers))
-    for place, provider in enumerate(providers):
-        timed = {i: cells[shape] for i, shape in enumerate(SHAPES) if shape in cells and provider in cells[shape].sides}
-        left = [i - 0.4 + width * (place + 0.5) for i in timed]
-        height = [100 * cell.gb_per_s(provider) / top for cell in timed.values()]
-        axes.bar(left, height, width, color=COLOURS[provider], label=provider, zorder=2)
+    for place, shape in enumerate(SHAPES):
+        timed = [name for name in providers if shape in cells and name in cells[shape].sides]
+        for i, provider in enumerate(timed):
+            share = 100 * cells[shape].gb_per_s(provider) / top
+            axes.bar(place + width * (i - (len(timed) - 1) / 2), share, width, color=COLOURS[provider], zorder=2)
     axes.axhline(100, color="#444444", linewidth=1, linestyle="--", zorder=1)
-    axes.set_xticks(range(len(SHAPES)), [shape.split("_")[1] for shape in SHAPES], rotation=40)
+    names = [shape.split("_")[1] for shape in SHAPES]
+    axes.set_xticks(range(len(SHAPES)), names, rotation=40, ha="right", rotation_mode="anchor")
     axes.tick_params(axis="x", length=0)
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
@@ -62,8 +64,8 @@ def draw(run: Run, path: Path) -> None:
             axes.set_title(f"{layout}, {direction}", loc="left", fontsize=11)
     for row in panels:
         row[0].set_ylabel("least bytes / time, % of a copy")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    handles = [Patch(color=COLOURS[name], label=name) for name in providers]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
     made_on = ", ".join([run.about["name"], f"torch {run.about['torch']}", run.about["date"]])
     figure.suptitle(
         f"Batch norm of ResNet-50's layers, {dtype}, N = {batch}: {made_on}"

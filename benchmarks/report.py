@@ -18,10 +18,8 @@ def head(run: Run, markdown: bool) -> list[str]:
         *versions(about, about["date"]),
         *([allocator(run)] if about["device"] == "cpu" else []),
         f"copy_ of large tensors: {copy} GB/s read and written, best at the start and at the end",
-        "bn_ext GB/s: the least bytes that must move (2 tensors, backward 3) by its median; copy GB/s: "
-        "torch's copy_ of the case's x, timed in the same rounds; share: of the one in the other",
-        f"batch size {batch_sizes(run)}; times are medians; ratio = torch / bn_ext, above 1: bn_ext "
-        "is faster; of best = the same of the fastest rounds (far from ratio: a disturbed run)",
+        *(rivals if about["device"] == "cuda" else pairs).LEGEND,
+        f"batch size {batch_sizes(run)}; times are medians",
     ]
     if about.get("over_budget"):
         lines.append(f"{about['over_budget']} cells were not measured, because the time that was given was over")
