@@ -16,10 +16,10 @@ ORDER = (PLAIN, *OPERATIONS, "bfloat16", "float32", "float16", "contiguous", "ch
 DIRECTIONS = ("forward", "backward", "forward+backward", "eval")
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LEGEND = (
-    "GB/s: the least bytes that must move (2 tensors, backward 3) by bn_ext's median; of copy: its share of the copy of "
-    "large tensors, the better figure",
-    "ratio = the rival's time / bn_ext's, above 1: bn_ext is faster; torch eager's best: the faster one of torch.nn with "
-    "cuDNN and without",
+    "GB/s: the least bytes that must move (2 tensors, backward 3) by bn_ext's median; of copy: its share of the copy "
+    "of large tensors, the better figure",
+    "ratio = the rival's time / bn_ext's, above 1: bn_ext is faster; torch eager's best: the faster one of torch.nn "
+    "with cuDNN and without",
     "kernels in CUDA graphs that go round over copies of the inputs, so that caches are cold",
 )
 

@@ -1,5 +1,6 @@
 """Runs of the benchmarks: what is measured in which order, kept, gone on with, left out, and told."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from helpers.cells import ABOUT, cell
 
 from benchmarks import bench as bench_module
-from benchmarks import selection
+from benchmarks import measure, selection
 from benchmarks.bench import Bench, NotMeasuredError, Settings
 from benchmarks.cells import FileError, Journal, load, unfinished
 from benchmarks.check import WrongResultError
@@ -192,3 +193,58 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert other.returncode == 2
     assert "was measured with allocator heap kept, and this is default: leave --resume away" in other.stdout
     assert "benchmarks: no report" in other.stderr
+
+
+class FakeGraph:
+    """Of torch.cuda's class: what is called while it is captured."""
+
+    current: "FakeGraph | None" = None
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def capture_begin(self) -> None:
+        assert not gc.isenabled()
+        FakeGraph.current = self
+
+    def capture_end(self) -> None:
+        FakeGraph.current = None
+
+
+def test_a_graph_keeps_as_many_results_as_there_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that results are written to other memory until the inputs come round again."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    alive: set[int] = set()
+    most = 0
+
+    class Result:
+        def __init__(self) -> None:
+            nonlocal most
+            if FakeGraph.current is not None:
+                FakeGraph.current.calls += 1
+                alive.add(id(self))
+                most = max(most, len(alive))
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    graph = measure.Graph([Result] * 3, CPU)
+    assert graph.count == graph.graph.calls
+    assert graph.count % 3 == 0  # all copies alike
+    assert most in (3, 4)  # of which one is being made
+    assert gc.isenabled()
+
+
+def test_a_graph_that_cannot_be_captured_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def call() -> None:
+        if FakeGraph.current is not None:
+            raise RuntimeError("not under capture")
+
+    with pytest.raises(RuntimeError, match="not under capture"):
+        measure.Graph([call], CPU)
+    assert FakeGraph.current is None
+    assert gc.isenabled()
