@@ -35,10 +35,13 @@ def device_name(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device) -> str:
-    """Make a folder name for results, as cpu-<model>-2-threads or cuda-<model>."""
+    """Make a folder name for results, as cpu-<model>-2-threads; of a GPU its model: h200, h100-80gb-hbm3."""
     name = re.sub(r"\((R|TM)\)|\bCPU\b", " ", device_name(device), flags=re.IGNORECASE)
-    threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return re.sub(r"[^a-z0-9.]+", "-", f"{device.type} {name}{threads}".lower()).strip("-")
+    if device.type == "cuda":
+        words = name.replace("NVIDIA", "")
+    else:
+        words = f"{device.type} {name} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 
 def describe(device: torch.device) -> dict[str, Any]:

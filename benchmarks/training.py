@@ -1,159 +1,65 @@
-"""Whole models: saved bytes, peak memory and time of a training step, stock, converted, fused, fused with recompute.
+"""Whole models: time, memory and share of batch norm of a training step, stock, converted, fused, compiled.
 
-`python -m benchmarks.training [--quick] [--models NAME ...] [--batch N] [--size N] [--dtype bfloat16] [--json FILE]`
-runs and prints; `python -m benchmarks.training --markdown FILE` prints the table of an earlier run.
+`python -m benchmarks.training [--quick] [--budget SECONDS] [--models NAME ...] [--dtypes NAME ...]
+[--layouts NAME ...] [--variants NAME ...] [--batch N] [--size N] [--json FILE] [--fresh]` runs, prints, and goes on
+where an earlier run into the same file has ended; `python -m benchmarks.training_report FILE` prints the tables of an
+earlier run, and draws them.
 """
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-import bn_ext
 
 from . import allocator, machine, training_report
-from .inputs import DTYPES, SEED
-from .measure import Effort, Side, Wall, in_turns
-from .memory import LiveBytes, storage_bytes, tensors
-from .models import CLASSES, MODELS
+from .agreement import DisagreementError
+from .budget import Budget
+from .group import NO_TIME, Setting, first_line, measure
+from .measure import Effort
 from .report import ReportError
+from .run_file import Group, OtherRunError, RunFile, digest
+from .trainee import STOCK, VARIANTS
 
-STOCK = "stock"
-VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    STOCK: lambda model: model,
-    "converted": lambda model: bn_ext.convert(model),
-    "fused": lambda model: bn_ext.fuse(model),
-    "fused+recompute": lambda model: bn_ext.fuse(model, recompute=True),
+# Most telling first: a run that has to stop early has the most important groups.
+MODELS_IN_ORDER = ("resnet50", "densenet121", "efficientnet_b0", "mobilenet_v3_large", "resnet18")
+DTYPES_IN_ORDER = ("bfloat16", "float32")
+LAYOUTS_IN_ORDER = ("channels_last", "contiguous")
+# What is compiled whether or not there is time for all groups: what to compare with first of all.
+COMPILED_FIRST = (MODELS_IN_ORDER[0], DTYPES_IN_ORDER[0], "stock+compile")
+ON_A_GPU = {
+    "models": MODELS_IN_ORDER[:4],
+    "dtypes": DTYPES_IN_ORDER,
+    "layouts": LAYOUTS_IN_ORDER,
+    "variants": tuple(VARIANTS),
+    "batch": 256,
+    "size": 224,
 }
-QUICK_MODELS = ("resnet18", "mobilenet_v3_large")
-# A step is long enough to be a round of its own.
-EFFORT = Effort(seconds=60.0, min_rounds=5, max_rounds=31, round_seconds=0.0)
+ON_A_CPU = {
+    "models": MODELS_IN_ORDER,
+    "dtypes": ("float32",),
+    "layouts": ("contiguous",),
+    "variants": tuple(name for name, variant in VARIANTS.items() if not variant.compiled),
+    "batch": 8,
+    "size": 160,
+}
+QUICK = {"models": ("mobilenet_v3_large", "resnet18"), "batch": 2, "size": 64}
+# On a CPU a step is long enough to be a round of its own; on a GPU a few are, which the end of a step weighs less in.
+CPU_EFFORT = Effort(seconds=60.0, min_rounds=5, max_rounds=31, round_seconds=0.0)
+GPU_EFFORT = Effort(seconds=8.0, min_rounds=7, max_rounds=31, round_seconds=0.15)
 QUICK_EFFORT = Effort(seconds=0.0, min_rounds=3, max_rounds=3, round_seconds=0.0)
 
-# How far a variant's first step may be from stock's, as a share of stock's.
-# In float64, all parameters' gradients as one vector: what finds a wrong fusion or a wrong gradient. Deep networks at
-# their initial values enlarge rounding ten thousandfold and more, from 1e-16 still to far less than this.
-GRADIENTS = 1e-8
-# In the dtype that is timed, the loss alone, which averages over the batch: rounding enlarged like that is seen in the
-# gradients already in float32, and in bfloat16 it can outweigh them. Ten times and more what converting changes.
-LOSS = {"float32": 1e-4, "bfloat16": 2e-2}
 
-
-class DisagreementError(Exception):
-    """A variant does not compute what stock does; it must not be timed."""
-
-
-class Trainee:
-    """A model in one variant, with its optimizer and a batch."""
-
-    def __init__(self, model: str, variant: str, images: Tensor, labels: Tensor, dtype: torch.dtype):
-        torch.manual_seed(SEED)  # the same parameters for all variants
-        self.model = VARIANTS[variant](MODELS[model]().to(images.device, images.dtype))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
-        self.images, self.labels, self.dtype = images, labels, dtype
-
-    def forward(self) -> Tensor:
-        """Give the loss, with its graph."""
-        with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
-            return nn.functional.cross_entropy(self.model(self.images), self.labels)
-
-    def step(self) -> Tensor:
-        """Make a training step; the gradients stay until the next one."""
-        self.optimizer.zero_grad()
-        loss = self.forward()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-    def resident_bytes(self) -> int:
-        """Count what is there between two steps: parameters, buffers, momentum and the batch."""
-        state = tensors(self.optimizer.state_dict()["state"])
-        return storage_bytes([*self.model.parameters(), *self.model.buffers(), *state, self.images, self.labels])
-
-    def step_in_bytes(self) -> dict[str, int]:
-        """Make a step, not the first, and count what forward leaves for backward and what there is at most."""
-        self.optimizer.zero_grad()
-        resident = self.resident_bytes()
-        device = self.images.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        with LiveBytes() as memory:
-            loss = self.forward()
-            saved = memory.alive() - loss.nbytes
-            loss.backward()
-            self.optimizer.step()
-        made = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else memory.peak
-        return {"saved_bytes": saved, "peak_bytes": resident + made, "resident_bytes": resident}
-
-
-def batch(count: int, size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Draw images and their labels, the same ones on every call."""
-    random = torch.Generator(device).manual_seed(SEED)
-    images = torch.randn(count, 3, size, size, generator=random, device=device, dtype=dtype)
-    return images, torch.randint(CLASSES, (count,), generator=random, device=device)
-
-
-def require_close(what: str, got: Tensor, right: Tensor, allowed: float) -> float:
-    """Give the distance as a share of `right`, or raise DisagreementError if it is more than allowed."""
-    end = "; nothing of this model was timed"
-    if got.shape != right.shape:
-        raise DisagreementError(f"{what}: {got.numel()} values, stock has {right.numel()}{end}")
-    off = float((got - right).norm() / right.norm())
-    if not off <= allowed:  # so written that NaN is wrong
-        raise DisagreementError(f"{what}: {off:.2g} of stock's away from it, allowed: {allowed:.2g}{end}")
-    return off
-
-
-def exact_gradients(model: str, variant: str, device: torch.device) -> Tensor:
-    """Make a small first step in float64 and give the gradients of all parameters, one after the other."""
-    trainee = Trainee(model, variant, *batch(2, 64, device, torch.float64), torch.float64)
-    trainee.step()
-    return torch.cat(
-        [parameter.grad.flatten() for parameter in trainee.model.parameters() if parameter.grad is not None]
-    )
-
-
-def check(model: str, trainees: dict[str, Trainee]) -> dict[str, dict[str, float]]:
-    """Make first steps and say how far each variant's are from stock's; raise DisagreementError if too far."""
-    dtype = str(trainees[STOCK].dtype).removeprefix("torch.")
-    device = trainees[STOCK].images.device
-    losses = {name: trainee.step() for name, trainee in trainees.items()}
-    right = exact_gradients(model, STOCK, device)
-    off = {}
-    for name in trainees:
-        where = f"{model}, {name}"
-        gradients = exact_gradients(model, name, device)
-        off[name] = {
-            "loss": require_close(f"{where}: loss in {dtype}", losses[name], losses[STOCK], LOSS[dtype]),
-            "gradients in float64": require_close(f"{where}: gradients in float64", gradients, right, GRADIENTS),
-        }
-    return off
-
-
-def measure(model: str, variants: list[str], options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Check, count and time one model in its variants."""
-    data = batch(options.batch, options.size, device)
-    trainees = {name: Trainee(model, name, *data, DTYPES[options.dtype]) for name in variants}
-    found: dict[str, dict[str, Any]] = {name: {"off": off} for name, off in check(model, trainees).items()}
-    for name, trainee in trainees.items():
-        found[name] |= trainee.step_in_bytes()
-    sides: dict[str, Side] = {name: Wall([trainee.step], device) for name, trainee in trainees.items()}
-    for name, times in in_turns(sides, QUICK_EFFORT if options.quick else EFFORT).items():
-        seconds = {"median": median(times.seconds), "min": min(times.seconds), "max": max(times.seconds)}
-        found[name] |= {"seconds": seconds | {"rounds": len(times.seconds)}}
-    for name in found:
-        found[name]["of_stock"] = {
-            key: found[name][key] / found[STOCK][key] for key in ("saved_bytes", "peak_bytes")
-        } | {"seconds": found[name]["seconds"]["median"] / found[STOCK]["seconds"]["median"]}
-    return found
+def positive(text: str) -> int:
+    """Read a number of images or pixels."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
+    return int(text)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -161,66 +67,134 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training", description="Training steps of whole models."
     )
+
+    def choice(name: str, of: tuple[str, ...], words: str) -> None:
+        parser.add_argument(f"--{name}", nargs="+", choices=of, metavar="NAME", help=f"{', '.join(of)}{words}")
+
     parser.add_argument("--quick", action="store_true", help="small images, few rounds, two models: does all run?")
-    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help="; ".join(VARIANTS))
-    parser.add_argument("--batch", type=int, metavar="N", help="default 8; 64 on a GPU; 2 with --quick")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing that is not expected to fit")
+    parser.add_argument("--fresh", action="store_true", help="begin anew where the file has a run already")
+    choice("models", MODELS_IN_ORDER, "; default: all, on a GPU the first four")
+    choice("dtypes", DTYPES_IN_ORDER, " (under autocast); default: float32, on a GPU both")
+    choice("layouts", LAYOUTS_IN_ORDER, "; default: contiguous, on a GPU both")
+    choice("variants", tuple(VARIANTS), "; default: all that is not compiled, on a GPU all")
     parser.add_argument(
-        "--size", type=int, metavar="N", help="of the images; default 160; 224 on a GPU; 64 with --quick"
+        "--batch", type=positive, metavar="N", help="default 8; 256 on a GPU, or what fits; 2 with --quick"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: under autocast")
+    parser.add_argument(
+        "--size", type=positive, metavar="N", help="of the images; default 160; 224 on a GPU; 64 with --quick"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/<device>/training...")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="run nothing: the table of an earlier run's JSON")
     return parser.parse_args(arguments)
 
 
 def default_json(options: argparse.Namespace, device: torch.device) -> Path:
-    """Name a file per device and kind of run: a partial or quick one never replaces a full one."""
+    """Name a file per device and kind of run: a partial or quick one never gets mixed up with a full one."""
     name = ["training"]
-    name += [options.dtype] if options.dtype != "float32" else []
     name += [f"n{options.batch}"] if options.batch else []
     name += [f"{options.size}x{options.size}"] if options.size else []
     name += ["quick"] if options.quick else []
-    name += ["part"] if options.models or options.variants else []
+    name += ["part"] if options.variants else []
     return Path(__file__).parent / "results" / machine.device_slug(device) / ("-".join(name) + ".json")
 
 
-def run(options: argparse.Namespace) -> Path:
-    """Measure the chosen models and write the JSON."""
+@contextmanager
+def searched_convolutions() -> Iterator[None]:
+    """Let cuDNN search for the fastest convolutions, for all variants alike, and then be as before."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def describe(device: torch.device, setting: Setting, quick: bool) -> dict[str, Any]:
+    """Collect what the figures depend on."""
+    about = machine.describe(device) | {"sources": digest()}
+    if device.type == "cuda":
+        about |= {
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32": {"convolutions": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32},
+        }
+    return about | {"batch": setting.batch, "size": setting.size, "variants": setting.variants, "quick": quick}
+
+
+def resolve(options: argparse.Namespace, device: torch.device) -> tuple[Setting, list[Group]]:
+    """Fill in the defaults: how to measure, and the groups in their order."""
+    defaults = (ON_A_GPU if device.type == "cuda" else ON_A_CPU) | (QUICK if options.quick else {})
+    chosen = {key: getattr(options, key) or value for key, value in defaults.items()}
+    # Stock is what the others are compared with; what is compiled comes last, when it is known what the rest takes.
+    variants = [name for name in VARIANTS if name == STOCK or name in chosen["variants"]]
+    effort = QUICK_EFFORT if options.quick else GPU_EFFORT if device.type == "cuda" else CPU_EFFORT
+    groups = [
+        Group(model, dtype, layout)
+        for dtype in DTYPES_IN_ORDER
+        for model in MODELS_IN_ORDER
+        for layout in LAYOUTS_IN_ORDER
+        if model in chosen["models"] and dtype in chosen["dtypes"] and layout in chosen["layouts"]
+    ]
+    return Setting(device, variants, chosen["batch"], chosen["size"], effort), groups
+
+
+def measure_all(groups: list[Group], file: RunFile, setting: Setting, budget: Budget) -> list[Group]:
+    """Measure groups as far as the budget goes, and write the file after each; give those that failed."""
+    left_out = dict.fromkeys(groups, "left out, the run ended before")
+    failed = []
+    file.write(left_out)
+    for index, group in enumerate(groups):
+        if not budget.has_time_for_group():
+            left_out |= dict.fromkeys(groups[index:], NO_TIME)
+            break
+        print(f"{group} ...", file=sys.stderr, flush=True)
+        later = len(groups) - index - 1
+
+        def compile_limit(variant: str, group: Group = group, later: int = later) -> float:
+            first = (group.model, group.dtype, variant) == COMPILED_FIRST
+            return budget.compile_limit(1 if first else 1 + later)
+
+        try:
+            file.groups.append(measure(group, setting, compile_limit))
+            del left_out[group]
+        except Exception as error:  # whatever it is, the other groups are worth having
+            if not isinstance(error, (DisagreementError, torch.OutOfMemoryError)):
+                traceback.print_exc()
+            failed.append(group)
+            left_out[group] = f"failed: {first_line(error)}"
+            print(f"benchmarks.training: {group} {left_out[group]}", file=sys.stderr, flush=True)
+        file.write(left_out)
+    file.write(left_out)
+    return failed
+
+
+def run(options: argparse.Namespace) -> tuple[Path, list[Group]]:
+    """Measure what is not in the file yet; give the file, and the groups that failed."""
     device = machine.best_device()
+    setting, groups = resolve(options, device)
     path = options.json or default_json(options, device)
-    cuda = device.type == "cuda"
-    options.batch = options.batch or (2 if options.quick else 64 if cuda else 8)
-    options.size = options.size or (64 if options.quick else 224 if cuda else 160)
-    variants = [name for name in VARIANTS if name == STOCK or not options.variants or name in options.variants]
-    models = {}
-    for name in options.models or (QUICK_MODELS if options.quick else MODELS):
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        models[name] = measure(name, variants, options, device)
-    about = machine.describe(device) | {
-        "batch": options.batch,
-        "size": options.size,
-        "dtype": options.dtype,
-        "quick": options.quick,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"run": about, "models": models}, indent=1) + "\n")
-    return Path(path)
+    file = RunFile(path, describe(device, setting, options.quick), options.fresh)
+    budget = Budget(options.budget, file.groups)
+    with searched_convolutions():
+        failed = measure_all([group for group in groups if not file.has(group)], file, setting, budget)
+    return path, failed
 
 
 def main(arguments: list[str]) -> int:
-    """Run, unless only a report is wanted; print the report, or on stderr why there is none (exit status 2)."""
+    """Run, and print the report; exit status 2 if a group failed, or if there cannot be a run or a report."""
     options = parse(arguments)
     try:
-        print(training_report.report(options.markdown or run(options), bool(options.markdown)))
-    except (DisagreementError, ReportError) as error:
+        path, failed = run(options)
+        print(training_report.report(path, markdown=False))
+    except (OtherRunError, ReportError) as error:
         print(f"benchmarks.training: {error}", file=sys.stderr)
         return 2
-    return 0
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in allocator.KEEP.items()):  # glibc reads them at its start
+    # glibc reads them at its start; and the profiler would tell on stderr whenever it starts and stops.
+    environment = allocator.KEEP | {"KINETO_LOG_LEVEL": "99"}
+    if any(os.environ.get(name) != value for name, value in environment.items()):
         command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:]]
-        os.execve(sys.executable, command, os.environ | allocator.KEEP)
+        os.execve(sys.executable, command, os.environ | environment)
     sys.exit(main(sys.argv[1:]))
