@@ -107,9 +107,15 @@ def test_bytes(dtype: str, layout: str, run: Run) -> None:
 def test_every_device(device: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What only a GPU does is done there too: the allocator's count, the search for convolutions, kernels' times."""
     monkeypatch.setattr(training.machine, "best_device", lambda: torch.device(device))
-    searching = torch.backends.cudnn.benchmark
+    searching = []
+    measure = training.measure
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(
+        training, "measure", lambda *args: searching.append(torch.backends.cudnn.benchmark) or measure(*args)
+    )
     groups = run("--variants", *EAGER, "--dtypes", *DTYPES, "--layouts", *LAYOUTS)["groups"]
-    assert torch.backends.cudnn.benchmark == searching
+    assert searching == [True] * 4
+    assert not torch.backends.cudnn.benchmark
     assert len(groups) == 4
     for found in groups:
         assert list(found["variants"]) == EAGER
