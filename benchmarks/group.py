@@ -43,15 +43,17 @@ class Attempt:
         self.trainees: dict[str, Trainee] = {}
         self.found: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
-        self.compiled: dict[str, float] = {}  # seconds of the first step
+        self.compiled: dict[str, float] = {}  # seconds of the first step, also of one that failed
 
     def make(self, variant: str) -> None:
         """Make a variant, check and count it."""
         start = time.perf_counter()
-        trainee = Trainee(self.group.model, variant, self.data, self.group.layout, DTYPES[self.group.dtype])
-        results = agreement.first_step(trainee)
-        if trainee.compiled:
-            self.compiled[variant] = time.perf_counter() - start
+        try:
+            trainee = Trainee(self.group.model, variant, self.data, self.group.layout, DTYPES[self.group.dtype])
+            results = agreement.first_step(trainee)
+        finally:
+            if VARIANTS[variant].compiled:
+                self.compiled[variant] = time.perf_counter() - start
         self.right = self.right or results
         off = agreement.distances(f"{self.group}, {variant}", results, self.right, self.group.dtype)
         self.found[variant] = {"off": off} | trainee.step_in_bytes()
@@ -84,9 +86,8 @@ class Attempt:
             if trainee.compiled and self.device.type == "cpu":  # the profiler does not see the parts of compiled code
                 continue
             try:
-                self.found[name]["profile"] = step_profile.shares(
-                    step_profile.seconds_by_name(trainee.step, self.device)
-                )
+                seconds = step_profile.seconds_by_name(trainee.step, self.device)
+                self.found[name]["profile"] = step_profile.shares(seconds)
             except RuntimeError as error:  # the times are worth having without it
                 self.found[name]["profile_failed"] = first_line(error)
 

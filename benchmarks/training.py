@@ -75,7 +75,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing that is not expected to fit")
     parser.add_argument("--fresh", action="store_true", help="begin anew where the file has a run already")
     choice("models", MODELS_IN_ORDER, "; default: all, on a GPU the first four")
-    choice("dtypes", DTYPES_IN_ORDER, " (under autocast); default: float32, on a GPU both")
+    choice("dtypes", DTYPES_IN_ORDER, "; bfloat16 is under autocast; default: float32, on a GPU both")
     choice("layouts", LAYOUTS_IN_ORDER, "; default: contiguous, on a GPU both")
     choice("variants", tuple(VARIANTS), "; default: all that is not compiled, on a GPU all")
     parser.add_argument(

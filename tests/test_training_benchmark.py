@@ -184,6 +184,7 @@ def test_a_variant_that_fails_is_named_and_the_others_are_timed(
     (found,) = run("--variants", "converted", variant)["groups"]
     assert list(found["variants"]) == ["stock", "converted"]
     assert found["left_out"] == {variant: reason}
+    assert list(found["cost_seconds"]["compiled"]) == [variant] * VARIANTS[variant].compiled
     text = training_report.report(run.path, markdown=False)
     assert f"{reason}:\n- tiny, float32, contiguous: {variant}" in text
 
