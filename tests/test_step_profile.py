@@ -1,9 +1,16 @@
 """What the benchmark of whole models takes for batch norm, by the names of kernels and operators."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
+from benchmarks import step_profile
 from benchmarks.step_profile import ELEMENTWISE, NORM, OTHER, classify, seconds_by_name, shares
 
 NATIVE = "void at::native::"
@@ -116,3 +123,30 @@ def test_the_optimizers_additions_are_not_the_models() -> None:
 def test_nothing_seen_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="the profiler saw nothing"):
         seconds_by_name(lambda: None, torch.device("cpu"))
+
+
+def test_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the profiler's events only kernels count, not what launched them or spans them."""
+
+    def event(name: str, device: DeviceType, microseconds: float, annotation: bool = False) -> SimpleNamespace:
+        time = SimpleNamespace(elapsed_us=lambda: microseconds)
+        return SimpleNamespace(name=name, device_type=device, time_range=time, is_user_annotation=annotation)
+
+    events = [
+        event("cudaLaunchKernel", DeviceType.CPU, 9.0),
+        event("bn_ext::cuda::apply_kernel", DeviceType.CUDA, 2.0),
+        event("bn_ext::cuda::apply_kernel", DeviceType.CUDA, 3.0),
+        event("Optimizer.step#SGD.step", DeviceType.CUDA, 50.0, annotation=True),
+    ]
+    steps = []
+
+    @contextmanager
+    def profile(activities: list[ProfilerActivity]) -> Iterator[SimpleNamespace]:
+        assert activities == [ProfilerActivity.CUDA]
+        yield SimpleNamespace(events=lambda: events)
+        assert steps == ["step", "synchronize"]
+
+    monkeypatch.setattr(step_profile, "profile", profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: steps.append("synchronize"))
+    found = seconds_by_name(lambda: steps.append("step"), torch.device("cuda"))
+    assert found == {"bn_ext::cuda::apply_kernel": pytest.approx(5e-6)}

@@ -17,7 +17,7 @@ from benchmarks.group import LEAST_BATCH, NO_TIME
 from benchmarks.inputs import DTYPES, LAYOUTS
 from benchmarks.models import MODELS
 from benchmarks.run_file import Group, OtherRunError
-from benchmarks.trainee import VARIANTS, Variant
+from benchmarks.trainee import VARIANTS, Trainee, Variant, draw
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 EAGER = [name for name, variant in VARIANTS.items() if not variant.compiled]
@@ -124,6 +124,21 @@ def test_every_device(device: str, run: Run, monkeypatch: pytest.MonkeyPatch) ->
             assert 0 < variant["saved_bytes"] < variant["peak_bytes"] - variant["resident_bytes"]
             assert variant["profile"]["seconds"]["batch norm"] > 0
             assert variant["seconds"]["min"] <= variant["seconds"]["low"] <= variant["seconds"]["median"]
+
+
+def test_bytes_of_a_gpu_are_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 bytes before the step, 6000 after forward, the loss among them, and 9000 at most."""
+    monkeypatch.setitem(MODELS, "tiny", tiny)
+    this = Trainee("tiny", "stock", draw(2, SIZE, torch.device("cpu"), "contiguous"), "contiguous", torch.float32)
+    this.step()
+    resident = this.resident_bytes()
+    this.device = torch.device("cuda")
+    allocated = iter([1000, 6000])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 9000)
+    wanted = {"saved_bytes": 5000 - 4, "peak_bytes": resident + 8000, "resident_bytes": resident}
+    assert this.step_in_bytes() == wanted
 
 
 def wrong(model: nn.Module) -> nn.Module:
