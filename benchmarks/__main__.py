@@ -50,7 +50,7 @@ def default_json(options: argparse.Namespace) -> Path:
     name += ["default-allocator"] if options.default_allocator else []
     name += ["quick"] if options.quick else []
     name += ["part"] if options.k or options.providers else []
-    return HERE / "results" / machine.device_slug(machine.best_device()) / ("-".join(name) + ".json")
+    return machine.RESULTS / machine.device_slug(machine.best_device()) / ("-".join(name) + ".json")
 
 
 def written(path: Path) -> int:

@@ -99,13 +99,19 @@ def load(path: Path) -> Run:
         raise FileError(f"{path} was not written by this suite: {error!r}") from error
 
 
+def write(path: Path, text: str) -> None:
+    """Replace a file at once, so that it is whole whenever the run ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
 def save(path: Path, run: Run) -> None:
-    """Write a file that is there as a whole or not at all; a line for each cell."""
+    """Write the file of a run; a line for each cell."""
     cells = [json.dumps(asdict(cell) | {"key": cell.key._asdict()}) for cell in run.cells.values()]
     lines = ",\n".join(f"  {line}" for line in cells)
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(f'{{\n "run": {json.dumps(run.about)},\n "cells": [\n{lines}\n ]\n}}\n')
-    os.replace(beside, path)
+    write(path, f'{{\n "run": {json.dumps(run.about)},\n "cells": [\n{lines}\n ]\n}}\n')
 
 
 def unfinished(path: Path) -> Path:

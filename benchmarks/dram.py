@@ -180,7 +180,7 @@ def run(options: argparse.Namespace) -> Path:
     device = machine.best_device()
     if device.type != "cuda":
         raise FileError("only a GPU's memory can be counted, and there is none, or bn_ext was not built for it")
-    path: Path = options.json or HERE / "results" / machine.device_slug(device) / "dram.json"
+    path: Path = options.json or machine.RESULTS / machine.device_slug(device) / "dram.json"
     found = profile(options.providers, options.budget)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"run": machine.describe(device), "calls": found}, indent=1) + "\n")

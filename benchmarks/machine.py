@@ -16,7 +16,8 @@ from . import allocator
 from .measure import Wall
 
 COPY_ROUNDS = 15
-CSRC = Path(__file__).parents[1] / "csrc"
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
 
 
 def best_device() -> torch.device:
@@ -38,10 +39,13 @@ def device_name(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device) -> str:
-    """Make a folder name for results, as cpu-<model>-2-threads or cuda-<model>."""
+    """Make a folder name for results, as cpu-<model>-2-threads; of a GPU its model: h200, h100-80gb-hbm3."""
     name = re.sub(r"\((R|TM)\)|\bCPU\b", " ", device_name(device), flags=re.IGNORECASE)
-    threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return re.sub(r"[^a-z0-9.]+", "-", f"{device.type} {name}{threads}".lower()).strip("-")
+    if device.type == "cuda":
+        words = name.replace("NVIDIA", "")
+    else:
+        words = f"{device.type} {name} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -71,10 +75,12 @@ def driver() -> str:
 
 
 def sources() -> str:
-    """Tell one state of the kernels' sources from another, where there is no git too."""
+    """Tell one state of the package's sources from another, where there is no git too."""
+    files = [*(path for path in (ROOT / "csrc").rglob("*") if path.is_file()), *(ROOT / "bn_ext").glob("*.py")]
     digest = hashlib.sha256()
-    for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(CSRC)}\0".encode() + path.read_bytes())
+    for path in sorted(files):
+        if path.name != "_build_config.py":
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -30,8 +30,8 @@ def versions(about: dict[str, Any], date: str) -> list[str]:
     """Name the machine and the software."""
     if about["device"] == "cuda":
         return [
-            f"{about['name']}, driver {about['driver'] or 'unknown'}, CUDA {about['cuda']}",
-            f"torch {about['torch']}, bn_ext {about['bn_ext']} (sources {about['sources']}), {date}",
+            f"{about['name']}, driver {about.get('driver') or 'unknown'}, CUDA {about.get('cuda') or 'unknown'}",
+            f"torch {about['torch']}, bn_ext {about['bn_ext']} (sources {about.get('sources') or 'unknown'}), {date}",
         ]
     return [
         f"{about['name']}, {about['device']}, {about['threads']} threads",

@@ -1,22 +1,19 @@
 """The benchmarks themselves: that they refuse wrong results, and that they count what they say they count."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import bn_ext
-from benchmarks import training, training_report
-from benchmarks.cells import read_json
+from benchmarks import machine
 from benchmarks.check import WrongResultError, check, reference
 from benchmarks.inputs import DTYPES, LAYOUTS, ROWS_LAYOUT, Case, make_inputs
 from benchmarks.measure import Effort, in_turns
-from benchmarks.memory import LiveBytes
-from benchmarks.models import MODELS
 from benchmarks.operations import OPERATIONS, least_bytes
 from benchmarks.providers import Subject, usual
+from benchmarks.training.memory import LiveBytes
+from benchmarks.training.models import MODELS
 
 CPU = torch.device("cpu")
 SIZE = (4, 3, 9, 7)
@@ -59,6 +56,21 @@ def test_wrong_gradients_are_refused(index: int, name: str) -> None:
     subject.calls["forward+backward"][0] = wrong
     with pytest.raises(WrongResultError, match=rf"^bn_ext is wrong on bn\+add\+relu small .*: {name} is"):
         check("bn_ext", case, inputs, subject, expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "slug"),
+    [
+        ("cuda", "NVIDIA H200", "h200"),
+        ("cuda", "NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
+        ("cpu", "AMD EPYC", "cpu-amd-epyc-3-threads"),
+        ("cpu", "Intel(R) Xeon(R) CPU @ 2.20GHz", "cpu-intel-xeon-2.20ghz-3-threads"),
+    ],
+)
+def test_folder_of_results(device: str, name: str, slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "device_name", lambda device: name)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert machine.device_slug(torch.device(device)) == slug
 
 
 def test_least_bytes() -> None:
@@ -137,56 +149,6 @@ def test_live_bytes_with_saved_tensor_hooks() -> None:
         del y
         y = x.exp().sin()  # exp's result is kept, by exp and by sin
         assert memory.alive() == y.nbytes + 4000
-
-
-def tiny() -> nn.Module:
-    layers = (nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1000))
-
-
-def train_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> Path:
-    monkeypatch.setitem(training.MODELS, "tiny", tiny)
-    monkeypatch.setattr(training.machine, "best_device", lambda: CPU)
-    options = ["--quick", "--models", "tiny", "--variants", "converted", "--dtype", dtype, "--size", "18"]
-    return training.run(training.parse([*options, "--json", str(folder / "training.json")]))
-
-
-# By hand. Kept are: what convolution and ReLU give, 2 x 4 x 16 x 16 values each (the pool needs only the shape of what
-# it is given); two statistics per channel; what the pool gives, (2, 4); the logarithms of the softmax, (2, 1000), and
-# the sum of the labels' weights. Under autocast also copies in bfloat16: of images and weights.
-SAVED = {
-    "float32": 2 * 2048 * 4 + 2 * 4 * 4 + 8 * 4 + 2000 * 4 + 4,
-    "bfloat16": 2 * 2048 * 2 + 2 * 4 * 4 + 8 * 2 + 2000 * 4 + 4 + 2 * (2 * 3 * 18 * 18 + 4 * 27 + 4 * 1000),
-}
-
-
-@pytest.mark.parametrize("dtype", training.LOSS)
-def test_training(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = train_tiny(tmp_path, monkeypatch, dtype)
-    found = read_json(path)["models"]["tiny"]
-    assert [found[variant]["saved_bytes"] for variant in ("stock", "converted")] == [
-        SAVED[dtype],
-        SAVED[dtype] + 2 * 4 * 4,  # four vectors per channel, not two
-    ]
-    parameters = 4 * (4 * 27 + 2 * 4 + 5 * 1000)
-    # Momentum too; the batch; buffers with an int64 count.
-    assert found["stock"]["resident_bytes"] == 2 * parameters + 4 * 2 * 3 * 18 * 18 + 2 * 8 + 2 * 4 * 4 + 8
-    assert found["stock"]["peak_bytes"] >= found["stock"]["resident_bytes"] + SAVED[dtype]
-    rows = training_report.report(path, markdown=True).splitlines()[-2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["tiny, stock", "tiny, converted"]
-
-
-def test_training_refuses_wrong_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(model: nn.Module) -> nn.Module:
-        next(model.parameters()).register_hook(lambda gradient: gradient * (1 + 1e-6))
-        return model
-
-    monkeypatch.setitem(training.VARIANTS, "converted", wrong)
-    with pytest.raises(
-        training.DisagreementError, match=r"^tiny, converted: gradients in float64: .* away from it.*nothing .* timed"
-    ):
-        train_tiny(tmp_path, monkeypatch, "float32")
-    assert not (tmp_path / "training.json").exists()
 
 
 def test_the_copy_is_timed_in_the_same_rounds() -> None:

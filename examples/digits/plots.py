@@ -8,51 +8,26 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from .covariate_shift import PERCENTILES, Curve, typical_unit
+from .figure import BROAD, DASHED, DOTS_PER_INCH, new_figure, tidy
 from .residual import Comparison, Trainee
 
-DOTS_PER_INCH = 150
 GOAL = 90.0  # percent of test accuracy, whose step the legend names
-# bn_ext is drawn thin and dashed over a broad torch.nn: where they coincide, both stay visible.
-# The colours are from the palette of Okabe and Ito, which colour-blind readers can tell apart.
-NO_BN = {"color": "#555555", "linewidth": 1.8}
-TORCH_NN = {"color": "#0072B2", "linewidth": 5.0, "alpha": 0.4}
-BN_EXT = {"color": "#D55E00", "linewidth": 1.5, "linestyle": (0, (4, 1.5))}
 STROKES: dict[str, dict[str, Any]] = {
-    "no BN": NO_BN,
-    "torch.nn BN": TORCH_NN,
-    "torch.nn": TORCH_NN,
-    "bn_ext BN": BN_EXT,
-    "bn_ext": BN_EXT,
+    "no BN": {"color": "#555555", "linewidth": 1.8},
+    "torch.nn BN": BROAD,
+    "torch.nn": BROAD,
+    "bn_ext BN": DASHED,
+    "bn_ext": DASHED,
 }
-
-
-def _new_figure(width: float, height: float, title: str) -> Figure:
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches
-    figure = Figure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, fontweight="bold")
-    return figure
-
-
-def _tidy(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_covariate_shift(curves: Sequence[Curve], path: Path) -> None:
     """Draw accuracy against steps, and a typical sigmoid's input for each network."""
     title = "What batch normalisation does to a sigmoid network (digits of 8 x 8 pixels)"
-    figure = _new_figure(11.5, 8, title)
+    figure = new_figure(11.5, 8, title)
     grid = figure.add_gridspec(2, len(curves), height_ratios=(1.1, 1))
     _draw_accuracy(figure.add_subplot(grid[0, :]), curves)
 
@@ -79,7 +54,7 @@ def _draw_accuracy(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlim(curves[0].steps[0], curves[0].steps[-1])
     axes.set_ylim(0, 101)
-    _tidy(axes, "Test accuracy", "training step (logarithmic scale)", "test images correct (%)")
+    tidy(axes, "Test accuracy", "training step (logarithmic scale)", "test images correct (%)")
     axes.legend(loc="lower right")
 
 
@@ -91,14 +66,14 @@ def _draw_percentiles(panel: Axes, curve: Curve, unit: int) -> None:
     panel.plot(curve.steps, low, color=colour, linewidth=0.7)
     panel.plot(curve.steps, high, color=colour, linewidth=0.7)
     panel.plot(curve.steps, median, color=colour, linewidth=1.6, label="median")
-    _tidy(panel, curve.name, "training step", f"input of sigmoid {unit}, last hidden layer")
+    tidy(panel, curve.name, "training step", f"input of sigmoid {unit}, last hidden layer")
 
 
 def save_residual(outcome: Comparison, path: Path) -> None:
     """Draw loss, accuracy and step time of torch.nn and bn_ext."""
     pair = (outcome.torch_nn, outcome.bn_ext)
     title = "Residual network on digits of 8 x 8 pixels: the same seed, the same batches"
-    figure = _new_figure(13, 4.4, title)
+    figure = new_figure(13, 4.4, title)
     loss, accuracy, times = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
 
     at = outcome.measured_at
@@ -109,8 +84,8 @@ def save_residual(outcome: Comparison, path: Path) -> None:
         accuracy.plot(at, trainee.accuracy, label=trainee.name, **STROKES[trainee.name])
     loss.set_yscale("log")
     accuracy.set_ylim(top=101)
-    _tidy(loss, "Training loss", "training step", f"cross-entropy, mean of {every} steps (nats)")
-    _tidy(accuracy, "Test accuracy", "training step", "test images correct (%)")
+    tidy(loss, "Training loss", "training step", f"cross-entropy, mean of {every} steps (nats)")
+    tidy(accuracy, "Test accuracy", "training step", "test images correct (%)")
     loss.legend(loc="upper right")
     accuracy.legend(loc="lower right")
     _draw_times(times, pair)
@@ -126,5 +101,5 @@ def _draw_times(panel: Axes, trainees: Sequence[Trainee]) -> None:
         panel.annotate(f"{median:.2f} ms", (position, high), (0, 6), textcoords="offset points", ha="center")
     panel.set_xticks(range(len(trainees)), [trainee.name for trainee in trainees])
     panel.margins(x=0.25, y=0.15)
-    _tidy(panel, "Step time", "median, whiskers at the quartiles", "forward, backward, update (ms)")
+    tidy(panel, "Step time", "median, whiskers at the quartiles", "forward, backward, update (ms)")
     panel.grid(axis="x", visible=False)

@@ -77,9 +77,10 @@ def build_network(norm: Norm, seed: int) -> nn.Sequential:
 class Trainee:
     """A network in training, with the record of its losses, its step times and its accuracies."""
 
-    def __init__(self, name: str, model: nn.Module, steps: int) -> None:
+    def __init__(self, name: str, model: nn.Module, steps: int, dtype: torch.dtype = torch.float32) -> None:
         self.name = name
         self.model = model
+        self.dtype = dtype  # bfloat16: under autocast
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
         )
@@ -88,11 +89,22 @@ class Trainee:
         self.step_seconds: list[float] = []
         self.accuracy: list[float] = []  # on the test images, percent
 
+    def autocast(self) -> torch.autocast:
+        """Compute in this trainee's dtype within this context."""
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32)
+
+    def measure(self, digits: Digits) -> None:
+        """Add the present accuracy on the test images to the record."""
+        with self.autocast():
+            self.accuracy.append(measure_accuracy(self.model, digits))
+
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Do one step: the time is that of forward, backward and the update of the weights."""
         wait_for(images.device)
         start = time.perf_counter()
-        loss = nn.functional.cross_entropy(self.model(images), labels)
+        with self.autocast():
+            loss = nn.functional.cross_entropy(self.model(images), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -169,5 +181,5 @@ def run(digits: Digits, plan: Plan, seed: int) -> Comparison:
             if progress.done % plan.measure_every == 0:
                 measured_at.append(progress.done)
                 for each in trainees:
-                    each.accuracy.append(measure_accuracy(each.model, digits))
+                    each.measure(digits)
     return Comparison(torch_nn, ours, nudged, measured_at)

@@ -1,0 +1,1 @@
+"""Whole models: time, memory and share of batch norm of a training step."""
