@@ -104,6 +104,8 @@ PARTS = {
     "barriers": [
         timed(0.5, what="counter barrier", team=16, blocks_per_sm=1, threads=512, sleep_ns=20),
         timed(0.25, what="counter barrier", team=16, blocks_per_sm=2, threads=256, sleep_ns=0),
+        timed(0.75, what="counter barrier", team=132, blocks=132, blocks_per_sm=1, threads=512, sleep_ns=20),
+        timed(1.5, what="exchange in a cluster", team=8, blocks_per_sm=1, threads=512, channels=64),
     ],
     "slices": [
         timed(100, what="read", pitch=512, slice=64, bytes=GB),
@@ -114,7 +116,7 @@ PARTS = {
 
 def write(folder: Path, parts: dict[str, Any] = PARTS) -> Path:
     about = {"name": "GPU", "driver": "1.2", "nvcc": "V13", "architecture": "sm_90", "date": "2000-01-01"}
-    device = {"compute_capability": "9.0", "multiprocessors": 132, "l2_bytes": 50 << 20}
+    device = {"compute_capability": "9.0", "multiprocessors": 132, "l2_bytes": 50 << 20, "samples": 11}
     path = folder / "limits.json"
     found = {name: {"figures": figures, "complete": True, "seconds": 1.0} for name, figures in parts.items()}
     found["cache"] = {"figures": [], "complete": False, "error": "status 1: limits: lost"}
@@ -131,6 +133,8 @@ def test_tables(tmp_path: Path) -> None:
     assert "2 x 256, block 75%" in lines
     assert "counter barrier, 16 blocks 500" in lines
     assert "counter barrier, 16 blocks, no sleep 250" in lines
+    assert "counter barrier, whole grid 750" in lines
+    assert "exchange in a cluster, 8 blocks, 64 channels 1500" in lines
     assert "read, 64 bytes 80%" in lines
     assert "a read, three blocks per multiprocessor 1.00 0.250 4.0" in lines
     assert "resident: block 2.00 0.500 4.0 0.0" in lines
@@ -165,7 +169,9 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """But for nvidia-smi, nvcc and the GPU; and once more from the file, as Markdown."""
     program = tmp_path / "program"
-    lines = [{"part": "device", "compute_capability": "9.0", "multiprocessors": 132, "l2_bytes": 50 << 20}]
+    lines = [
+        {"part": "device", "compute_capability": "9.0", "multiprocessors": 132, "l2_bytes": 50 << 20, "samples": 11}
+    ]
     for name, figures in PARTS.items():
         lines += [{"part": name, "begins": True}, *({"part": name} | figure for figure in figures)]
         lines += [{"part": name, "ends": True, "complete": True, "seconds": 1.0}]

@@ -49,6 +49,7 @@ void tell_device(const Session& session, double seconds) {
       .add("memory_clock_khz", Session::ask(cudaDevAttrMemoryClockRate))
       .add("driver_cuda", driver)
       .add("runtime_cuda", runtime)
+      .add("samples", kSamples)
       .add("start_seconds", seconds)
       .print();
 }

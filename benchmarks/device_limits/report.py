@@ -16,8 +16,8 @@ def gb_per_s(figure: Figure, key: str = "us") -> float:
 
 
 def rate(figure: Figure) -> str:
-    """GB/s, as a cell."""
-    return f"{gb_per_s(figure):.0f}"
+    """GB/s, as a cell; there is none where a difference of times has come out as nothing."""
+    return f"{gb_per_s(figure):.0f}" if figure["us"] > 0 else "-"
 
 
 def nanoseconds(figure: Figure) -> str:
@@ -78,6 +78,8 @@ class Line:
 
     def cells(self, block: "Line") -> list[str]:
         """Both numbers, the fixed one in rows of `block`, and what it has more than that."""
+        if not self.known:
+            return ["-"] * 4
         in_rows = (self.fixed / block.per_row, (self.fixed - block.fixed) / block.per_row)
         return [f"{self.fixed:.2f}", f"{self.per_row:.3f}", *(f"{rows:.1f}" for rows in in_rows)]
 
@@ -91,9 +93,7 @@ def waves(figures: Sequence[Figure], copy: Sequence[Figure], markdown: bool) -> 
     block = Line(by_schedule.get("block", []))
     rows = [["a read, three blocks per multiprocessor", *general.cells(general)[:3], ""]]
     rows += [[f"resident: {name}", *Line(found).cells(block)] for name, found in by_schedule.items()]
-    return table(
-        ["time of a wave", "fixed us", "us per row", "fixed, in rows", "more than one block's"], rows, markdown
-    )
+    return table(["time of a wave", "fixed us", "us per row", "fixed, in rows", "more than a block's"], rows, markdown)
 
 
 def copy_tables(figures: Sequence[Figure], markdown: bool) -> list[str]:
@@ -159,10 +159,11 @@ def barrier_tables(figures: Sequence[Figure], markdown: bool) -> list[str]:
     """Barriers and exchanges."""
 
     def name(figure: Figure) -> str:
-        words = figure["what"] + f", {figure['team']} blocks" * (figure["team"] > 1)
+        whole = figure["what"] in ("counter barrier", "grid.sync()") and figure.get("blocks") == figure["team"]
+        team = ", whole grid" if whole else f", {figure['team']} blocks" * (figure["team"] > 1)
         if "channels" in figure:
-            return words + f", {figure['channels']} channels"
-        return words + ", no sleep" * (figure.get("sleep_ns") == 0)
+            return f"{figure['what']}{team}, {figure['channels']} channel{'s' * (figure['channels'] > 1)}"
+        return figure["what"] + team + ", no sleep" * (figure.get("sleep_ns") == 0)
 
     lines = title("Barriers and exchanges of sums, ns, by blocks x threads on a multiprocessor", markdown)
     return lines + pivot(figures, "of a team", name, placed, nanoseconds, markdown)
@@ -187,8 +188,12 @@ def resident_tables(figures: Sequence[Figure], markdown: bool) -> list[str]:
 def cache_tables(figures: Sequence[Figure], markdown: bool) -> list[str]:
     """Second reads."""
     lines = title("Behind a read of the same memory: GB/s, by MiB", markdown)
-    lines += pivot(figures, "then", lambda f: f["what"], lambda f: str(f["mib"]), rate, markdown)
-    return lines
+    first = [
+        f | {"what": "(the first read)", "us": f["first_us"]}
+        for f in figures
+        if f["what"] == "read backwards" and "error" not in f
+    ]
+    return lines + pivot([*first, *figures], "then", lambda f: f["what"], lambda f: str(f["mib"]), rate, markdown)
 
 
 def slice_tables(figures: Sequence[Figure], markdown: bool) -> list[str]:
@@ -229,7 +234,7 @@ def head(run: dict[str, Any], device: dict[str, Any]) -> list[str]:
         f"{run['name']}, compute capability {device['compute_capability']}, {device['multiprocessors']} "
         f"multiprocessors, {device['l2_bytes'] / 2**20:.0f} MiB of L2",
         f"driver {run['driver']}, {run['nvcc']}, {run['architecture']}, {run['date']}",
-        "medians of 11 runs, every result checked",
+        f"medians of {device['samples']} runs, every result checked",
     ]
 
 

@@ -13,7 +13,7 @@ from scripts.gpu_summary import commit
 
 HERE = Path(__file__).parent
 PARTS = ("copy", "launches", "barriers", "resident", "cache", "slices")  # as in limits.cu
-SILENCE = 15.0  # seconds without a line, after which the program has come to a halt
+SILENCE = 20.0  # seconds without a line, after which the program has come to a halt
 LEAST = 5.0  # seconds that the program must have
 
 

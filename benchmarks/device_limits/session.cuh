@@ -117,7 +117,9 @@ class Graph {
     check(made, "making a graph");
   }
   ~Graph() {
-    if (replay_ != nullptr) (void)cudaGraphExecDestroy(replay_);
+    if (replay_ == nullptr) return;
+    (void)cudaStreamSynchronize(stream_);
+    (void)cudaGraphExecDestroy(replay_);
   }
   Graph(const Graph&) = delete;
   Graph& operator=(const Graph&) = delete;
@@ -210,6 +212,8 @@ class Session {
   // The same for call(0) ... call(calls - 1) in a graph, so that launches take no time of the host's.
   template <typename Call>
   Timing time_in_graph(int64_t calls, const Call& call) {
+    call(0);  // CUDA loads a kernel when it is first launched, which had better not be in a capture
+    wait();
     const Graph graph(stream, [&] {
       for (int64_t i = 0; i < calls; ++i) call(i);
     });
