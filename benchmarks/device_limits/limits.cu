@@ -18,7 +18,7 @@ namespace {
 
 struct Part {
   const char* name;
-  void (*measure)(Session&);
+  void (*measure)(Gpu&);
 };
 constexpr Part kParts[] = {
     {"copy", measure_copy},
@@ -29,7 +29,7 @@ constexpr Part kParts[] = {
     {"slices", measure_slices},
 };
 
-void tell_device(const Session& session, double seconds) {
+void tell_device(const Gpu& gpu, double seconds) {
   cudaDeviceProp properties;
   int driver = 0, runtime = 0;
   check(cudaGetDeviceProperties(&properties, 0), "the device's properties");
@@ -37,16 +37,16 @@ void tell_device(const Session& session, double seconds) {
   check(cudaRuntimeGetVersion(&runtime), "CUDA's version");
   Line("device")
       .add("name", properties.name)
-      .add("compute_capability", std::to_string(session.major) + "." + std::to_string(session.minor))
-      .add("multiprocessors", session.multiprocessors)
+      .add("compute_capability", std::to_string(gpu.major) + "." + std::to_string(gpu.minor))
+      .add("multiprocessors", gpu.multiprocessors)
       .add("l2_bytes", properties.l2CacheSize)
       .add("memory_bytes", int64_t(properties.totalGlobalMem))
-      .add("shared_bytes_per_multiprocessor", session.shared_bytes)
+      .add("shared_bytes_per_multiprocessor", gpu.shared_bytes)
       .add("shared_bytes_per_block", int64_t(properties.sharedMemPerBlockOptin))
-      .add("reserved_shared_bytes", session.reserved_shared_bytes)
+      .add("reserved_shared_bytes", gpu.reserved_shared_bytes)
       .add("registers_per_multiprocessor", properties.regsPerMultiprocessor)
-      .add("clock_khz", Session::ask(cudaDevAttrClockRate))
-      .add("memory_clock_khz", Session::ask(cudaDevAttrMemoryClockRate))
+      .add("clock_khz", Gpu::ask(cudaDevAttrClockRate))
+      .add("memory_clock_khz", Gpu::ask(cudaDevAttrMemoryClockRate))
       .add("driver_cuda", driver)
       .add("runtime_cuda", runtime)
       .add("samples", kSamples)
@@ -55,13 +55,13 @@ void tell_device(const Session& session, double seconds) {
 }
 
 // A part may take half of what is left, so that the next ones have some too.
-void run(Session& session, const Part& part, double end) {
+void run(Gpu& gpu, const Part& part, double end) {
   const double begin = seconds_now();
-  session.deadline = begin + (end - begin) / 2;
+  gpu.deadline = begin + (end - begin) / 2;
   Line(part.name).add("begins", true).print();
   bool complete = true;
   try {
-    part.measure(session);
+    part.measure(gpu);
   } catch (const OutOfTime&) {
     complete = false;
   }
@@ -69,10 +69,10 @@ void run(Session& session, const Part& part, double end) {
 }
 
 // Clocks rise only under load.
-void warm_up(Session& session) {
-  for (const double begin = seconds_now(); seconds_now() - begin < 0.3; session.wait()) {
+void warm_up(Gpu& gpu) {
+  for (const double begin = seconds_now(); seconds_now() - begin < 0.3; gpu.wait()) {
     for (int i = 0; i < 20; ++i) {
-      launch_stream<1, true, Hint::kPlain>(session, 0, kPoolVectors, session.multiprocessors * 8, nullptr);
+      launch_stream<1, true, Hint::kPlain>(gpu, 0, kPoolVectors, gpu.multiprocessors * 8, nullptr);
     }
   }
 }
@@ -87,9 +87,9 @@ int main(int count, char** arguments) {
   }
   const double end = begin + std::atof(arguments[1]);
   try {
-    Session session;
-    warm_up(session);
-    tell_device(session, seconds_now() - begin);
+    Gpu gpu;
+    warm_up(gpu);
+    tell_device(gpu, seconds_now() - begin);
     for (int i = 2; i < count; ++i) {
       const auto named = [&](const Part& part) { return std::strcmp(part.name, arguments[i]) == 0; };
       const Part* part = std::find_if(std::begin(kParts), std::end(kParts), named);
@@ -97,7 +97,7 @@ int main(int count, char** arguments) {
         std::fprintf(stderr, "limits: there is no part %s\n", arguments[i]);
         return 2;
       }
-      run(session, *part, end);
+      run(gpu, *part, end);
     }
   } catch (const Failure& failure) {
     std::fprintf(stderr, "limits: %s\n", failure.what());

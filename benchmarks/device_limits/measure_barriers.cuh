@@ -2,7 +2,7 @@
 #pragma once
 
 #include "barriers.cuh"
-#include "session.cuh"
+#include "gpu.cuh"
 
 namespace device_limits {
 
@@ -15,9 +15,7 @@ struct Placement {
   int threads;
 
   // So much shared memory that no more blocks than these fit.
-  size_t shared_bytes(const Session& session) const {
-    return session.shared_bytes / blocks_per_sm - session.reserved_shared_bytes;
-  }
+  size_t shared_bytes(const Gpu& gpu) const { return gpu.shared_bytes / blocks_per_sm - gpu.reserved_shared_bytes; }
 };
 constexpr Placement kPlacements[] = {{1, 512}, {2, 256}, {2, 512}};
 
@@ -44,46 +42,46 @@ int64_t clusters_at_a_time(void (*kernel)(Parameters...), const bn_ext::cuda::Gr
 }
 
 // The same of teams of a grid, or of any blocks.
-inline int64_t teams_at_a_time(const Session& session, const Placement& placement, int team) {
-  const int teams = session.multiprocessors * placement.blocks_per_sm / team;
+inline int64_t teams_at_a_time(const Gpu& gpu, const Placement& placement, int team) {
+  const int teams = gpu.multiprocessors * placement.blocks_per_sm / team;
   if (teams == 0) throw Failure("no such team fits");
   return teams;
 }
 
 // Microseconds of a round: run(rounds) launches them, prepare() comes before that.
 template <typename Prepare, typename Run>
-void add_round(Session& session, Line& line, const Prepare& prepare, const Run& run) {
-  const Timing few = session.time(1, [&] { run(kFewRounds); }, prepare);
-  const Timing many = session.time(1, [&] { run(kManyRounds); }, prepare);
+void add_round(Gpu& gpu, Line& line, const Prepare& prepare, const Run& run) {
+  const Timing few = gpu.time(1, [&] { run(kFewRounds); }, prepare);
+  const Timing many = gpu.time(1, [&] { run(kManyRounds); }, prepare);
   const double rounds = kManyRounds - kFewRounds;
   line << Timing{(many.median - few.median) / rounds, (many.best - few.best) / rounds};
 }
 
 template <Barrier kBarrier>
-void measure_barrier(Session& session, const char* what, const Placement& placement, int team, int sleep_ns = 20) {
+void measure_barrier(Gpu& gpu, const char* what, const Placement& placement, int team, int sleep_ns = 20) {
   constexpr bool kOfGrid = kBarrier == Barrier::kCounter || kBarrier == Barrier::kCooperative;
   constexpr bool kOfCluster = kBarrier == Barrier::kCluster || kBarrier == Barrier::kOneFence;
   Line line = barrier_line(what, placement, team);
   if (kBarrier == Barrier::kCounter) line.add("sleep_ns", sleep_ns);
-  session.figure(std::move(line), [&](Line& line) {
-    bn_ext::cuda::Grid grid = {team, placement.threads, placement.shared_bytes(session)};
+  gpu.figure(std::move(line), [&](Line& line) {
+    bn_ext::cuda::Grid grid = {team, placement.threads, placement.shared_bytes(gpu)};
     if (kOfCluster) grid.cluster_blocks = team;
     grid.cooperative = kOfGrid;
     const int64_t teams =
-        kOfCluster ? clusters_at_a_time(barrier_kernel<kBarrier>, grid) : teams_at_a_time(session, placement, team);
+        kOfCluster ? clusters_at_a_time(barrier_kernel<kBarrier>, grid) : teams_at_a_time(gpu, placement, team);
     grid.blocks = teams * team;
-    unsigned* counters = session.sums;
+    unsigned* counters = gpu.sums;
     unsigned* progress = counters + teams * kCounterWords;
-    const Rounds all = {0, team, sleep_ns, counters, progress, session.words};
-    session.clear(session.words, sizeof(unsigned));
-    const auto prepare = [&] { session.clear(session.sums, (teams * kCounterWords + grid.blocks) * sizeof(unsigned)); };
-    add_round(session, line, prepare, [&](int rounds) {
+    const Rounds all = {0, team, sleep_ns, counters, progress, gpu.words};
+    gpu.clear(gpu.words, sizeof(unsigned));
+    const auto prepare = [&] { gpu.clear(gpu.sums, (teams * kCounterWords + grid.blocks) * sizeof(unsigned)); };
+    add_round(gpu, line, prepare, [&](int rounds) {
       Rounds some = all;
       some.rounds = rounds;
-      session.launch(barrier_kernel<kBarrier>, grid, some);
+      gpu.launch(barrier_kernel<kBarrier>, grid, some);
     });
-    if (session.fetch(session.words, 1)[0] != 0) throw Failure("a block has not waited for its neighbour");
-    for (unsigned round : session.fetch(progress, grid.blocks)) {
+    if (gpu.fetch(gpu.words, 1)[0] != 0) throw Failure("a block has not waited for its neighbour");
+    for (unsigned round : gpu.fetch(progress, grid.blocks)) {
       if (round != kManyRounds - 1) throw Failure("a block has not come to its last round");
     }
     line.add("blocks", grid.blocks);
@@ -103,50 +101,50 @@ inline unsigned sum_of_keys(const TeamShape& shape, int rounds) {
   return sum * static_cast<unsigned>(shape.blocks * shape.teams);
 }
 
-inline void measure_exchange(Session& session, Team kind, const char* what, const Placement& placement, int team) {
+inline void measure_exchange(Gpu& gpu, Team kind, const char* what, const Placement& placement, int team) {
   for (int channels : {1, 8, 64}) {
-    session.figure(barrier_line(what, placement, team).add("channels", channels), [&](Line& line) {
-      bn_ext::cuda::Grid grid = {team, placement.threads, placement.shared_bytes(session)};
+    gpu.figure(barrier_line(what, placement, team).add("channels", channels), [&](Line& line) {
+      bn_ext::cuda::Grid grid = {team, placement.threads, placement.shared_bytes(gpu)};
       grid.cluster_blocks = kind == Team::kCluster ? team : 1;
       grid.cooperative = kind == Team::kGrid;
-      const int64_t teams = kind == Team::kCluster ? clusters_at_a_time(exchange_kernel, grid)
-                                                   : teams_at_a_time(session, placement, team);
+      const int64_t teams =
+          kind == Team::kCluster ? clusters_at_a_time(exchange_kernel, grid) : teams_at_a_time(gpu, placement, team);
       const TeamShape shape = {kind, team, teams, teams, placement.threads, 1, channels};
       const Plan plan = plan_of(shape);
       grid.blocks = plan.blocks();
       const auto run = [&](int rounds) {
-        session.launch(exchange_kernel, grid, plan, rounds, session.sums, static_cast<void*>(session.target));
+        gpu.launch(exchange_kernel, grid, plan, rounds, gpu.sums, static_cast<void*>(gpu.target));
       };
-      add_round(session, line, [] {}, run);
-      session.check_sums(grid.blocks * placement.threads / bn_ext::cuda::kWarpThreads, sum_of_keys(shape, kManyRounds));
+      add_round(gpu, line, [] {}, run);
+      gpu.check_sums(grid.blocks * placement.threads / bn_ext::cuda::kWarpThreads, sum_of_keys(shape, kManyRounds));
       line.add("blocks", grid.blocks);
     });
   }
 }
 
-inline void measure_barriers(Session& session) {
+inline void measure_barriers(Gpu& gpu) {
   for (const Placement& placement : kPlacements) {
-    const int room = session.multiprocessors * placement.blocks_per_sm;
-    measure_barrier<Barrier::kBlock>(session, "block barrier", placement, 1);
+    const int room = gpu.multiprocessors * placement.blocks_per_sm;
+    measure_barrier<Barrier::kBlock>(gpu, "block barrier", placement, 1);
     for (int team : kClusterSizes) {
-      if (!session.has_clusters()) break;
-      measure_barrier<Barrier::kCluster>(session, "cluster barrier", placement, team);
-      measure_barrier<Barrier::kOneFence>(session, "cluster barrier, one fence", placement, team);
+      if (!gpu.has_clusters()) break;
+      measure_barrier<Barrier::kCluster>(gpu, "cluster barrier", placement, team);
+      measure_barrier<Barrier::kOneFence>(gpu, "cluster barrier, one fence", placement, team);
     }
-    for (int team : kGridTeams) measure_barrier<Barrier::kCounter>(session, "counter barrier", placement, team);
-    measure_barrier<Barrier::kCounter>(session, "counter barrier", placement, room);
-    measure_barrier<Barrier::kCounter>(session, "counter barrier", placement, 32, kNoSleep);
-    measure_barrier<Barrier::kCounter>(session, "counter barrier", placement, room, kNoSleep);
-    measure_barrier<Barrier::kCooperative>(session, "grid.sync()", placement, room);
+    for (int team : kGridTeams) measure_barrier<Barrier::kCounter>(gpu, "counter barrier", placement, team);
+    measure_barrier<Barrier::kCounter>(gpu, "counter barrier", placement, room);
+    measure_barrier<Barrier::kCounter>(gpu, "counter barrier", placement, 32, kNoSleep);
+    measure_barrier<Barrier::kCounter>(gpu, "counter barrier", placement, room, kNoSleep);
+    measure_barrier<Barrier::kCooperative>(gpu, "grid.sync()", placement, room);
   }
   for (const Placement& placement : {kPlacements[0], kPlacements[1]}) {
-    measure_exchange(session, Team::kBlock, "exchange in a block", placement, 1);
+    measure_exchange(gpu, Team::kBlock, "exchange in a block", placement, 1);
     for (int team : kClusterSizes) {
-      if (session.has_clusters() && team <= bn_ext::cuda::kMaxClusterBlocks) {
-        measure_exchange(session, Team::kCluster, "exchange in a cluster", placement, team);
+      if (gpu.has_clusters() && team <= bn_ext::cuda::kMaxClusterBlocks) {
+        measure_exchange(gpu, Team::kCluster, "exchange in a cluster", placement, team);
       }
     }
-    for (int team : kGridTeams) measure_exchange(session, Team::kGrid, "exchange in a grid's team", placement, team);
+    for (int team : kGridTeams) measure_exchange(gpu, Team::kGrid, "exchange in a grid's team", placement, team);
   }
 }
 

@@ -132,7 +132,7 @@ class Graph {
 };
 
 // The device and its memory: `source` holds random_vector(0), random_vector(1) ...
-class Session {
+class Gpu {
  public:
   cudaStream_t stream = nullptr;
   uint4* source = nullptr;    // kPoolBytes
@@ -145,7 +145,7 @@ class Session {
   int shared_bytes = 0;           // of a multiprocessor
   int reserved_shared_bytes = 0;  // of each block, by CUDA
 
-  Session() {
+  Gpu() {
     check(cudaSetDevice(0), "the device");
     check(cudaStreamCreate(&stream), "a stream");
     check(cudaEventCreate(&begin_), "an event");
