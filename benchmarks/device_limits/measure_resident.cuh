@@ -37,14 +37,14 @@ struct ResidentCopy {
 
   ResidentCopy(const Gpu& gpu, const Schedule& schedule, const Placement& placement, int mib, int most_rows)
       : grid{schedule.team, placement.threads, placement.shared_bytes(gpu)},
-        shape{schedule.kind, schedule.team, 1, 1, placement.threads, 0} {
+        shape{schedule.kind, schedule.team, 1, 1, placement.threads, 1} {
     grid.cluster_blocks = schedule.kind == Team::kCluster ? schedule.team : 1;
     grid.cooperative = schedule.kind == Team::kGrid;
     const int64_t at_a_time = schedule.kind == Team::kCluster ? clusters_at_a_time(resident_copy_kernel, grid)
                                                               : teams_at_a_time(gpu, placement, schedule.team);
-    const size_t scratch_bytes = bn_ext::cuda::ResidentMemory(plan_of(shape), 1, sizeof(unsigned)).bytes;
+    const size_t bytes_for_one = bn_ext::cuda::ResidentMemory(plan_of(shape), 1, sizeof(unsigned)).bytes;
     const int64_t row_bytes = int64_t(placement.threads) * kVectorBytes;
-    const int64_t room = (grid.shared_bytes - scratch_bytes) / row_bytes;
+    const int64_t room = 1 + (grid.shared_bytes - bytes_for_one) / row_bytes;
     const int64_t fitting = most_rows == 0 ? room : std::min<int64_t>(room, most_rows);
     const int64_t bytes = mib * kMiB, wave_bytes = at_a_time * schedule.team * row_bytes;  // of one row per thread
     waves = std::max<int64_t>(1, (bytes + fitting * wave_bytes - 1) / (fitting * wave_bytes));

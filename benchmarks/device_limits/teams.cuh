@@ -27,7 +27,7 @@ struct TeamShape {
   int64_t teams;     // in the grid
   int64_t slices;    // as many as teams, or where a team is one block or part of a grid, more, in turns
   int threads;       // of a block
-  int rows;          // of a thread: vectors of 16 bytes
+  int rows;          // of a thread, one or more: vectors of 16 bytes
   int channels = 1;  // of a slice
 };
 
