@@ -15,7 +15,7 @@ TORCH ?=
 VENV ?= .venv
 OUT ?= gpu-check
 RUN := $(VENV)/bin/python
-FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find benchmarks csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-cuda-on-cpu test-cuda-build test-arm64 test-gpu bench lint format build clean
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from cuda_toolkit import find_nvcc
 from make_env import BUILD_REQUIREMENTS, ROOT
 
 TORCH = "torch==2.11.0"
@@ -90,13 +91,9 @@ def output_of(what: str, *command: str | Path, cwd: Path = ROOT, **environment: 
     return result.stdout
 
 
-def find_nvcc() -> Path:
-    """The CUDA compiler: of CUDA_HOME, the one on the PATH, or the usual folder's."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    for candidate in [Path(home, "bin", "nvcc")] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]:
-        if candidate and Path(candidate).exists():
-            return Path(candidate)
-    fail(
+def required_nvcc() -> Path:
+    """The CUDA compiler; stop with a sentence if there is none."""
+    return find_nvcc() or fail(
         "no nvcc was found; install the CUDA toolkit of torch's version or set CUDA_HOME to it "
         "(.ci/run leaves this part out only where CHECK_CUDA_BUILD=0 says so)"
     )
@@ -239,6 +236,14 @@ def check_kernels(nvcc: Path, sources: Path) -> None:
     check_listed({(titles[k.name].split("<")[0], k.architecture, k.registers) for k in kernels})
 
 
+def check_device_limits(nvcc: Path, sources: Path) -> None:
+    """The program of benchmarks/device_limits compiles, for what is newer than the package's architectures too."""
+    program = sources / "benchmarks" / "device_limits" / "limits.cu"
+    for architecture in (*ARCHITECTURES, "100"):
+        command = (nvcc, *NVCC_FLAGS, "-cubin", f"-arch=sm_{architecture}", "-o", os.devnull, program)
+        output_of(f"nvcc on {program.name} for sm_{architecture}", *command)
+
+
 def check_listed(registers: set[tuple[str, str, int]]) -> None:
     """No kernel has more registers than csrc/README.md says: name, architecture, registers of each."""
     row = re.compile(r"^\| `(\w+_kernel)` \| (?:\d+ to )?(\d+) \| (?:\d+ to )?(\d+) \|", re.MULTILINE)
@@ -260,7 +265,7 @@ def main() -> None:
     options = parser.parse_args()
 
     seconds: dict[str, float] = {}
-    nvcc = find_nvcc()
+    nvcc = required_nvcc()
     with part("environment", seconds):
         python = options.python or make_environment(options.cache)
     with tempfile.TemporaryDirectory(prefix="bn_ext-cuda-") as folder:
@@ -268,6 +273,8 @@ def main() -> None:
         shutil.copytree(ROOT, sources, ignore=NOT_SOURCES)
         with part("kernels: registers and local memory", seconds):
             check_kernels(nvcc, sources)
+        with part("benchmarks/device_limits", seconds):
+            check_device_limits(nvcc, sources)
         with part("build", seconds):
             # Insist on CUDA, and take the architectures that a user gets who names none.
             setting = {"BN_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""}

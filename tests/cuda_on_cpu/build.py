@@ -112,7 +112,8 @@ def _version(*command: str) -> str:
 
 def _headers() -> str:
     """One digest of all headers that a source may include."""
-    files = (f for folder in (ROOT / "csrc", HERE) for f in sorted(folder.rglob("*")) if f.suffix in HEADERS)
+    folders = (ROOT / "csrc", HERE, ROOT / "benchmarks" / "device_limits")
+    files = (f for folder in folders for f in sorted(folder.rglob("*")) if f.suffix in HEADERS)
     return _key(*(part for file in files for part in (str(file), file.read_bytes())))
 
 

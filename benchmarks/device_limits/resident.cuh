@@ -1,0 +1,56 @@
+// The schedule of the package's passes of one kernel, without their arithmetic: load a slice, exchange, store it.
+#pragma once
+
+#include "../../csrc/cuda/tile.cuh"
+#include "teams.cuh"
+
+namespace device_limits {
+
+// y = x + the key of x's slice, which only the whole team together knows. Grid: the teams' blocks; each copies its rows
+// of a slice into shared memory, 16 bytes at a time, all of them in flight at once; sums them; exchanges sums with its
+// team; and writes them from there, backwards. Reads x and writes y once.
+__global__ void __launch_bounds__(512, 2)
+    resident_copy_kernel(const Plan plan, const unsigned* x, unsigned* y, void* workspace) {
+  using namespace bn_ext::cuda;
+  constexpr int kVector = kVectorBytes / sizeof(unsigned), kBatch = 4;
+  const ResidentMemory memory(plan, 1, sizeof(unsigned));
+  const Tile<unsigned, kVector, 1> tile(plan, memory.tiles, {x});
+  device_limits::Exchange exchange(plan, memory, workspace);
+  exchange.start();
+  for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
+    Walk<false> walk(plan, block);
+    tile.fetch(walk, walk.rows, true);
+    tile.wait();
+    unsigned sum = 0;
+    in_batches<kBatch>(walk.rows, [&](auto count, int done) {
+#pragma unroll
+      for (int i = 0; i < decltype(count)::value; ++i) sum += sum_of(tile.row(0, done + i).bits());
+    });
+
+    // Of warps, then of the block.
+    sum = sum_of_warp(sum);
+    const int warp = static_cast<int>(threadIdx.x) / kWarpThreads;
+    if (threadIdx.x % kWarpThreads == 0) shared_memory<unsigned>()[warp] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      sum = 0;
+      for (int i = 0; i < plan.threads / kWarpThreads; ++i) sum += shared_memory<unsigned>()[i];
+      exchange.leave_sums(0, {double(sum), 1.0});
+    }
+    const unsigned key = exchange_keys(plan, exchange, block.slice)->words[0];
+
+    Walk<true> back(plan, block);
+    int i = back.rows;
+    in_batches<kBatch>(back.rows, [&](auto count, int) {
+#pragma unroll
+      for (int row = 0; row < decltype(count)::value; ++row) {
+        const uint4 value = tile.row(0, --i).bits() + uint4{key, key, key, key};
+        store_last<kVector>(y + back.offset, Vector<unsigned, kVector>::of(value));
+        back.next(plan);
+      }
+    });
+  }
+  exchange.finish();
+}
+
+}  // namespace device_limits
