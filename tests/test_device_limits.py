@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.cells import FileError
 from benchmarks.device_limits import __main__ as command
 from benchmarks.device_limits import report, run
-from benchmarks.report import ReportError
 
 # As limits.cu, but for what it measures: prints a figure for each part, and comes to grief where it is told to.
 PROGRAM = """
@@ -156,7 +156,7 @@ def test_a_line_for_each_figure(tmp_path: Path) -> None:
 def test_a_file_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text('{"benchmarks": []}')
-    with pytest.raises(ReportError, match=r"was not written by benchmarks.device_limits"):
+    with pytest.raises(FileError, match=r"was not written by benchmarks.device_limits"):
         report.report(path, markdown=False)
 
 

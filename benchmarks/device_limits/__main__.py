@@ -7,10 +7,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..report import ReportError
+from ..cells import FileError
 from . import report, run
-
-RESULTS = Path(__file__).parent.parent / "results"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -37,7 +35,7 @@ def default_json(parts: list[str]) -> Path:
 
         from .. import machine  # here, because it imports torch and pytest-benchmark, which the rest can do without
 
-        return RESULTS / machine.device_slug(torch.device("cuda", 0)) / name
+        return machine.RESULTS / machine.device_slug(torch.device("cuda", 0)) / name
     except (ImportError, RuntimeError, AssertionError) as error:  # the last where torch is one without CUDA
         raise run.LimitsError(f"the device's folder of results cannot be named ({error}): give --json FILE") from error
 
@@ -68,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.markdown is None:
             return measure(options)
         print(report.report(options.markdown, markdown=True))
-    except (run.LimitsError, ReportError) as error:
+    except (run.LimitsError, FileError) as error:
         print(f"benchmarks.device_limits: {error}", file=sys.stderr)
         return 2
     return 0

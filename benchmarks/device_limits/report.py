@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import ReportError, read, table, title
+from ..cells import FileError, read_json
+from ..tables import table, title
 
 Figure = dict[str, Any]
 
@@ -253,8 +254,8 @@ def missing(parts: dict[str, Any]) -> list[str]:
 
 
 def report(path: Path, markdown: bool) -> str:
-    """Make the whole report on one file; raise ReportError if that cannot be done."""
-    found = read(path)
+    """Make the whole report on one file; raise FileError if that cannot be done."""
+    found = read_json(path)
     try:
         parts = found["parts"]
         figures = {name: parts.get(name, {}).get("figures", []) for name in TABLES}
@@ -266,5 +267,5 @@ def report(path: Path, markdown: bool) -> str:
         gone = missing(parts)
         lines += [*title("Missing", markdown), *(f"- {line}" for line in gone)] if gone else []
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReportError(f"{path} was not written by benchmarks.device_limits: {error!r}") from error
+        raise FileError(f"{path} was not written by benchmarks.device_limits: {error!r}") from error
     return "\n".join(lines)
