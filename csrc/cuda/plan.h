@@ -36,6 +36,7 @@ struct Machine {
   bool cooperative = false;  // whether a grid's blocks may wait for each other
 
   constexpr Machine without_waiting() const { return {multiprocessors, shared_bytes}; }  // of blocks for each other
+  constexpr Machine without_teams() const { return {multiprocessors}; }
 };
 
 // Without teams larger than those of this name, "none", "block", "cluster" or "grid"; false if there is no such name.
