@@ -124,8 +124,11 @@ ThreeTensors forward(const BatchNormArguments& a, bool save_mask) {
       a.training && is_tracked && (x.numel() == 0 || !kernels_can_count(*a.num_batches_tracked, x));
   std::optional<double> momentum = a.momentum;
   if (counted_by_torch && !momentum.has_value()) momentum = 1.0 / (a.num_batches_tracked->item<double>() + 1);
-  if (counted_by_torch) a.num_batches_tracked->add_(1);
-  if (x.numel() == 0) return {y, saved.tensor.zero_(), mask.zero_()};
+  if (x.numel() == 0) {
+    if (counted_by_torch) a.num_batches_tracked->add_(1);
+    return {y, saved.tensor.zero_(), mask.zero_()};
+  }
+  const at::Tensor raised_count = counted_by_torch ? a.num_batches_tracked->clone().add_(1) : at::Tensor();
 
   ForwardParams p = forward_params(x, format, z, parse(a.activation), y, saved);
   p.params_dtype = dtype_of(params_type_of(x, {&weight, &bias, &running_mean}));
@@ -141,6 +144,7 @@ ThreeTensors forward(const BatchNormArguments& a, bool save_mask) {
   p.eps = a.eps;
   p.mask = save_mask ? mask.data_ptr<uint8_t>() : nullptr;
   run_forward(x, p);
+  if (counted_by_torch) a.num_batches_tracked->copy_(raised_count);
   if (a.training) {
     running_mean.write_back();
     running_var.write_back();

@@ -88,9 +88,8 @@ std::pair<Facts, Facts> explain(int64_t n,
   b.z = some_tensor(has_dz && !has_mask);
   b.mask = f.mask;
   b.dz = some_tensor(has_dz);
-  const cuda::Machine without_teams = machine.without_teams();
-  return {facts_of(f, plan_forward(f, machine), plan_forward(f, without_teams)),
-          facts_of(b, plan_backward(b, machine), plan_backward(b, without_teams))};
+  return {facts_of(f, plan_forward(f, machine), plan_forward(f, machine.without_teams())),
+          facts_of(b, plan_backward(b, machine), plan_backward(b, machine.without_teams()))};
 }
 
 }  // namespace bn_ext

@@ -57,6 +57,14 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     pair.stop()
 
 
+@pytest.fixture(scope="session")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """One process beside this one, the same for all tests, anew after a job that failed."""
+    one = Workers(tmp_path_factory.mktemp("process"), count=1)
+    yield one
+    one.stop()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor, nn
+from helpers.steps import FORMATS, SHAPES, inputs, step
+from torch import nn
 
 import bn_ext
 from bn_ext import testing
@@ -12,28 +13,11 @@ from bn_ext import testing
 if "cuda" not in testing.devices():
     pytest.skip("needs a GPU, and a build of bn_ext with CUDA kernels", allow_module_level=True)
 
-FORMATS = [torch.contiguous_format, torch.channels_last]
-# On an H200 teams of one block, of a cluster, of a grid; and at the end a part that does not fit.
-SHAPES = [(32, 512, 7, 7), (32, 64, 56, 56), (64, 16, 112, 112), (64, 8, 512, 512)]
-
 
 @pytest.fixture(params=["cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     """Of all tests here; conftest.py chooses by it."""
     return str(request.param)
-
-
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
-    """A leaf x and dy."""
-    x, dy = (torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
-    return x.requires_grad_(), dy
-
-
-def step(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Output, gradients, and running statistics after it."""
-    y = module(x)
-    gradients = torch.autograd.grad(y, [x, *module.parameters()], dy)
-    return [y.detach(), *gradients, *(buffer.clone() for buffer in module.buffers())]
 
 
 def modules(channels: int) -> tuple[nn.Module, nn.Module]:

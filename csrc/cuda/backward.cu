@@ -151,6 +151,26 @@ void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Wo
   pass.on_channels(finalise_gradients_kernel<A>, p, workspace.partials, static_cast<A*>(workspace.coefficients));
 }
 
+template <typename T, int kVector, bool kOneChannel>
+cudaError_t launch_general(Pass& pass, BackwardParams p, const Plan& plan, const Workspace& workspace) {
+  if (p.needs_sums()) {
+    const cudaError_t error = dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+      launch_sums<T, kVector, kOneChannel, decltype(variant)::value>(pass, p, plan, workspace);
+      return pass.error();
+    });
+    if (error != cudaSuccess) return error;
+    p = after_sums(p);
+  }
+  if (p.dx == nullptr && p.dz == nullptr) return cudaSuccess;
+  return dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+    pass.on_segments(grad_input_kernel<T, kVector, kOneChannel, decltype(variant)::value>,
+                     plan.block_coefficients() * sizeof(GradAffine<acc_t<T>>),
+                     p,
+                     static_cast<const acc_t<T>*>(workspace.coefficients));
+    return pass.error();
+  });
+}
+
 }  // namespace
 
 Plan choose_plan(const BackwardParams& p, const Machine& machine) {
@@ -164,30 +184,12 @@ size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {
   return p.needs_sums() ? plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double)) : 0;
 }
 
-cudaError_t launch_backward(const BackwardParams& params, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (plan.resident()) return launch_resident_backward(params, plan, memory, stream);
+cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, void* memory, cudaStream_t stream) {
+  if (plan.resident()) return launch_resident_backward(p, plan, memory, stream);
   const Workspace workspace(plan, memory);
-  Pass pass(plan, stream);
-  return dispatch(params.dtype, plan, [&](auto value, auto vector, auto one_channel) {
-    using T = decltype(value);
-    constexpr int kVector = vector.value;
-    constexpr bool kOneChannel = one_channel.value;
-    BackwardParams p = params;
-    if (p.needs_sums()) {
-      const cudaError_t error = dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
-        launch_sums<T, kVector, kOneChannel, decltype(variant)::value>(pass, p, plan, workspace);
-        return pass.error();
-      });
-      if (error != cudaSuccess) return error;
-      p = after_sums(p);
-    }
-    if (p.dx == nullptr && p.dz == nullptr) return cudaSuccess;
-    return dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
-      pass.on_segments(grad_input_kernel<T, kVector, kOneChannel, decltype(variant)::value>,
-                       plan.block_coefficients() * sizeof(GradAffine<acc_t<T>>),
-                       p,
-                       static_cast<const acc_t<T>*>(workspace.coefficients));
-      return pass.error();
+  return Pass::run(plan, stream, [&](Pass& pass) {
+    return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
+      return launch_general<decltype(value), vector.value, one_channel.value>(pass, p, plan, workspace);
     });
   });
 }

@@ -19,8 +19,9 @@ namespace {
 int attribute(cudaDeviceAttr name) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, name, c10::cuda::current_device());
-  TORCH_CHECK(error == cudaSuccess, "bn_ext: the CUDA device could not be asked: ", cudaGetErrorString(error));
-  return value;
+  if (error == cudaSuccess) return value;
+  (void)cudaGetLastError();  // so that the next call does not find it
+  TORCH_CHECK(false, "bn_ext: the CUDA device could not be asked: ", cudaGetErrorString(error));
 }
 
 void check_launched(cudaError_t error) {
@@ -39,6 +40,10 @@ void check_launched(cudaError_t error) {
                 ".",
                 minor);
   }
+  TORCH_CHECK_WITH(OutOfMemoryError,
+                   error != cudaErrorMemoryAllocation,
+                   "bn_ext: CUDA out of memory, so that a kernel could not be loaded, which is done at its first call: "
+                   "torch.cuda.empty_cache() frees what torch holds in reserve");
   TORCH_CHECK(false, "bn_ext: a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 
@@ -71,18 +76,38 @@ at::Tensor workspace(size_t bytes) {
   return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().device(at::kCUDA).dtype(at::kByte));
 }
 
+// Launches a pass by launch(plan), and says once where CUDA has refused it in one kernel.
+template <typename Params, typename Launch>
+void run(const Params& p, const Launch& launch) {
+  const Machine here = machine();
+  Plan plan = choose_plan(p, here);
+  cudaError_t refusal = cudaSuccess;
+  check_launched(launch_or_do_without_teams(p, here, plan, [&](const Plan& chosen) {
+    const cudaError_t error = launch(chosen);
+    if (chosen.resident()) refusal = error;
+    return error;
+  }));
+  if (refusal == cudaSuccess) return;
+  TORCH_WARN_ONCE("bn_ext: CUDA refused to launch teams of blocks (",
+                  cudaGetErrorString(refusal),
+                  "), and kernels without them are used, which move more bytes; BN_EXT_CUDA_TEAMS=none, block or "
+                  "cluster asks for smaller teams or none");
+}
+
 }  // namespace
 
 void forward(const ForwardParams& p) {
-  const Plan plan = choose_plan(p, machine());
-  const at::Tensor memory = workspace(forward_workspace_bytes(p, plan));
-  check_launched(launch_forward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  run(p, [&](const Plan& plan) {
+    const at::Tensor memory = workspace(forward_workspace_bytes(p, plan));
+    return launch_forward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream());
+  });
 }
 
 void backward(const BackwardParams& p) {
-  const Plan plan = choose_plan(p, machine());
-  const at::Tensor memory = workspace(backward_workspace_bytes(p, plan));
-  check_launched(launch_backward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  run(p, [&](const Plan& plan) {
+    const at::Tensor memory = workspace(backward_workspace_bytes(p, plan));
+    return launch_backward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream());
+  });
 }
 
 }  // namespace bn_ext::cuda

@@ -84,22 +84,24 @@ size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan) {
 cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* workspace, cudaStream_t stream) {
   ForwardParams p = params;
   if (p.repeats) p.mask = nullptr;
-  Pass pass(plan, stream);
-  if (p.mask != nullptr && !plan.whole_bytes) pass.clear(p.mask, mask_bytes(p.shape.numel()));
-  if (plan.resident()) {
-    return pass.error() == cudaSuccess ? launch_resident_forward(p, plan, workspace, stream) : pass.error();
+  if (p.mask != nullptr && !plan.whole_bytes) {
+    const cudaError_t error = cudaMemsetAsync(p.mask, 0, mask_bytes(p.shape.numel()), stream);
+    if (error != cudaSuccess) return error;
   }
-  return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
-    using T = decltype(value);
-    constexpr int kVector = vector.value;
-    constexpr bool kOneChannel = one_channel.value;
-    if (p.training && !p.repeats) {
-      launch_statistics<T, kVector, kOneChannel>(pass, p, plan, static_cast<Moments*>(workspace));
-    }
-    return dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
-      const size_t shared_bytes = plan.block_coefficients() * sizeof(Affine<acc_t<T>>);
-      pass.on_segments(apply_kernel<T, kVector, kOneChannel, decltype(variant)::value>, shared_bytes, p);
-      return pass.error();
+  if (plan.resident()) return launch_resident_forward(p, plan, workspace, stream);
+  return Pass::run(plan, stream, [&](Pass& pass) {
+    return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
+      using T = decltype(value);
+      constexpr int kVector = vector.value;
+      constexpr bool kOneChannel = one_channel.value;
+      if (p.training && !p.repeats) {
+        launch_statistics<T, kVector, kOneChannel>(pass, p, plan, static_cast<Moments*>(workspace));
+      }
+      return dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+        const size_t shared_bytes = plan.block_coefficients() * sizeof(Affine<acc_t<T>>);
+        pass.on_segments(apply_kernel<T, kVector, kOneChannel, decltype(variant)::value>, shared_bytes, p);
+        return pass.error();
+      });
     });
   });
 }

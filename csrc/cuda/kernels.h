@@ -22,7 +22,21 @@ Plan choose_plan(const BackwardParams& p, const Machine& machine);
 size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan);
 size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan);
 
+// An error is CUDA's refusal to load or to launch a kernel, which is cudaGetLastError()'s too. What can be known before
+// the first launch comes before it.
 cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);
+
+// Calls launch(plan), which makes a workspace and launches a pass. If CUDA refuses the plan's teams, though it said
+// that it has room for them, calls it again with a plan for the general kernels, which `plan` then is. Whatever the
+// error was: where it is not of the teams, the general kernels meet it too.
+template <typename Params, typename Launch>
+cudaError_t launch_or_do_without_teams(const Params& p, const Machine& machine, Plan& plan, const Launch& launch) {
+  const cudaError_t error = launch(plan);
+  if (error == cudaSuccess || !plan.resident()) return error;
+  (void)cudaGetLastError();  // so that no one else finds it
+  plan = choose_plan(p, machine.without_teams());
+  return launch(plan);
+}
 
 }  // namespace bn_ext::cuda

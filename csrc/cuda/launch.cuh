@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <set>
 #include <utility>
 
 namespace bn_ext::cuda {
@@ -101,6 +102,21 @@ cudaError_t ask_for_shared_memory(Kernel* kernel) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+// Loads a kernel's code, which CUDA otherwise does at its first launch: that takes device memory, and fails where there
+// is none left. A thread asks once.
+template <typename Kernel>
+cudaError_t load(Kernel* kernel) {
+  thread_local std::set<std::pair<int, const void*>> loaded;  // on a device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const std::pair<int, const void*> key = {device, reinterpret_cast<const void*>(kernel)};
+  if (error != cudaSuccess || loaded.count(key) > 0) return error;
+  cudaFuncAttributes attributes = {};
+  error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) loaded.insert(key);
+  return error;
 }
 
 // The one way to launch.

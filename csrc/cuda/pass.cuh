@@ -7,40 +7,46 @@
 
 namespace bn_ext::cuda {
 
-// The kernels of a pass on a stream, one after another, until one is refused.
+// The kernels of a pass on a stream, one after another, until one is refused. What the first one changes would be lost
+// if a later one could not be had, for want of memory for its code; so all are loaded before.
 class Pass {
  public:
-  Pass(const Plan& plan, cudaStream_t stream) : plan_(plan), stream_(stream) {}
+  // Calls body(pass) twice: to load the kernels, and to launch them.
+  template <typename Body>
+  static cudaError_t run(const Plan& plan, cudaStream_t stream, const Body& body) {
+    Pass loading(plan, stream, false), launching(plan, stream, true);
+    const cudaError_t error = body(loading);
+    return error == cudaSuccess ? body(launching) : error;
+  }
 
   // kernel(plan, arguments...), a block per slice and segment.
   template <typename... Parameters, typename... Arguments>
   void on_segments(void (*kernel)(Plan, Parameters...), size_t shared_bytes, const Arguments&... arguments) {
-    if (error_ != cudaSuccess) return;
-    error_ = launch(kernel, grid(plan_.blocks(), plan_.threads, shared_bytes), stream_, plan_, arguments...);
+    next(kernel, plan_.blocks(), plan_.threads, shared_bytes, plan_, arguments...);
   }
 
   // kernel(plan, lanes, arguments...), `lanes` threads per channel: see ChannelSums.
   template <typename... Parameters, typename... Arguments>
   void on_channels(void (*kernel)(Plan, int, Parameters...), const Arguments&... arguments) {
-    if (error_ != cudaSuccess) return;
     const int lanes = merge_lanes(plan_.segments);
-    const int64_t blocks = blocks_of_groups(plan_.channels, lanes);
-    error_ = launch(kernel, grid(blocks, kMaxThreads, 0), stream_, plan_, lanes, arguments...);
-  }
-
-  void clear(void* memory, size_t bytes) {
-    if (error_ == cudaSuccess) error_ = cudaMemsetAsync(memory, 0, bytes, stream_);
+    next(kernel, blocks_of_groups(plan_.channels, lanes), kMaxThreads, 0, plan_, lanes, arguments...);
   }
 
   cudaError_t error() const { return error_; }
 
  private:
-  Grid grid(int64_t blocks, int threads, size_t shared_bytes) const {
-    return {blocks, threads, shared_bytes, 1, false, plan_.starts_early};
+  Pass(const Plan& plan, cudaStream_t stream, bool launches) : plan_(plan), stream_(stream), launches_(launches) {}
+
+  template <typename Kernel, typename... Arguments>
+  void next(Kernel* kernel, int64_t blocks, int threads, size_t shared_bytes, const Arguments&... arguments) {
+    if (error_ != cudaSuccess) return;
+    const Grid grid = {blocks, threads, shared_bytes, 1, false, plan_.starts_early};
+    error_ = launches_ ? launch(kernel, grid, stream_, arguments...) : load(kernel);
   }
 
   const Plan& plan_;
   cudaStream_t stream_;
+  bool launches_;
   cudaError_t error_ = cudaSuccess;
 };
 

@@ -60,17 +60,22 @@ const char* batch_norm_traffic_backward(const BackwardParams* p, const cuda::Pla
   return reported([&] { *traffic = cuda::expected_traffic(*p, *plan); });
 }
 
-const char* batch_norm_forward(const ForwardParams* p, const cuda::Plan* plan) {
+// The plan becomes the one that was launched.
+const char* batch_norm_forward(const ForwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
   return reported([&] {
-    void* workspace = add_workspace(cuda::forward_workspace_bytes(*p, *plan));
-    check(cuda::launch_forward(*p, *plan, workspace, nullptr));
+    check(cuda::launch_or_do_without_teams(*p, *machine, *plan, [&](const cuda::Plan& chosen) {
+      void* workspace = add_workspace(cuda::forward_workspace_bytes(*p, chosen));
+      return cuda::launch_forward(*p, chosen, workspace, nullptr);
+    }));
   });
 }
 
-const char* batch_norm_backward(const BackwardParams* p, const cuda::Plan* plan) {
+const char* batch_norm_backward(const BackwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
   return reported([&] {
-    void* workspace = add_workspace(cuda::backward_workspace_bytes(*p, *plan));
-    check(cuda::launch_backward(*p, *plan, workspace, nullptr));
+    check(cuda::launch_or_do_without_teams(*p, *machine, *plan, [&](const cuda::Plan& chosen) {
+      void* workspace = add_workspace(cuda::backward_workspace_bytes(*p, chosen));
+      return cuda::launch_backward(*p, chosen, workspace, nullptr);
+    }));
   });
 }
 

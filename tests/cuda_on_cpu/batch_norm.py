@@ -69,6 +69,8 @@ class Settings:
 
     resident_blocks: int | None = None
     """For which there is room, where other than a machine that has teams says."""
+    refusal: tuple[str, int, int, int] | None = None
+    """What the device is to refuse of a pass, as Device.refuse has it."""
 
     def misalignment_of(self, name: str) -> int:
         """Of the tensor of this name."""
@@ -126,11 +128,13 @@ class Kernels:
 
     def _run(self, direction: str, params: ForwardParams | BackwardParams, settings: Settings) -> Plan:
         plan = Plan()
-        at, plan_at = ctypes.byref(params), ctypes.byref(plan)
-        self.device.call(f"batch_norm_plan_{direction}", at, ctypes.byref(settings.machine), plan_at)
+        at = (ctypes.byref(params), ctypes.byref(settings.machine), ctypes.byref(plan))
+        self.device.call(f"batch_norm_plan_{direction}", *at)
         settings.spread(plan)
         self.device.reset_counters()
-        self.device.call(f"batch_norm_{direction}", at, plan_at)
+        if settings.refusal is not None:
+            self.device.refuse(*settings.refusal)
+        self.device.call(f"batch_norm_{direction}", *at)
         return plan
 
     def _check_traffic(self, direction: str, params: ForwardParams | BackwardParams, plan: Plan, moved: Moved) -> None:

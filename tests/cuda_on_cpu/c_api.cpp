@@ -46,6 +46,15 @@ const char* cuda_on_cpu_launch_count(std::int64_t* count) {
   return reported([&] { *count = cuda_on_cpu::launch_count(); });
 }
 
+const char* cuda_on_cpu_refuse(std::int64_t call, std::int64_t granted, std::int64_t refused, std::int64_t error) {
+  return reported(
+      [&] { cuda_on_cpu::refuse(static_cast<cuda_on_cpu::Call>(call), {granted, refused, static_cast<int>(error)}); });
+}
+
+const char* cuda_on_cpu_last_error(std::int64_t* error) {
+  return reported([&] { *error = cuda_on_cpu::last_error(); });
+}
+
 const char* cuda_on_cpu_check_written(const void* buffer, std::int64_t element_bytes) {
   return reported([&] { cuda_on_cpu::check_written(buffer, static_cast<std::size_t>(element_bytes)); });
 }

@@ -45,6 +45,26 @@ void set_order(const Order& order);
 // Launches begun since the last reset, refused ones not counted. A Fault's "launch 2" is the second one.
 std::int64_t launch_count();
 
+// What a device may refuse though it said that there is room: it is shared, or has no memory left.
+enum class Call {
+  launch,
+  load,  // of a kernel's code, by cudaFuncGetAttributes
+};
+
+constexpr std::int64_t kForEver = -1;
+
+// The next `granted` calls are as ever, and `refused` ones after them give this error. From a device that refuses for
+// ever cudaGetLastError() does not clear it. Holds until the next reset.
+struct Refusal {
+  std::int64_t granted = 0;
+  std::int64_t refused = 0;
+  int error = 0;  // a cudaError_t
+};
+void refuse(Call call, const Refusal& refusal);
+
+// The error that cudaGetLastError() would give.
+int last_error();
+
 // What a buffer holds, for the counters.
 enum class Kind { activation, parameter, workspace };
 constexpr int kKinds = 3;

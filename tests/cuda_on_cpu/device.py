@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 POLICIES = ["ascending", "descending", "random", "priorities"]
 KINDS = ["activation", "parameter", "workspace"]
+CALLS = ["launch", "load"]
 CONTENTS = ["poison", "copied", "zero"]
 
 
@@ -128,6 +129,16 @@ class Device:
         count = ctypes.c_int64()
         self.call("cuda_on_cpu_launch_count", ctypes.byref(count))
         return count.value
+
+    def refuse(self, call: str, granted: int, refused: int, error: int) -> None:
+        """Let calls after the next ``granted`` ones give this error: so many "launch" or "load" calls, or all (-1)."""
+        self.call("cuda_on_cpu_refuse", CALLS.index(call), granted, refused, error)
+
+    def last_error(self) -> int:
+        """What a failed call has left, and no one has taken; 0: nothing."""
+        error = ctypes.c_int64()
+        self.call("cuda_on_cpu_last_error", ctypes.byref(error))
+        return error.value
 
     def check_written(self, *buffers: Buffer) -> None:
         """Raise if an element is still poison."""

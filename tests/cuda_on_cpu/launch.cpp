@@ -23,6 +23,7 @@ struct Device {
   Memory memory;
   std::int64_t launches = 0;
   cudaError_t last_error = cudaSuccess;
+  Refusal refusals[2];                              // of each Call
   std::map<const void*, std::size_t> shared_bytes;  // that kernels have asked for
 
   std::size_t shared_bytes_of(const void* function) const {
@@ -88,6 +89,15 @@ cudaError_t refusal(const cudaLaunchConfig_t& config, const Attributes& attribut
   return cudaSuccess;
 }
 
+// What the test wishes of this call.
+cudaError_t wished(Call call) {
+  Refusal& refusal = device().refusals[static_cast<int>(call)];
+  if (refusal.refused == 0 || refusal.granted-- > 0) return cudaSuccess;
+  refusal.granted = 0;
+  if (refusal.refused != kForEver) --refusal.refused;
+  return device().last_error = static_cast<cudaError_t>(refusal.error);
+}
+
 std::string ordinal(std::int64_t number) { return "launch " + std::to_string(number); }
 
 }  // namespace
@@ -97,6 +107,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
   const Attributes attributes = attributes_of(config);
   const cudaError_t error = refusal(config, attributes, function);
   if (error != cudaSuccess) return device().last_error = error;
+  if (const cudaError_t refused = wished(Call::launch); refused != cudaSuccess) return refused;
   const Launch launch{++device().launches,
                       config.gridDim,
                       config.blockDim,
@@ -133,6 +144,8 @@ cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int
   return cudaSuccess;
 }
 
+cudaError_t load() { return wished(Call::load); }
+
 cudaError_t most_clusters(int* clusters, const void* function, const cudaLaunchConfig_t& config) {
   const unsigned blocks = attributes_of(config).cluster_blocks;
   const cudaError_t error = refusal(config, {false, false, blocks}, function);
@@ -156,6 +169,8 @@ void set_machine(const Machine& machine) {
 }
 void set_order(const Order& order) { device().order = order; }
 std::int64_t launch_count() { return device().launches; }
+void refuse(Call call, const Refusal& refusal) { device().refusals[static_cast<int>(call)] = refusal; }
+int last_error() { return device().last_error; }
 void* add_buffer(const BufferOptions& options) { return device().memory.add(options); }
 Counters counters(Kind kind) { return device().memory.counters(kind); }
 void reset_counters() { device().memory.reset_counters(); }
@@ -195,7 +210,11 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   throw cuda_on_cpu::Fault("this harness has no such attribute");
 }
 
-cudaError_t cudaGetLastError() { return std::exchange(cuda_on_cpu::device().last_error, cudaSuccess); }
+cudaError_t cudaGetLastError() {
+  cuda_on_cpu::Device& device = cuda_on_cpu::device();
+  const bool is_lost = device.refusals[static_cast<int>(cuda_on_cpu::Call::launch)].refused == cuda_on_cpu::kForEver;
+  return is_lost ? device.last_error : std::exchange(device.last_error, cudaSuccess);
+}
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -203,8 +222,14 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorInvalidValue:
       return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorIllegalAddress:
+      return "an illegal memory access was encountered";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
     case cudaErrorCooperativeLaunchTooLarge:
       return "too many blocks in cooperative launch";
     case cudaErrorInvalidClusterSize:

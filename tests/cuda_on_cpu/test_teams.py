@@ -245,3 +245,26 @@ def test_occupancy_of_clusters(device: Device, resident: int, cluster: int, expe
     clusters = ctypes.c_int64()
     device.call("occupancy_of_clusters", cluster, ctypes.byref(clusters))
     assert clusters.value == expected
+
+
+def test_refusals(device: Device) -> None:
+    """On a test's wish, though there is room: after so many launches, so many; the error stays until it is taken."""
+
+    def launch() -> str:
+        y = device.output("y", (8, 64), np.uint32, contents="zero")
+        try:
+            device.call("leaving", y, 8, 4)
+        except Fault as fault:
+            return str(fault)
+        return ""
+
+    refused = "too many resources requested for launch"
+    device.refuse("launch", 1, 2, 701)
+    assert [launch() for _ in range(5)] == ["", refused, refused, "", ""]
+    assert device.launch_count() == 3
+    assert device.last_error() == 701
+    device.reset()
+    assert device.last_error() == 0
+    device.refuse("launch", 0, -1, 701)
+    assert [launch() for _ in range(3)] == [refused] * 3
+    assert device.launch_count() == 0

@@ -34,6 +34,7 @@ namespace cuda_on_cpu {
 // `function` is the kernel, whose attributes hold; body(arguments) calls it.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void (*body)(void*), void* arguments);
 cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value);
+cudaError_t load();
 cudaError_t most_clusters(int* clusters, const void* function, const cudaLaunchConfig_t& config);
 cudaError_t blocks_per_multiprocessor(int* blocks, const void* function, int threads, std::size_t shared_bytes);
 
@@ -58,7 +59,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(K...), cudaFuncAttribute attribu
 template <typename... K>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(K...)) {
   attributes->ptxVersion = 90;
-  return cudaSuccess;
+  return cuda_on_cpu::load();
 }
 
 // How many blocks a multiprocessor of the machine has room for.

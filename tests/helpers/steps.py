@@ -1,0 +1,26 @@
+"""A training step of one layer on a GPU, and shapes for which its kernels have teams of all kinds."""
+
+import torch
+from torch import Tensor, nn
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+# On an H200 teams of one block, of a cluster, of a grid; and at the end a part that does not fit.
+SHAPES = [(32, 512, 7, 7), (32, 64, 56, 56), (64, 16, 112, 112), (64, 8, 512, 512)]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
+    """A leaf x and dy."""
+    x, dy = (torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
+    return x.requires_grad_(), dy
+
+
+def step(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output, gradients, and running statistics after it."""
+    y = module(x)
+    gradients = torch.autograd.grad(y, [x, *module.parameters()], dy)
+    return [y.detach(), *gradients, *(buffer.clone() for buffer in module.buffers())]
+
+
+def equal(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    """Bit by bit; waits for the GPU."""
+    return all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
