@@ -3,20 +3,12 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-STEPS = [
-    "build",
-    "verify",
-    "verify-none",
-    "verify-block",
-    "verify-cluster",
-    "tests",
-    "benchmark",
-    "memcheck",
-    "racecheck",
-]
+END = "end"  # the last line of a script that was not ended before its time
 
 
 def commit(sources: Path) -> str:
@@ -51,25 +43,45 @@ def machine() -> dict[str, Any]:
     }
 
 
-def main(steps_file: str, sources: str, summary_file: str) -> int:
-    """Write the summary and print where it is."""
+def tests(report: Path) -> dict[str, Any]:
+    """Count what pytest tells in its XML: how many ran, failed, were left out, and the reasons of the latter."""
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    skipped = [skip.get("message", "") for case in cases for skip in case.iter("skipped")]
+    failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases if case.find("failure") is not None]
+    failed += [f"{case.get('classname')}::{case.get('name')}" for case in cases if case.find("error") is not None]
+    reasons = dict(Counter(skipped).most_common())
+    return {"ran": len(cases) - len(skipped), "failed": failed, "skipped": len(skipped), "reasons": reasons}
+
+
+def read_steps(lines: list[str]) -> list[dict[str, Any]]:
+    """Read the list: a line for each step, tab-separated."""
     steps = []
-    for line in Path(steps_file).read_text().splitlines():
+    for line in lines:
         name, result, status, seconds, command = line.split("\t")
         code = int(status) if status else None
         steps.append({"name": name, "result": result, "status": code, "seconds": int(seconds), "command": command})
-    # A script that was ended before its time has not passed.
-    complete = [step["name"] for step in steps] == STEPS
+    return steps
+
+
+def main(steps_file: str, sources: str, folder: str) -> int:
+    """Write the summary and print where it is."""
+    lines = Path(steps_file).read_text().splitlines()
+    complete = lines[-1:] == [END]
+    steps = read_steps(lines[: len(lines) - complete])
     passed = complete and all(step["result"].startswith(("passed", "skipped: ")) for step in steps)
     passed = passed and steps[0]["result"] == "passed"
-    summary: dict[str, Any] = {"passed": passed, "commit": commit(Path(sources)), "driver": driver()}
+    summary: dict[str, Any] = {"passed": passed, "complete": complete}
+    summary |= {"commit": commit(Path(sources)), "driver": driver()}
     try:
         summary |= machine()
     except Exception as error:
         summary["error"] = f"torch could not be asked: {error}"
+    reports = {step["name"]: Path(folder) / f"{step['name']}.xml" for step in steps}
+    summary["tests"] = {name: tests(report) for name, report in reports.items() if report.exists()}
     summary |= {"seconds": sum(step["seconds"] for step in steps), "steps": steps}
-    Path(summary_file).write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"{'passed' if passed else 'FAILED'}: {summary_file}")
+    path = Path(folder) / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"{'passed' if passed else 'FAILED'}: {path}")
     return 0 if passed else 1
 
 

@@ -1,0 +1,120 @@
+"""scripts/gpu_check.sh, with a stand-in for a Python that has a GPU: which steps it runs, what it tells of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
+# Says yes to every question; a step whose command has one of the words in $FAIL fails; pytest writes a report.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *gpu_summary.py*) exec {python} "$@" ;;
+  *get_device_capability*) echo 9.0; exit ;;
+esac
+echo "$*"
+for word in $FAIL; do case "$*" in *"$word"*) exit 1 ;; esac; done
+for argument; do
+  case $argument in --junitxml=*) echo '{report}' > "${{argument#*=}}" ;; esac
+done
+"""
+REPORT = (
+    '<testsuites><testsuite><testcase classname="a" name="b"/>'
+    '<testcase classname="a" name="c"><failure message="x"/></testcase>'
+    '<testcase classname="a" name="d"><skipped message="needs two GPUs"/></testcase></testsuite></testsuites>'
+)
+
+
+class Check:
+    """Runs the script, and reads what it leaves."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "out"
+        self.tools = folder / "bin"
+        self.tools.mkdir()
+        self.tool("python", PYTHON.format(python=sys.executable, report=REPORT))
+        for name in ("nvcc", "compute-sanitizer"):
+            self.tool(name, '#!/bin/sh\necho "$@"\n')
+
+    def tool(self, name: str, text: str) -> None:
+        (self.tools / name).write_text(text)
+        (self.tools / name).chmod(0o755)
+
+    def __call__(self, *steps: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = f"{self.tools}:{os.environ['PATH']}"
+        variables = {"PATH": path, "PYTHON": str(self.tools / "python"), "FAIL": "", "CUDA_HOME": ""} | environment
+        command = ["bash", str(SCRIPT), str(self.folder), *steps]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+
+    def summary(self) -> dict[str, object]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def results(self) -> dict[str, str]:
+        return {step["name"]: step["result"] for step in self.summary()["steps"]}
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    return Check(tmp_path)
+
+
+def test_steps_that_are_asked_for(check: Check) -> None:
+    done = check("verify", "benchmark", BENCH_SECONDS="77")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = ["build", "verify", "verify-none", "verify-block", "verify-cluster", "benchmark"]
+    assert check.results() == dict.fromkeys(names, "passed")
+    assert f"benchmarks --resume --budget 77 --json {check.folder}/batch_norm.json" in check.log("benchmark")
+    assert check.summary()["passed"] is True
+
+
+def test_a_step_that_fails_keeps_no_other_from_running(check: Check) -> None:
+    done = check("verify", "limits", "bytes", FAIL="benchmarks.device_limits")
+    assert done.returncode == 1
+    results = check.results()
+    assert results["limits"] == "failed"
+    assert results["verify"] == results["bytes"] == "passed"
+    assert check.summary()["passed"] is False
+
+
+def test_nothing_without_a_build(check: Check) -> None:
+    done = check("verify", FAIL="build_ext")
+    assert done.returncode == 1
+    assert check.results() == {"build": "failed"}
+    assert "without a build there is nothing to check" in done.stderr
+
+
+def test_tests_are_counted(check: Check) -> None:
+    check("tests", "large")
+    found = {"ran": 2, "failed": ["a::c"], "skipped": 1, "reasons": {"needs two GPUs": 1}}
+    assert check.summary()["tests"] == {"tests": found, "large": found}
+    assert "-m not large_memory" in check.log("tests")
+    assert "-m large_memory" in check.log("large")
+
+
+def test_when_the_time_is_over(check: Check) -> None:
+    """What is left is named, and the whole has not passed."""
+    assert check("verify", "bytes", GPU_SECONDS="4").returncode == 1
+    assert check.results() == {"build": "cut off: the 4 s of GPU_SECONDS are over"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "environment", "sentence"),
+    [
+        (["verfy"], {}, "there is no step verfy; there are: build limits verify"),
+        ([], {"PYTHON": "no-such-python"}, "there is no no-such-python"),
+        ([], {"FAIL": "import torch"}, "cannot import torch; name another Python with PYTHON="),
+        ([], {"FAIL": "is_available"}, "torch sees no GPU on this machine"),
+        ([], {"GPU_SECONDS": "ten"}, "GPU_SECONDS must be a number of seconds, got ten"),
+    ],
+)
+def test_what_stops_it(check: Check, steps: list[str], environment: dict[str, str], sentence: str) -> None:
+    done = check(*steps, **environment)
+    assert done.returncode == 2
+    assert f"gpu_check: {sentence}" in done.stderr or sentence in done.stderr
+    assert not check.folder.exists()
