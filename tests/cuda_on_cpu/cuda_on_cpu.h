@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -45,12 +46,15 @@ void set_order(const Order& order);
 // Launches begun since the last reset, refused ones not counted. A Fault's "launch 2" is the second one.
 std::int64_t launch_count();
 
+// The kernels of these launches, as function pointers.
+std::set<const void*> launched_kernels();
+
 // What a buffer holds, for the counters.
 enum class Kind { activation, parameter, workspace };
 constexpr int kKinds = 3;
 
 enum class Contents {
-  poison,  // 0xff in every byte: a NaN in every float type, and what check_written looks for
+  poison,  // 0xff in every byte: a NaN in every float type, and what check_written looks for; may not be read unwritten
   copied,  // from memory of the caller
   zero,    // pages that no one touches cost nothing: for buffers of many GiB
 };
