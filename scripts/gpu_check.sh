@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that a machine with a GPU can tell, in under 9 minutes on 16 cores: builds bn_ext for this GPU in a copy of the
-# sources, verifies it, runs the tests on the GPU, a short benchmark, and compute-sanitizer on small shapes.
+# sources, verifies it, runs the tests on the GPU, a short benchmark, and compute-sanitizer on every kernel.
 #
 #   scripts/gpu_check.sh [folder]        default: gpu-check
 #
@@ -92,7 +92,8 @@ print(";".join(sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in ra
 architectures=$("$python" -c "$capabilities") || stop "torch could not tell the GPU's compute capability"
 export BN_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architectures}"
 
-if step build 150 "$python" setup.py build_ext --inplace; then
+# Line numbers for compute-sanitizer; they change no machine code.
+if step build 150 env NVCC_APPEND_FLAGS=-lineinfo "$python" setup.py build_ext --inplace; then
   step verify 60 "$python" -m bn_ext verify
   for teams in none block cluster; do # where verify fails, which teams it takes to fail
     step "verify-$teams" 30 env BN_EXT_CUDA_TEAMS="$teams" "$python" -m bn_ext verify
@@ -108,16 +109,33 @@ if step build 150 "$python" setup.py build_ext --inplace; then
     skip benchmark "pytest-benchmark is not installed"
   fi
 
-  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-  for tool in memcheck racecheck; do
-    if [ -n "$sanitizer" ]; then
-      # API errors are left out: torch tries things on purpose, and looks at every result itself.
-      step "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        --report-api-errors no "$python" -m scripts.sanitizer_driver
-    else
-      skip "$tool" "compute-sanitizer is not installed"
-    fi
-  done
+  # Every kernel on small tensors, in a program without torch; first as it is, then under each tool. What the tools see:
+  #   memcheck   accesses outside of allocations, global and shared ones, misaligned ones, and CUDA's own errors
+  #   racecheck  shared memory that threads of a block use without a barrier between them; not global memory, so not how
+  #              the teams of a grid exchange sums
+  #   initcheck  reads of global memory that nothing has written; not shared memory
+  #   synccheck  barriers and warp operations that some of their threads do not reach, or with a wrong mask
+  # None of them sees a missing fence.
+  driver=$copy/kernels_driver_program
+  if step driver 40 bash -c '"$0" "$1" "$2" && "$1"' tests/kernels_driver/build.sh "$driver" "$copy"/build/temp*/csrc/cuda; then
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+    for tool in memcheck racecheck initcheck synccheck; do
+      of_tool=() of_driver=(--verbose --seconds 24)
+      case $tool in
+        memcheck) of_tool=(--padding 256 --destroy-on-device-error kernel) ;; # so that the other cases run too
+        initcheck) of_driver+=(--unwritten) ;;
+      esac
+      if [ -n "$sanitizer" ]; then
+        step "$tool" 30 "$sanitizer" --tool "$tool" --error-exitcode 9 "${of_tool[@]}" "$driver" "${of_driver[@]}"
+      else
+        skip "$tool" "compute-sanitizer is not installed"
+      fi
+    done
+  else
+    for tool in memcheck racecheck initcheck synccheck; do skip "$tool" "the step driver failed"; done
+  fi
 else
-  for name in verify verify-none verify-block verify-cluster tests benchmark memcheck racecheck; do skip "$name" "the build failed"; done
+  for name in verify verify-none verify-block verify-cluster tests benchmark driver memcheck racecheck initcheck synccheck; do
+    skip "$name" "the build failed"
+  done
 fi

@@ -14,8 +14,11 @@ STEPS = [
     "verify-cluster",
     "tests",
     "benchmark",
+    "driver",
     "memcheck",
     "racecheck",
+    "initcheck",
+    "synccheck",
 ]
 
 
