@@ -256,6 +256,15 @@ def check_listed(registers: set[tuple[str, str, int]]) -> None:
             fail(f"{name} has {found} registers on sm_{architecture}, csrc/README.md says {said} at most: correct it")
 
 
+def check_driver(nvcc: Path, sources: Path) -> None:
+    """The kernels' driver compiles, and links with the objects that the build left; only a GPU can run it."""
+    (objects,) = (sources / "build").glob("temp*/csrc/cuda")
+    program = sources / "kernels_driver_program"
+    home = str(nvcc.resolve().parent.parent)
+    output_of("the driver's build", "tests/kernels_driver/build.sh", program, objects, cwd=sources, CUDA_HOME=home)
+    print(f"{program.name}: {program.stat().st_size / 1e6:.0f} MB")
+
+
 def main() -> None:
     """All parts in turn; the first that fails ends it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bn_ext"
@@ -285,6 +294,8 @@ def main() -> None:
             check_build_info(python, sources)
         with part("machine code", seconds):
             check_machine_code(python, sources)
+        with part("kernels' driver", seconds):
+            check_driver(nvcc, sources)
         with part("tests on the CPU, with this build", seconds):
             # tests/cuda_on_cpu compiles the kernels without torch, so one run of it with any torch is enough.
             tests = ("-m", "pytest", "-q", "--device=cpu", "--ignore=tests/cuda_on_cpu", "-p", "no:cacheprovider")

@@ -65,7 +65,7 @@ inline __device__ const Key* exchange_keys(const Plan& plan, Exchange& exchange,
     if (!channel.is_first()) return;
     exchange.leave_coefficients(channel.place, Key{{key_of(total.dy, total.dy_centred), 0, 0}});
   });
-  return exchange.gather_coefficients();
+  return exchange.gather_coefficients(slice);
 }
 
 // What a block leaves of a channel in exchange_kernel.

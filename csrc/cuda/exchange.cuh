@@ -104,11 +104,12 @@ class Exchange {
   }
 
   // When all blocks have left theirs: those of all channels of the slice. All threads of the block must call this.
-  __device__ const Coefficients* gather_coefficients() {
+  __device__ const Coefficients* gather_coefficients(int64_t slice) {
     wait();
     if (plan_.team == Team::kBlock) return coefficients_;
     const int blocks = static_cast<int>(plan_.segments);
-    for (int place = static_cast<int>(threadIdx.x); place < plan_.slice_channels; place += plan_.threads) {
+    const int channels = plan_.channels_of(slice);
+    for (int place = static_cast<int>(threadIdx.x); place < channels; place += plan_.threads) {
       if (plan_.team == Team::kGrid) {
         coefficients_[place] = load_of_peer(coefficients_in_workspace() + place);
       } else if (place % blocks != segment_) {

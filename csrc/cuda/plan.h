@@ -99,6 +99,11 @@ struct Plan {
     const int64_t left = rows - segment * segment_rows();
     return static_cast<int>(left < segment_rows() ? left : segment_rows());
   }
+  // How many channels a slice has.
+  constexpr int channels_of(int64_t slice) const {
+    const int64_t left = channels - slice * slice_channels;
+    return static_cast<int>(left < slice_channels ? left : slice_channels);
+  }
   // How many rows of all segments do not stay on chip.
   constexpr int64_t spilled_rows() const {
     if (!resident()) return rows;

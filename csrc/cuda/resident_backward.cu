@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       if (!channel.is_first()) return;
       exchange.leave_coefficients(channel.place, finalise_gradient<A>(p, channel.index, total));
     });
-    const Slope<A>* of_slice = exchange.gather_coefficients();
+    const Slope<A>* of_slice = exchange.gather_coefficients(block.slice);
 
     Walk<true> back(plan, block);
     Slope<A> slope[kOneChannel ? 1 : kVector] = {};

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       if (!channel.is_first()) return;
       exchange.leave_coefficients(channel.place, finalise_channel<A>(p, channel.index, total));
     });
-    const Affine<A>* of_slice = exchange.gather_coefficients();
+    const Affine<A>* of_slice = exchange.gather_coefficients(block.slice);
 
     Apply<T, kVector, kOneChannel, kVariant> apply(p);
     Walk<true> back(plan, block);

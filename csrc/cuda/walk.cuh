@@ -123,7 +123,7 @@ __device__ void make_coefficients(const Plan& plan,
     if (walk.rows > 0) coefficients[0] = make(channel, block.segment == 0 && walk.row_lane == 0);
   } else {
     Coefficients* of_slice = shared_memory<Coefficients>();
-    const int channels = static_cast<int>(min(int64_t(plan.slice_channels), plan.channels - first_channel));
+    const int channels = plan.channels_of(block.slice);
     for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads) {
       of_slice[i] = make(first_channel + i, block.segment == 0);
     }

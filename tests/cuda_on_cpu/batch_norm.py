@@ -266,6 +266,10 @@ class Kernels:
     def _mask(self, shape: Shape, settings: Settings, bits: NDArray[np.bool_] | None = None) -> Buffer:
         """As large as mask_bytes of params.h."""
         size = (shape.n * shape.c * shape.s + (shape.n - 1) * settings.gap) // 8 + 4
+        if bits is not None and not settings.gap:
+            values = np.full(size, 0xFF, np.uint8)
+            _set_bits(values, bits, shape, settings)
+            return self.device.input("mask", values)
         mask = self.device.output("mask", size, np.uint8, contents="zero" if settings.gap else "poison")
         if bits is not None:
             _set_bits(mask.array, bits, shape, settings)

@@ -55,13 +55,22 @@ def library(sources: Sequence[Path], variant: str = "plain", defines: Iterable[s
     ``defines`` are given to the sources only ("FAULT=1"). What was built before from the same inputs (sources, headers
     of csrc and tests/cuda_on_cpu, flags, compiler) is found again, object by object.
     """
+    return _linked(sources, variant, defines, ["-shared"], ".so")
+
+
+def program(sources: Sequence[Path]) -> Path:
+    """The same as a program, for sources of which one has a main; functions are at the addresses that nm tells."""
+    return _linked(sources, "plain", (), ["-no-pie"], "")
+
+
+def _linked(sources: Sequence[Path], variant: str, defines: Iterable[str], kind: list[str], suffix: str) -> Path:
     compile_flags, link_flags = VARIANTS[variant]
     own = FLAGS + compile_flags
     jobs = [(source, own) for source in HARNESS] + [(Path(s), own + [f"-D{d}" for d in defines]) for s in sources]
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda job: _object(*job), jobs))
-    target = FOLDER / f"{_key(*(o.name for o in objects), *link_flags)}.so"
-    return _made(target, [*objects, "-shared", *link_flags])
+    target = FOLDER / f"{_key(*(o.name for o in objects), *kind, *link_flags)}{suffix}"
+    return _made(target, [*objects, *kind, *link_flags])
 
 
 def sanitizer_environment() -> dict[str, str]:
@@ -73,7 +82,7 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 def _object(source: Path, flags: list[str]) -> Path:
-    key = _key(str(source), source.read_bytes(), _headers(), *flags)
+    key = _key(str(source), source.read_bytes(), _headers(source.parent), *flags)
     return _made(FOLDER / f"{source.stem}-{key}.o", [*flags, "-c", "-x", "c++", source])
 
 
@@ -110,10 +119,10 @@ def _version(*command: str) -> str:
     return result.stdout + result.stderr
 
 
-def _headers() -> str:
-    """One digest of all headers that a source may include."""
-    folders = (ROOT / "csrc", HERE, ROOT / "benchmarks" / "device_limits")
-    files = (f for folder in folders for f in sorted(folder.rglob("*")) if f.suffix in HEADERS)
+def _headers(own_folder: Path) -> str:
+    """One digest of all headers that a source in this folder may include."""
+    folders = (ROOT / "csrc", HERE, ROOT / "benchmarks" / "device_limits", own_folder)
+    files = sorted({f for folder in folders for f in folder.rglob("*") if f.suffix in HEADERS})
     return _key(*(part for file in files for part in (str(file), file.read_bytes())))
 
 

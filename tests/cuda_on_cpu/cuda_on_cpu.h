@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -45,6 +46,9 @@ void set_order(const Order& order);
 // Launches begun since the last reset, refused ones not counted. A Fault's "launch 2" is the second one.
 std::int64_t launch_count();
 
+// The kernels of these launches, as function pointers.
+std::set<const void*> launched_kernels();
+
 // What a device may refuse though it said that there is room: it is shared, or has no memory left.
 enum class Call {
   launch,
@@ -70,7 +74,7 @@ enum class Kind { activation, parameter, workspace };
 constexpr int kKinds = 3;
 
 enum class Contents {
-  poison,  // 0xff in every byte: a NaN in every float type, and what check_written looks for
+  poison,  // 0xff in every byte: a NaN in every float type, and what check_written looks for; may not be read unwritten
   copied,  // from memory of the caller
   zero,    // pages that no one touches cost nothing: for buffers of many GiB
 };

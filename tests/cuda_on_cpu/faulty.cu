@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 
 #include "c_api.h"
@@ -250,6 +251,20 @@ const char* launch_empty(int64_t gx, int64_t gy, int64_t gz, int64_t bx, int64_t
     if (cudaGetLastError() != error) throw std::logic_error("cudaGetLastError differs");
     if (cudaGetLastError() != cudaSuccess) throw std::logic_error("cudaGetLastError was not cleared");
     check(error);
+  });
+}
+
+// Memory of CUDA's own calls, there and back.
+const char* host_memory(int64_t copied_bytes, int64_t freed_times) {
+  return cuda_on_cpu::reported([&] {
+    const unsigned char given[64] = {1, 2, 3};
+    unsigned char back[64];
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, 32));
+    check(cudaMemcpy(memory, given, size_t(copied_bytes), cudaMemcpyHostToDevice));
+    check(cudaMemcpy(back, memory, size_t(copied_bytes), cudaMemcpyDeviceToHost));
+    if (std::memcmp(back, given, size_t(copied_bytes)) != 0) throw std::logic_error("what came back differs");
+    for (int64_t i = 0; i < freed_times; ++i) check(cudaFree(memory));
   });
 }
 

@@ -1,4 +1,5 @@
 // The device: what a launch must satisfy, the host's side of CUDA, and the functions that tests call.
+#include <cstring>
 #include <map>
 
 #include "cuda_on_cpu.h"
@@ -22,6 +23,7 @@ struct Device {
   Order order;
   Memory memory;
   std::int64_t launches = 0;
+  std::set<const void*> kernels;  // that were launched
   cudaError_t last_error = cudaSuccess;
   Refusal refusals[2];                              // of each Call
   std::map<const void*, std::size_t> shared_bytes;  // that kernels have asked for
@@ -108,6 +110,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
   const cudaError_t error = refusal(config, attributes, function);
   if (error != cudaSuccess) return device().last_error = error;
   if (const cudaError_t refused = wished(Call::launch); refused != cudaSuccess) return refused;
+  device().kernels.insert(function);
   const Launch launch{++device().launches,
                       config.gridDim,
                       config.blockDim,
@@ -171,6 +174,7 @@ void set_order(const Order& order) { device().order = order; }
 std::int64_t launch_count() { return device().launches; }
 void refuse(Call call, const Refusal& refusal) { device().refusals[static_cast<int>(call)] = refusal; }
 int last_error() { return device().last_error; }
+std::set<const void*> launched_kernels() { return device().kernels; }
 void* add_buffer(const BufferOptions& options) { return device().memory.add(options); }
 Counters counters(Kind kind) { return device().memory.counters(kind); }
 void reset_counters() { device().memory.reset_counters(); }
@@ -181,6 +185,33 @@ void check_written(const void* buffer, std::size_t element_bytes) {
 void reset() { replace_device(); }
 
 }  // namespace cuda_on_cpu
+
+cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+  static std::int64_t count = 0;
+  *memory =
+      cuda_on_cpu::device().memory.add({"allocation " + std::to_string(++count), cuda_on_cpu::Kind::activation, bytes});
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* memory) {
+  if (memory != nullptr) cuda_on_cpu::device().memory.remove(memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
+  using cuda_on_cpu::Direction;
+  cuda_on_cpu::Memory& memory = cuda_on_cpu::device().memory;
+  if (kind != cudaMemcpyHostToDevice) memory.copy(Direction::read, from, bytes);
+  if (kind != cudaMemcpyDeviceToHost) memory.copy(Direction::write, to, bytes);
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) {
+  return cudaMemsetAsync(memory, value, bytes, nullptr);
+}
+
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
   cuda_on_cpu::device().memory.fill(memory, value, bytes);
@@ -204,7 +235,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = machine.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = static_cast<int>(machine.shared_bytes);
+      return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+    case cudaDevAttrClusterLaunch:
+      *value = 1;
       return cudaSuccess;
   }
   throw cuda_on_cpu::Fault("this harness has no such attribute");

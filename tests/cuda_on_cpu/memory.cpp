@@ -109,6 +109,13 @@ void* Memory::add(const BufferOptions& options) {
   return memory.data();
 }
 
+void Memory::remove(const void* address) {
+  const auto begins_there = [&](const auto& buffer) { return buffer->memory.data() == address; };
+  const auto found = std::find_if(buffers_.begin(), buffers_.end(), begins_there);
+  if (found == buffers_.end()) throw Fault("memory is freed where no buffer begins: " + nearest(number(address)));
+  buffers_.erase(found);
+}
+
 void Memory::check_guards() {
   for (const auto& buffer : buffers_) {
     const std::string damage = buffer->memory.damage();
@@ -142,6 +149,14 @@ bool Memory::Buffer::holds(std::uintptr_t address, std::size_t bytes) const {
   return offset < memory.bytes() && memory.bytes() - offset >= bytes;
 }
 
+void Memory::Buffer::note_written(const void* address, std::size_t bytes) {
+  if (!written.empty()) std::memset(&written[number(address) - number(memory.data())], 1, bytes);
+}
+
+bool Memory::Buffer::was_written(const void* address, std::size_t bytes) const {
+  return written.empty() || std::memchr(&written[number(address) - number(memory.data())], 0, bytes) == nullptr;
+}
+
 std::string Memory::nearest(std::uintptr_t address) const {
   std::string words = "there are no buffers";
   std::uintptr_t least = UINTPTR_MAX;
@@ -163,12 +178,22 @@ std::size_t Memory::find(std::uintptr_t address, std::size_t bytes) const {
   return std::find_if(buffers_.begin(), buffers_.end(), holds) - buffers_.begin();
 }
 
+std::size_t Memory::find_all(const char* what, const void* address, std::size_t bytes) const {
+  const std::size_t found = find(number(address), bytes);
+  if (found < buffers_.size()) return found;
+  throw Fault("a " + std::string(what) + " of " + bytes_words(bytes) +
+              " outside every buffer: " + nearest(number(address)));
+}
+
+void Memory::copy(Direction direction, const void* address, std::size_t bytes) {
+  Buffer& buffer = *buffers_[find_all("copy", address, bytes)];
+  if (direction == Direction::write) buffer.note_written(address, bytes);
+}
+
 void Memory::fill(void* memory, int value, std::size_t bytes) {
-  const std::size_t found = find(number(memory), bytes);
-  if (found == buffers_.size()) {
-    throw Fault("a memset of " + bytes_words(bytes) + " outside every buffer: " + nearest(number(memory)));
-  }
+  const std::size_t found = find_all("memset", memory, bytes);
   std::memset(memory, value, bytes);
+  buffers_[found]->note_written(memory, bytes);
   Counters& counters = counters_of(*buffers_[found]);
   counters.bytes_written += bytes;
   counters.sector_bytes_written += (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
@@ -184,7 +209,12 @@ std::string Memory::access(
            (outside ? " outside every buffer: " : " is misaligned: ") + nearest(address);
   }
 
-  const Buffer& buffer = *buffers_[recent_];
+  Buffer& buffer = *buffers_[recent_];
+  if (direction == Direction::write) {
+    buffer.note_written(pointer, bytes);
+  } else if (!buffer.was_written(pointer, bytes)) {
+    return "a read of " + bytes_words(bytes) + " that nothing has written: " + nearest(address);
+  }
   Counters& counters = counters_of(buffer);
   (direction == Direction::read ? counters.bytes_read : counters.bytes_written) += bytes;
   const std::size_t stream = 2 * recent_ + (direction == Direction::write);

@@ -65,6 +65,7 @@ using SectorRecords = std::vector<SectorRecord>;
 class Memory {
  public:
   void* add(const BufferOptions& options);
+  void remove(const void* address);  // throws where no buffer begins there
   void check_guards();
   void check_written(const void* buffer, std::size_t element_bytes) const;
 
@@ -75,6 +76,8 @@ class Memory {
   std::string access(Direction direction, const void* address, std::size_t bytes, AccessCounts& counts, SectorRecords&);
   // Sets bytes of one buffer from the host, and counts them; throws where they are not all in it.
   void fill(void* address, int value, std::size_t bytes);
+  // The host copies from or to a buffer; throws where the bytes are not all in one.
+  void copy(Direction direction, const void* address, std::size_t bytes);
   // A warp has ended: take over its sectors.
   void count_sectors(SectorRecords& records);
 
@@ -84,14 +87,21 @@ class Memory {
  private:
   struct Buffer {
     Buffer(const BufferOptions& options)
-        : name(options.name), kind(options.kind), memory(options.bytes, options.misalignment) {}
+        : name(options.name), kind(options.kind), memory(options.bytes, options.misalignment) {
+      if (options.contents == Contents::poison) written.resize(options.bytes);
+    }
     bool holds(std::uintptr_t address, std::size_t bytes) const;
+    // For buffers of poison, else nothing is done and all is well.
+    void note_written(const void* address, std::size_t bytes);
+    bool was_written(const void* address, std::size_t bytes) const;
     std::string name;
     Kind kind;
     GuardedMemory memory;
+    std::vector<unsigned char> written;  // for each byte, whether it was; empty where that is not asked
   };
   std::size_t find(std::uintptr_t address, std::size_t bytes) const;  // the number of buffers if in none
   std::string nearest(std::uintptr_t address) const;
+  std::size_t find_all(const char* what, const void* address, std::size_t bytes) const;  // throws if in none
   Counters& counters_of(const Buffer& buffer) { return counters_[static_cast<std::size_t>(buffer.kind)]; }
 
   std::vector<std::unique_ptr<Buffer>> buffers_;

@@ -100,7 +100,8 @@ def grid_sums(device: Device, policy: str, seed: int, fault: str = "none", first
     device.reset()
     device.set_machine(resident_blocks=6)
     device.set_order(policy, seed)
-    exchange = device.output("exchange", 6, np.uint32, kind="workspace")
+    # Zeros, so that a sum that is read too early is a wrong result, and not named as one that nothing has written.
+    exchange = device.output("exchange", 6, np.uint32, kind="workspace", contents="zero")
     counter = device.input("counter", np.full(1, first, np.uint32), kind="workspace")
     right = True
     for repeat in range(2):
