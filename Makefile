@@ -6,7 +6,7 @@
 #   make test-cuda-on-cpu  the test suite once more, with the CUDA kernels executed on the CPU
 #   make test-cuda-build   builds with CUDA kernels and checks what came of it; needs nvcc and 5.5 GB, no GPU
 #   make test-arm64        compiles the CPU kernels for arm64; needs Debian's g++-aarch64-linux-gnu
-#   make test-gpu          all that a GPU can tell, into the folder OUT: build, tests, benchmark, compute-sanitizer
+#   make test-gpu          all that a GPU can tell, into the folder OUT: build, tests, compute-sanitizer, benchmarks
 # TORCH=torch==2.13.0 installs that torch, and so do later calls; otherwise one that PYTHON can import is used, else the
 # newest.
 
