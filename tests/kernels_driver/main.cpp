@@ -112,8 +112,10 @@ class Program {
       device_is_well = cudaDeviceSynchronize() == cudaSuccess;
     }
     wrong_ += !outcome.wrong.empty();
-    for (const std::string& sentence : outcome.wrong)
-      std::printf("wrong: %s: %s\n", c.name().c_str(), sentence.c_str());
+    for (const std::string& sentence : outcome.wrong) {
+      sentences_.push_back("wrong: " + c.name() + ": " + sentence);
+      std::printf("%s\n", sentences_.back().c_str());
+    }
     for (const Launched& launched : outcome.launched) {
       if (options_.verbose) std::printf("    %s\n", launched.kernel.c_str());
       kernels_.insert(launched.kernel);
@@ -131,6 +133,9 @@ class Program {
     }
     if (!device_.clusters) std::printf("left out: clusters, which this device or this build has not\n");
     if (!device_.cooperative) std::printf("left out: cooperative grids, which this device has not\n");
+    if (options_.verbose) {  // once more, for who reads the end first
+      for (const std::string& sentence : sentences_) std::printf("%s\n", sentence.c_str());
+    }
     if (left > 0) std::printf("%d cases were not begun after %g s\n", left, options_.seconds);
     std::printf("%d of %d cases are right\n", cases_ - wrong_, cases_);
     return wrong_ > 0 || missing > 0 || left > 0 || cases_ == 0 ? 1 : 0;
@@ -140,6 +145,7 @@ class Program {
   bn_ext::cuda::Machine device_;
   int cases_ = 0;
   int wrong_ = 0;
+  std::vector<std::string> sentences_;
   std::set<std::string> kernels_;
   std::set<std::string> ways_;
 };
