@@ -1,6 +1,7 @@
 """One run of the suite: inputs and times of the case in hand, and what is written of them."""
 
 import time
+from contextlib import suppress
 from functools import partial
 from math import prod
 from statistics import median
@@ -19,7 +20,7 @@ from .measure import REPLAY, Effort, Graph, Side, Times, Wall, in_turns
 from .names import COMPILED, CUDNN_GRAPH, OURS
 from .operations import least_bytes
 from .providers import Call, Subject
-from .selection import providers_of
+from .selection import largest_batch, providers_of
 from .shapes import DEFAULT_BATCH, RESNET50
 
 # (quick run, what is timed). Many short rounds: another process that takes the CPU for a moment
@@ -44,6 +45,11 @@ class Settings(NamedTuple):
     quick: bool
     budget: float | None  # seconds after which no case is begun
 
+    @property
+    def compiled_batch(self) -> int:
+        """The batch size of the cases for which something is compiled."""
+        return largest_batch(self.device.type, self.batches)
+
 
 SETTINGS = pytest.StashKey[Settings]()
 
@@ -61,6 +67,7 @@ class Bench:
         self.over_budget: set[Key] = set()
         self._resumed = set(journal.run.cells)
         self._case: Case | None = None
+        self._failure = ""
         self._refusals: dict[str, str] = {}
         self._subjects: dict[str, Any] = {}
         self._copies: list[Call] = []
@@ -77,16 +84,25 @@ class Bench:
 
     def take(self, case: Case) -> None:
         """Make a case's inputs and check every provider on them, unless that was done already."""
-        if case == self._case:
-            return
-        self._case, self._refusals, self._subjects, self._copies, self._times = case, {}, {}, [], {}
+        if case != self._case:
+            self._case, self._failure, self._refusals = case, "", {}
+            self._subjects, self._copies, self._times = {}, [], {}
+            try:
+                self._make(case)
+            except Exception as error:  # memory that is full, a device that is lost
+                self._failure = f"{case.label}, N = {case.size[0]}: {first_line(error)}"
+        if self._failure:
+            raise WrongResultError(self._failure)
+
+    def _make(self, case: Case) -> None:
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # of the graphs before, whose memory nothing else can use
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()  # of the graphs before, whose memory nothing else can use
         inputs = make_inputs(case, self.device)
         expected = reference(case, inputs)
         targets = [torch.empty_like(x, requires_grad=False) for x in inputs.x]
         self._copies = [partial(y.copy_, x.detach()) for y, x in zip(targets, inputs.x, strict=True)]
-        for name in providers_of(case, self.settings.providers):
+        for name in providers_of(case, self.settings.providers, self.settings.compiled_batch):
             self._add(name, case, inputs, expected)
 
     def _add(self, name: str, case: Case, inputs: Inputs, expected: dict[str, Expected]) -> None:

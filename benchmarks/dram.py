@@ -8,11 +8,15 @@ cache still holds at its end is not counted, so small tensors can write less tha
 import argparse
 import csv
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -111,23 +115,42 @@ def profile(providers: list[str], seconds: float) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         described = Path(folder) / "calls.json"
         described.write_text("[]")
-        command = ["ncu", "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
+        command = [find_ncu(), "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
         command += ["--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off"]
+        command += ["--target-processes", "application-only"]  # not those that compile
         command += [sys.executable, "-m", "benchmarks.dram", "--calls", str(described), "--providers", *providers]
         command += ["--budget", str(seconds)]
-        try:
-            result = subprocess.run(
-                command, capture_output=True, text=True, timeout=seconds + GRACE, cwd=HERE.parent, check=False
-            )
-        except FileNotFoundError as error:
-            raise FileError("there is no ncu on the PATH; it comes with the CUDA toolkit") from error
-        except subprocess.TimeoutExpired as error:
-            raise FileError(f"ncu did not end within {seconds + GRACE:.0f} seconds") from error
-        found, made = counted(result.stdout), read_json(described)
-        print(result.stderr, end="", file=sys.stderr)
+        text = output_of(command, seconds + GRACE)
+        found, made = counted(text), read_json(described)
     if len(found) < len(made):
         raise FileError(f"ncu told of {len(found)} calls, and {len(made)} were made")
     return [about | bytes_of for about, bytes_of in zip(made, found, strict=False)]
+
+
+def find_ncu() -> str:
+    """Look for Nsight Compute on the PATH, then where toolkits put it."""
+    places = [*Path("/usr/local/cuda/bin").glob("ncu"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))]
+    found = shutil.which("ncu") or next(map(str, reversed(places)), None)
+    if found is None:
+        raise FileError("there is no ncu, neither on the PATH nor in /usr/local/cuda or /opt/nvidia/nsight-compute")
+    return found
+
+
+def output_of(command: list[str], seconds: float) -> str:
+    """Run a command with all that it starts, and end all of it after so long; its errors are passed on."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE.parent, start_new_session=True
+    )
+    try:
+        text, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise FileError(f"ncu did not end within {seconds:.0f} seconds") from error
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    print(errors, end="", file=sys.stderr)
+    return text
 
 
 def report(path: Path, markdown: bool) -> str:

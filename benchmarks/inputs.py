@@ -15,6 +15,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 ROWS_LAYOUT = "(N, C)"
 MEMORY_FORMATS = LAYOUTS | {ROWS_LAYOUT: torch.contiguous_format}
 SEED = 2015
+MOST_COPIES = 512
 
 
 class Case(NamedTuple):
@@ -62,13 +63,14 @@ class Inputs:
 def copies_needed(case: Case, device: torch.device) -> int:
     """Say how many copies of the activations a round goes through in turn.
 
-    On a GPU as many as fill the L2 cache four times, so that a call finds it cold. On a CPU one: a
+    On a GPU as many as fill the L2 cache four times, so that a call finds it cold, but no more than can be told of in a
+    graph without taking long; inputs so small stay in the cache, for all sides alike. On a CPU one: a
     tensor is as warm as the round before has left it, for both sides alike. Where only the cost of
     the call counts, one everywhere.
     """
     if device.type != "cuda" or case.clock == "calls":
         return 1
-    return ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / case.bytes)
+    return min(MOST_COPIES, ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / case.bytes))
 
 
 def make_inputs(case: Case, device: torch.device, copies: int | None = None) -> Inputs:

@@ -1,10 +1,8 @@
 """The machine a run is made on: its device, a name for it, and the speed of a plain copy."""
 
 import datetime
-import hashlib
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,10 @@ import torch
 
 import bn_ext
 
-from . import allocator
+from . import allocator, origin
 from .measure import Wall
 
 COPY_ROUNDS = 15
-ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -51,7 +48,7 @@ def device_slug(device: torch.device) -> str:
 def describe(device: torch.device) -> dict[str, Any]:
     """Collect what the figures of a run depend on."""
     build = bn_ext.build_info()
-    gpu = {"cuda": torch.version.cuda, "driver": driver()} if device.type == "cuda" else {}
+    gpu = {"cuda": torch.version.cuda, "driver": origin.driver()} if device.type == "cuda" else {}
     return gpu | {
         "date": datetime.date.today().isoformat(),
         "device": device.type,
@@ -59,29 +56,10 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bn_ext": build.version,
-        "sources": sources(),
+        "sources": origin.sources(),
         "instruction_set": build.instruction_set,
         "allocator": allocator.mode(device),
     }
-
-
-def driver() -> str:
-    """Give the version of the GPU's driver; empty if nvidia-smi cannot tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def sources() -> str:
-    """Tell one state of the package's sources from another, where there is no git too."""
-    files = [*(path for path in (ROOT / "csrc").rglob("*") if path.is_file()), *(ROOT / "bn_ext").glob("*.py")]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        if path.name != "_build_config.py":
-            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def last_level_cache_bytes(device: torch.device) -> int:

@@ -1,9 +1,9 @@
-"""Time two sides in turn, and hand the times to pytest-benchmark.
+"""Time some sides in turn, and hand the times to pytest-benchmark.
 
 On a shared machine the speed of everything drifts within seconds, so a ratio means something only
 if both sides were timed at the same moment. pytest-benchmark times one test after the other;
-therefore the first test of a pair times both providers here, round by round and in alternating
-order, and each of the two tests replays its provider's times: its timer is a clock (`Replay`) that
+therefore the first test of a comparison times all providers here, round by round and in alternating
+order, and each of its tests replays its provider's times: its timer is a clock (`Replay`) that
 moves only when told to. Only `benchmark.pedantic` and the `timer` option are used.
 """
 
@@ -11,10 +11,10 @@ import gc
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import ceil
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -28,9 +28,9 @@ WARM_UP = 3
 
 
 class Effort(NamedTuple):
-    """How long to time one pair."""
+    """How long to time one comparison."""
 
-    seconds: float  # for all rounds of both sides, unless these would be fewer than min_rounds
+    seconds: float  # for all rounds of all sides, unless these would be fewer than min_rounds
     min_rounds: int
     max_rounds: int
     round_seconds: float  # least length of a round: shorter calls are repeated within it
@@ -38,6 +38,9 @@ class Effort(NamedTuple):
 
 class Side(Protocol):
     """One of the things that are timed in turn."""
+
+    count: int
+    """Calls that are made at a time, at the least."""
 
     def round(self, repeats: int) -> float:
         """Do all calls `repeats` times and return the seconds per call."""
@@ -49,6 +52,7 @@ class Wall:
 
     def __init__(self, calls: Sequence[Call], device: torch.device):
         self.calls = calls
+        self.count = len(calls)
         self.cuda = device.type == "cuda"
 
     def round(self, repeats: int) -> float:
@@ -61,7 +65,7 @@ class Wall:
                 call()
         if self.cuda:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / (repeats * len(self.calls))
+        return (time.perf_counter() - start) / (repeats * self.count)
 
 
 class Graph:
@@ -103,13 +107,29 @@ def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     torch.cuda.synchronize()
     collecting = gc.isenabled()
     gc.disable()  # a graph that is no longer used must not be destroyed meanwhile
-    graph.capture_begin()
     try:
-        yield
+        pool = torch.cuda.graph_pool_handle()
+        graph.capture_begin(pool=pool)
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # what came of the failure, and not its cause
+                end_capture(graph, pool)
+            raise
+        end_capture(graph, pool)
     finally:
-        graph.capture_end()
         if collecting:
             gc.enable()
+
+
+def end_capture(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """End a capture; where it has become invalid, so that torch's allocator too takes it for ended."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with suppress(RuntimeError, AttributeError):  # torch's own, and only needed by some versions
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
 
 
 @dataclass
@@ -129,7 +149,9 @@ def in_turns(sides: dict[str, Side], effort: Effort, beside: dict[str, Side] | N
     everything = sides | (beside or {})
     # The warm-up too. The least of a few, lest a disturbed call pass for a long one.
     longest = max(min(side.round(1) for _ in range(WARM_UP)) for side in everything.values())
-    times = {name: Times(max(1, ceil(effort.round_seconds / longest))) for name in everything}
+    times = {
+        name: Times(max(1, ceil(effort.round_seconds / (longest * side.count)))) for name, side in everything.items()
+    }
     order = list(sides)
     collecting = gc.isenabled()
     gc.disable()

@@ -77,13 +77,21 @@ def directions(case: Case) -> tuple[str, ...]:
     return CALL_DIRECTIONS if case.clock == "calls" else OPERATIONS[case.operation].directions
 
 
-def providers_of(case: Case, providers: Sequence[str]) -> tuple[str, ...]:
+def largest_batch(device: str, batches: Sequence[int]) -> int:
+    """Give the largest batch size of a device's cases."""
+    return max(batches or (DEFAULT_BATCH, *(batch for block in BLOCKS for batch in block[2] if device == "cuda")))
+
+
+def providers_of(case: Case, providers: Sequence[str], compiled_batch: int) -> tuple[str, ...]:
     """Choose those that a case is measured with, in the order given.
 
     Where torch does not use cuDNN anyway, bfloat16, it is not measured without. What compiles takes seconds, so it is
-    sampled. By the clock on the wall a compiled module or a graph of cuDNN's is another thing than a module's call.
+    sampled, at one batch size. By the clock on the wall a compiled module or a graph of cuDNN's is another thing than a
+    module's call.
     """
-    sampled = case.name in {shape.name for shape in SAMPLE} and case.dtype != "float16"
+    sampled = (
+        case.name in {shape.name for shape in SAMPLE} and case.dtype != "float16" and case.size[0] == compiled_batch
+    )
     wanted = {
         WITHOUT_CUDNN: case.dtype != "bfloat16",
         COMPILED: sampled and case.clock == "kernels",

@@ -33,10 +33,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     Tests of a case are neighbours, and so are those of one comparison.
     """
     settings = metafunc.config.stash[SETTINGS]
+    providers, compiled_batch = settings.providers, settings.compiled_batch
     tests = [
         (case, direction, provider)
         for case in cases(settings.device.type, settings.batches)
-        for direction, provider in product(directions(case), providers_of(case, settings.providers))
+        for direction, provider in product(directions(case), providers_of(case, providers, compiled_batch))
     ]
     ids = [
         f"{kind(case)}-{case.name}-n{case.size[0]}-{case.dtype}-{case.layout}-{case.operation}-{direction}-{provider}"

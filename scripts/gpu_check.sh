@@ -5,21 +5,22 @@
 #   scripts/gpu_check.sh [folder [step...]]        default: gpu-check, all steps
 #
 # The steps, in their order:
-#   build        for this GPU; USE_BUILT=1 takes the extension that is built in this folder
+#   build        for this GPU, unless an earlier call into the folder did so from the same sources; USE_BUILT=1 takes the
+#                extension that is built in this checkout
 #   limits       what the GPU can do: benchmarks.device_limits
 #   verify       bn_ext against float64, with all teams and with the smaller ones
 #   sanitize     every kernel on small tensors, alone and under each tool of compute-sanitizer
 #   benchmark    against every rival: benchmarks, for BENCH_SECONDS (default 200)
 #   tests        the suite on the GPU
 #   faults       work that holds the GPU, many processes, no memory
-#   large        tensors of more than 2^31 elements
+#   large        tensors of more than 2^31 elements, and other tests that want the GPU for themselves
 #   bytes        bytes from and to memory, by ncu: benchmarks.dram
 #   training     whole models: benchmarks.training, for TRAIN_SECONDS (default 200)
 #   convergence  does training end as well: benchmarks.convergence
 #
-# The folder gets a log for each step, results as JSON, and summary.json. With the folder of an earlier call, benchmark
-# and training go on where that ended. GPU_SECONDS (default 1500) is the time for all together: what does not fit is cut
-# off, and the summary says so; a few steps are done well within ten minutes on 16 cores.
+# The folder gets a log for each step, results as JSON (those of a measurement that was cut off as ....partial.json), and
+# summary.json. With the folder of an earlier call on the same kind of GPU, benchmark and training go on where that
+# ended. GPU_SECONDS (default 1500) is the time for all together: what does not fit is cut off, and the summary says so.
 # Nothing is installed: PYTHON (default python3) must have torch with CUDA, pytest, and pytest-benchmark for the
 # benchmarks; CUDA_HOME or the PATH an nvcc. A step that fails does not keep the next ones from running; the exit status
 # is 0 only if none failed.
@@ -72,7 +73,18 @@ finish() {
   exit "$status"
 }
 trap finish EXIT
-trap 'exit 130' INT TERM
+
+# A signal ends the step that runs, which then still writes what it has.
+running=
+interrupted() {
+  if [ -n "$running" ]; then
+    kill -INT "$running" 2>/dev/null
+    wait "$running"
+    note "$current" "cut off by a signal" "" $((SECONDS - start)) "$command"
+  fi
+  exit 130
+}
+trap interrupted INT TERM
 
 wanted() { [[ $chosen == *" $1 "* ]]; }
 has() { "$python" -c "import $1" 2>/dev/null; }
@@ -80,26 +92,34 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 # step NAME SECONDS COMMAND...: runs it in the copy, at most so long and not beyond the end of all; its output goes to
 # NAME.log.
 step() {
-  local name=$1 limit=$2 start=$SECONDS code result=passed left=$((total - SECONDS))
+  local limit=$2 code result=passed left=$((total - SECONDS))
+  current=$1 start=$SECONDS
   shift 2
+  command=$*
   if [ "$left" -lt 5 ]; then
-    note "$name" "cut off: the $total s of GPU_SECONDS are over" "" 0 "$*"
+    note "$current" "cut off: the $total s of GPU_SECONDS are over" "" 0 "$command"
     return 1
   fi
   if [ "$left" -lt "$limit" ]; then limit=$left; fi
-  # INT, upon which pytest and the benchmarks still write what they have.
-  (cd "$copy" && exec timeout --signal=INT --kill-after=10 "$limit" "$@") >"$out/$name.log" 2>&1
+  # INT, upon which pytest and the benchmarks still write what they have. In the background, for a shell that waits for
+  # a command in the foreground hears of no signal.
+  (cd "$copy" && exec timeout --signal=INT --kill-after=25 "$limit" "$@") >"$out/$current.log" 2>&1 &
+  running=$!
+  wait "$running"
   code=$?
+  running=
   if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
     result="cut off after $limit s"
-  elif [ "$code" -ne 0 ] && grep -q 'Device not supported' "$out/$name.log"; then
+  elif [ "$code" -eq 3 ] && [ -n "${INCOMPLETE:-}" ]; then
+    result="passed: $INCOMPLETE"
+  elif [ "$code" -ne 0 ] && grep -q 'Device not supported' "$out/$current.log"; then
     result="skipped: compute-sanitizer does not support this device"
   elif [ "$code" -ne 0 ]; then
     result=failed
   fi
-  note "$name" "$result" "$code" $((SECONDS - start)) "$*"
-  case $result in passed | skipped*) return ;; esac
-  tail -n 15 "$out/$name.log" | sed 's/^/    /'
+  note "$current" "$result" "$code" $((SECONDS - start)) "$command"
+  case $result in passed* | skipped*) return ;; esac
+  tail -n 15 "$out/$current.log" | sed 's/^/    /'
   echo
   return 1
 }
@@ -107,7 +127,7 @@ step() {
 # note NAME RESULT STATUS SECONDS COMMAND: what becomes of a step, or why it is left out.
 note() {
   printf '%-18s %s (%s s)\n' "$1" "$2" "$4"
-  printf '%s\t%s\t%s\t%s\t%s\n' "$@" >>"$steps"
+  printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" "${5//[$'\t\n']/ }" >>"$steps"
 }
 skip() { note "$1" "skipped: $2" "" 0 ""; }
 
@@ -115,7 +135,8 @@ skip() { note "$1" "skipped: $2" "" 0 ""; }
 pytest_step() {
   local name=$1 limit=$2
   shift 2
-  step "$name" "$limit" "$python" -m pytest -o addopts= -ra --strict-markers --device=cuda --durations=20 \
+  rm -f "$out/$name.xml" # of an earlier call
+  step "$name" "$limit" "$python" -m pytest -o addopts= -v -ra --strict-markers --device=cuda --durations=20 \
     -p no:cacheprovider --ignore=tests/cuda_on_cpu --junitxml="$out/$name.xml" "$@"
 }
 
@@ -127,15 +148,20 @@ built=(--exclude='*.so' --exclude=_build_config.py)
 # Of the metadata, what setuptools before 77 refuses and this build does not need.
 sed -i '/^license/d' "$copy/pyproject.toml"
 
-told='import bn_ext
-info = bn_ext.build_info()
-print(info)
-raise SystemExit(not (info.loaded and info.cuda))'
+objects() { ls -td "$copy"/build/temp*/csrc/cuda 2>/dev/null | head -n 1; }
+told='import bn_ext; info = bn_ext.build_info(); print(info); raise SystemExit(not (info.loaded and info.cuda))'
+state=$(cd "$copy" && "$python" -c 'from benchmarks import origin; print(origin.sources())')
+kept=$out/built-$state.tar
+keep_build() {
+  (cd "$copy" && tar -cf "$kept" bn_ext/*.so bn_ext/_build_config.py build/temp*/csrc/cuda) 2>/dev/null || rm -f "$kept"
+}
 if [ "${USE_BUILT:-0}" = 1 ]; then
-  step build 30 "$python" -c "$told"
+  step build 60 "$python" -c "$told"
+elif [ -f "$kept" ] && tar -xf "$kept" -C "$copy"; then
+  step build 60 "$python" -c "$told"
 else
   # Line numbers for compute-sanitizer; they change no machine code.
-  step build 200 env NVCC_APPEND_FLAGS=-lineinfo "$python" setup.py build_ext --inplace
+  step build "$total" env NVCC_APPEND_FLAGS=-lineinfo "$python" setup.py build_ext --inplace && keep_build
 fi || stop "without a build there is nothing to check"
 
 if wanted limits; then
@@ -158,8 +184,8 @@ fi
 # None of them sees a missing fence.
 if wanted sanitize; then
   driver=$copy/kernels_driver_program
-  objects=$(ls -d "$copy"/build/temp*/csrc/cuda 2>/dev/null) # without which the kernels are compiled once more
-  if step driver 150 bash -c '"$0" "$@" && "$1"' tests/kernels_driver/build.sh "$driver" ${objects:+"$objects"}; then
+  found=$(objects) # without which the kernels are compiled once more
+  if step driver 200 bash -c '"$0" "$@" && "$1"' tests/kernels_driver/build.sh "$driver" ${found:+"$found"}; then
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
     for tool in memcheck racecheck initcheck synccheck; do
       of_tool=() of_driver=(--verbose --seconds 24)
@@ -168,7 +194,7 @@ if wanted sanitize; then
         initcheck) of_driver+=(--unwritten) ;;
       esac
       if [ -n "$sanitizer" ]; then
-        step "$tool" 30 "$sanitizer" --tool "$tool" --error-exitcode 9 "${of_tool[@]}" "$driver" "${of_driver[@]}"
+        INCOMPLETE="not all cases, see the end of $tool.log" step "$tool" 50 "$sanitizer" --tool "$tool" --error-exitcode 9 "${of_tool[@]}" "$driver" "${of_driver[@]}"
       else
         skip "$tool" "compute-sanitizer is not installed"
       fi
@@ -189,11 +215,11 @@ if wanted tests; then
   workers=()
   if has xdist; then workers=(-n 6 --dist worksteal); fi
   apart=(--ignore=tests/test_cuda_faults.py --ignore=tests/test_cuda_out_of_memory.py)
-  pytest_step tests 300 "${workers[@]}" -m "not large_memory" "${apart[@]}"
+  pytest_step tests 300 "${workers[@]}" -m "not large_memory and not alone" "${apart[@]}"
 fi
 if wanted faults; then pytest_step faults 150 tests/test_cuda_faults.py tests/test_cuda_out_of_memory.py; fi
-if wanted large; then pytest_step large 120 -m large_memory; fi
-if wanted bytes; then step bytes 120 "$python" -m benchmarks.dram --budget 60 --json "$out/dram.json"; fi
+if wanted large; then pytest_step large 120 -m "large_memory or alone"; fi
+if wanted bytes; then step bytes 130 "$python" -m benchmarks.dram --budget 60 --json "$out/dram.json"; fi
 if wanted training; then
   step training $((${TRAIN_SECONDS:-200} + 60)) "$python" -m benchmarks.training --resume \
     --budget "${TRAIN_SECONDS:-200}" --json "$out/training.json"

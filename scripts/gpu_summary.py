@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+ROOT = Path(__file__).resolve().parents[1]
 END = "end"  # the last line of a script that was not ended before its time
 
 
@@ -17,15 +18,6 @@ def commit(sources: Path) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def driver() -> str:
-    """Version of the GPU's driver; empty if nvidia-smi cannot tell."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
-    except (OSError, subprocess.SubprocessError):
         return ""
 
 
@@ -44,8 +36,11 @@ def machine() -> dict[str, Any]:
 
 
 def tests(report: Path) -> dict[str, Any]:
-    """Count what pytest tells in its XML: how many ran, failed, were left out, and the reasons of the latter."""
-    cases = list(ElementTree.parse(report).iter("testcase"))
+    """Count what pytest tells in its XML: how many ran, failed, were skipped, and why those were."""
+    try:
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    except ElementTree.ParseError as error:  # of a pytest that was ended while it wrote
+        return {"error": f"{report.name} cannot be read: {error}"}
     skipped = [skip.get("message", "") for case in cases for skip in case.iter("skipped")]
     failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases if case.find("failure") is not None]
     failed += [f"{case.get('classname')}::{case.get('name')}" for case in cases if case.find("error") is not None]
@@ -71,7 +66,10 @@ def main(steps_file: str, sources: str, folder: str) -> int:
     passed = complete and all(step["result"].startswith(("passed", "skipped: ")) for step in steps)
     passed = passed and steps[0]["result"] == "passed"
     summary: dict[str, Any] = {"passed": passed, "complete": complete}
-    summary |= {"commit": commit(Path(sources)), "driver": driver()}
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import origin
+
+    summary |= {"commit": commit(Path(sources)), "sources": origin.sources(), "driver": origin.driver()}
     try:
         summary |= machine()
     except Exception as error:

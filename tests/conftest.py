@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Register markers, and refuse a device that is not there instead of running nothing."""
     config.addinivalue_line("markers", "large_memory: needs tens of GB of memory, of the GPU where it runs on one")
+    config.addinivalue_line("markers", "alone: asks what goes on meanwhile, so nothing else may use the GPU")
     config.addinivalue_line("markers", "processes: starts several processes")
     chosen = config.getoption("--device")
     if chosen is not None and chosen not in testing.devices():

@@ -143,3 +143,18 @@ def test_bytes_that_ncu_counts() -> None:
     ]
     with pytest.raises(FileError, match=r"ncu printed no table; its last words: .*==ERROR== no permission"):
         dram.counted("==PROF== Connected\n==ERROR== no permission")
+
+
+def test_ncu_is_ended_with_what_it_has_started(tmp_path: Path) -> None:
+    """A program that it profiles would hold the GPU."""
+    started = tmp_path / "started"
+    script = f"sleep 60 & echo $! > {started}; wait"
+    with pytest.raises(FileError, match="ncu did not end within 1 seconds"):
+        dram.output_of(["bash", "-c", script], 1.0)
+    status = Path(f"/proc/{int(started.read_text())}/stat")
+    assert not status.exists() or status.read_text().split()[2] in "ZX"  # gone, or about to be
+
+
+def test_what_ncu_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dram.output_of(["bash", "-c", "echo table; echo words >&2"], 60.0) == "table\n"
+    assert capsys.readouterr().err == "words\n"

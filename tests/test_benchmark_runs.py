@@ -105,7 +105,7 @@ def test_a_failing_rival_leaves_the_others(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(bench_module, "make_subject", failing)
     bench = small_bench(tmp_path / "run.json", providers=(RIVAL, COMPILED, OURS))
-    case = CASE._replace(name=selection.SAMPLE[0].name)
+    case = CASE._replace(name=selection.SAMPLE[0].name, size=(2, 3, 9, 7))
     bench.record(Feed(), case, "eval", OURS)
     with pytest.raises(NotMeasuredError, match=r"^ValueError: no such thing$"):
         bench.record(Feed(), case, "eval", COMPILED)
@@ -136,6 +136,12 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert provider not in bench.journal.run.cells[CASE.key("eval")].sides
 
 
+def test_what_is_compiled_has_the_largest_batch() -> None:
+    assert selection.largest_batch("cuda", ()) == 256
+    assert selection.largest_batch("cpu", ()) == 32
+    assert selection.largest_batch("cuda", (8, 4)) == 8
+
+
 def test_the_most_telling_cases_first_on_a_gpu() -> None:
     cases = [case for case in selection.cases("cuda") if case.clock == "kernels"]
     assert len(set(cases)) == len(cases)
@@ -162,12 +168,12 @@ def test_batch_sizes_that_are_asked_for() -> None:
 
 def test_who_is_measured_on_what() -> None:
     large = Case(RESNET50[0].name, RESNET50[0].size(256), "bfloat16", "contiguous")
-    assert selection.providers_of(large, PROVIDERS) == (RIVAL, COMPILED, OURS)
+    assert selection.providers_of(large, PROVIDERS, 256) == (RIVAL, COMPILED, OURS)
     last = large._replace(dtype="float32", layout="channels_last")
-    assert selection.providers_of(last, PROVIDERS) == PROVIDERS
+    assert selection.providers_of(last, PROVIDERS, 256) == PROVIDERS
     other = last._replace(name=RESNET50[1].name)
-    assert selection.providers_of(other, PROVIDERS) == (RIVAL, WITHOUT_CUDNN, OURS)
-    assert selection.providers_of(last._replace(clock="calls"), PROVIDERS) == (RIVAL, WITHOUT_CUDNN, OURS)
+    assert selection.providers_of(other, PROVIDERS, 256) == (RIVAL, WITHOUT_CUDNN, OURS)
+    assert selection.providers_of(last._replace(clock="calls"), PROVIDERS, 256) == (RIVAL, WITHOUT_CUDNN, OURS)
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -203,7 +209,8 @@ class FakeGraph:
     def __init__(self) -> None:
         self.calls = 0
 
-    def capture_begin(self) -> None:
+    def capture_begin(self, pool: object) -> None:
+        assert pool == "a pool"
         assert not gc.isenabled()
         FakeGraph.current = self
 
@@ -215,6 +222,7 @@ def test_a_graph_keeps_as_many_results_as_there_are_copies(monkeypatch: pytest.M
     """So that results are written to other memory until the inputs come round again."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
     alive: set[int] = set()
     most = 0
 
@@ -237,8 +245,19 @@ def test_a_graph_keeps_as_many_results_as_there_are_copies(monkeypatch: pytest.M
 
 
 def test_a_graph_that_cannot_be_captured_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    """The error is the call's, not that of the capture which it has made invalid, and garbage is collected again."""
+    ended: list[object] = []
+
+    class Invalid(FakeGraph):
+        def capture_end(self) -> None:
+            FakeGraph.current = None
+            raise RuntimeError("the capture is invalid")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Invalid)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *which: ended.append(which), raising=False)
 
     def call() -> None:
         if FakeGraph.current is not None:
@@ -246,5 +265,23 @@ def test_a_graph_that_cannot_be_captured_is_ended(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(RuntimeError, match="not under capture"):
         measure.Graph([call], CPU)
-    assert FakeGraph.current is None
+    assert ended == [(0, "a pool")]
     assert gc.isenabled()
+
+
+def test_a_case_that_cannot_be_made_fails_in_each_of_its_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one is measured."""
+    reference = bench_module.reference
+
+    def full(case: Case, *rest: object) -> object:
+        if case == CASE:
+            raise torch.OutOfMemoryError("no room\nand more words")
+        return reference(case, *rest)
+
+    monkeypatch.setattr(bench_module, "reference", full)
+    bench = small_bench(tmp_path / "run.json")
+    for direction in ("forward", "backward"):
+        with pytest.raises(WrongResultError, match=r"^small bfloat16 .*, N = 4: OutOfMemoryError: no room$"):
+            bench.record(Feed(), CASE, direction, OURS)
+    bench.record(Feed(), CASE._replace(dtype="float32"), "forward", OURS)
+    assert [key.dtype for key in bench.journal.run.cells] == ["float32"]

@@ -156,6 +156,8 @@ def test_the_copy_is_timed_in_the_same_rounds() -> None:
     order = []
 
     class Recorder:
+        count = 1
+
         def __init__(self, name: str):
             self.name = name
 
@@ -168,3 +170,21 @@ def test_the_copy_is_timed_in_the_same_rounds() -> None:
     warm_up = len(order) - 9
     assert order[warm_up:] == ["torch", "ours", "copy", "ours", "torch", "copy", "torch", "ours", "copy"]
     assert {name: side.seconds for name, side in times.items()} == dict.fromkeys(("torch", "ours", "copy"), [1.0] * 3)
+
+
+def test_rounds_are_as_long_as_they_shall_be() -> None:
+    """However many calls a side makes at a time: ten of a second fill ten seconds, and one of 16 at a time does too."""
+    made: dict[str, list[int]] = {}
+
+    class Recorder:
+        def __init__(self, name: str, count: int):
+            self.count = count
+            self.repeats = made.setdefault(name, [])
+
+        def round(self, repeats: int) -> float:
+            self.repeats.append(repeats)
+            return 1.0
+
+    effort = Effort(seconds=0.0, min_rounds=3, max_rounds=3, round_seconds=10.0)
+    in_turns({"one": Recorder("one", 1), "some": Recorder("some", 4), "many": Recorder("many", 16)}, effort)
+    assert {name: repeats[-1] for name, repeats in made.items()} == {"one": 10, "some": 3, "many": 1}

@@ -130,6 +130,7 @@ def test_compiled_to_graphs(device: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_side_stream(device: str, memory_format: torch.memory_format) -> None:
     """A call runs on the current stream, and waits for no other."""

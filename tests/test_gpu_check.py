@@ -9,17 +9,33 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
-# Says yes to every question; a step whose command has one of the words in $FAIL fails; pytest writes a report.
+# Says yes to every question; a step whose command has one of the words in $FAIL fails, one that ends in $HANG waits for
+# a signal; pytest writes a report, the build the files of $MAKES.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  *gpu_summary.py*) exec {python} "$@" ;;
+  *gpu_summary.py* | *origin.sources*) exec {python} "$@" ;;
   *get_device_capability*) echo 9.0; exit ;;
 esac
 echo "$*"
 for word in $FAIL; do case "$*" in *"$word"*) exit 1 ;; esac; done
+case "$*" in
+  *build_ext*) for file in $MAKES; do mkdir -p "$(dirname "$file")"; touch "$file"; done ;;
+  *"${{HANG:-nothing}}") trap 'echo caught INT; exit 1' INT; touch "$READY"; while :; do read -rt 1 <> <(:); done ;;
+esac
+report='{report}'
 for argument; do
-  case $argument in --junitxml=*) echo '{report}' > "${{argument#*=}}" ;; esac
+  case $argument in --junitxml=*) echo "${{report:0:${{CUT:-9999}}}}" > "${{argument#*=}}" ;; esac
 done
+"""
+NVCC = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  [ "$1" = -o ] && echo : > "$2" && chmod +x "$2"
+  shift
+done
+"""
+SANITIZER = """#!/usr/bin/env bash
+echo "$@"
+if [ -n "$INCOMPLETE_TOOL" ]; then case "$*" in *"$INCOMPLETE_TOOL"*) exit 3 ;; esac; fi
 """
 REPORT = (
     '<testsuites><testsuite><testcase classname="a" name="b"/>'
@@ -36,8 +52,15 @@ class Check:
         self.tools = folder / "bin"
         self.tools.mkdir()
         self.tool("python", PYTHON.format(python=sys.executable, report=REPORT))
-        for name in ("nvcc", "compute-sanitizer"):
-            self.tool(name, '#!/bin/sh\necho "$@"\n')
+        self.tool(
+            "nvcc", '#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && echo : > "$2" && chmod +x "$2"; shift; done\n'
+        )
+        self.tool("compute-sanitizer", SANITIZER)
+        self.made: list[str] = []
+
+    def makes(self, file: str) -> None:
+        """Let the build make a file."""
+        self.made.append(file)
 
     def tool(self, name: str, text: str) -> None:
         (self.tools / name).write_text(text)
@@ -45,9 +68,18 @@ class Check:
 
     def __call__(self, *steps: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = f"{self.tools}:{os.environ['PATH']}"
-        variables = {"PATH": path, "PYTHON": str(self.tools / "python"), "FAIL": "", "CUDA_HOME": ""} | environment
+        variables = {"PATH": path, "PYTHON": str(self.tools / "python"), "FAIL": "", "CUDA_HOME": "", "CUT": ""}
+        variables |= {"MAKES": " ".join(self.made), "INCOMPLETE_TOOL": ""} | environment
         command = ["bash", str(SCRIPT), str(self.folder), *steps]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | variables
+        )
+        if "KILL" in environment:
+            while not Path(environment["READY"]).exists() and process.poll() is None:
+                os.sched_yield()
+            process.terminate()
+        output, errors = process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def summary(self) -> dict[str, object]:
         return json.loads((self.folder / "summary.json").read_text())
@@ -87,6 +119,47 @@ def test_nothing_without_a_build(check: Check) -> None:
     assert done.returncode == 1
     assert check.results() == {"build": "failed"}
     assert "without a build there is nothing to check" in done.stderr
+
+
+def test_what_was_built_before_is_taken(check: Check) -> None:
+    """By a later call into the folder, from the same sources; or from the checkout, if that is asked for."""
+    for name in ("_C.so", "_build_config.py"):
+        check.makes(f"bn_ext/{name}")
+    check.makes("build/temp.x/csrc/cuda/forward.o")
+    assert check("build").returncode == 0
+    (kept,) = check.folder.glob("built-*.tar")
+    assert "build_ext" in check.log("build")
+    assert check("build").returncode == 0
+    assert "bn_ext.build_info()" in check.log("build")
+    assert "build_ext" not in check.log("build")
+    kept.unlink()
+    assert check("build", USE_BUILT="1").returncode == 0
+    assert "bn_ext.build_info()" in check.log("build")
+    assert check.results() == {"build": "passed"}
+
+
+def test_a_signal_ends_the_step_that_runs(check: Check) -> None:
+    """What it has written is there, and the summary too."""
+    ready = check.folder.parent / "ready"
+    done = check("verify", "bytes", HANG="bn_ext verify", READY=str(ready), KILL="1")
+    assert done.returncode != 0
+    assert check.results() == {"build": "passed", "verify": "cut off by a signal"}
+    assert "caught INT" in check.log("verify")
+    assert check.summary()["complete"] is False
+
+
+def test_cases_that_there_was_no_time_for(check: Check) -> None:
+    check("sanitize", INCOMPLETE_TOOL="racecheck")
+    results = check.results()
+    assert results["racecheck"] == "passed: not all cases, see the end of racecheck.log"
+    assert results["memcheck"] == results["initcheck"] == results["synccheck"] == "passed"
+    assert check.summary()["passed"] is True
+
+
+def test_a_report_that_is_cut_off(check: Check) -> None:
+    check("tests", CUT="40")
+    (told,) = check.summary()["tests"].values()
+    assert "tests.xml cannot be read" in told["error"]
 
 
 def test_tests_are_counted(check: Check) -> None:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from scripts.cuda_toolkit import find_nvcc
 from scripts.gpu_summary import commit
 
+from .. import origin
+
 HERE = Path(__file__).parent
 PARTS = ("copy", "launches", "barriers", "resident", "cache", "slices")  # as in limits.cu
 SILENCE = 20.0  # seconds without a line, after which the program has come to a halt
@@ -146,6 +148,7 @@ def measure(gpu: Gpu, program: Path, nvcc: str, names: list[str], end: float, fo
         "driver": gpu.driver,
         "architecture": gpu.architecture,
         "nvcc": nvcc,
+        "sources": origin.sources(),
         "commit": commit(HERE),
     }
     return {"run": about, **found}

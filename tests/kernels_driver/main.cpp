@@ -7,7 +7,7 @@
 // compiled, or a way to take it (coverage.h), was never run. Options:
 //   --list        the cases' names
 //   --only TEXT   only cases in whose name this is; may be given several times, and then all must be
-//   --seconds S   begin no case after so many
+//   --seconds S   begin no case after so many; exit status 3 if there were more and all is right so far
 //   --verbose     say which case begins, and which kernels it took
 //   --unwritten   leave results and workspace as cudaMalloc gives them, for initcheck; else they start as poison
 //   --spoil NAME  change a value of the result of this name before it is looked at: every case that has it must fail
@@ -25,6 +25,8 @@
 
 namespace kernels_driver {
 namespace {
+
+constexpr int kIncomplete = 3;  // exit status: what was run is right, but --seconds did not do for all
 
 struct Options {
   bool list = false;
@@ -138,7 +140,9 @@ class Program {
     }
     if (left > 0) std::printf("%d cases were not begun after %g s\n", left, options_.seconds);
     std::printf("%d of %d cases are right\n", cases_ - wrong_, cases_);
-    return wrong_ > 0 || missing > 0 || left > 0 || cases_ == 0 ? 1 : 0;
+    if (wrong_ > 0 || cases_ == 0) return 1;
+    if (left > 0) return kIncomplete;
+    return missing > 0 ? 1 : 0;
   }
 
   const Options& options_;

@@ -1,0 +1,1 @@
+"""What make and developers run; not part of the package."""
