@@ -194,7 +194,8 @@ if wanted sanitize; then
         initcheck) of_driver+=(--unwritten) ;;
       esac
       if [ -n "$sanitizer" ]; then
-        INCOMPLETE="not all cases, see the end of $tool.log" step "$tool" 50 "$sanitizer" --tool "$tool" --error-exitcode 9 "${of_tool[@]}" "$driver" "${of_driver[@]}"
+        INCOMPLETE="not all cases, see the end of $tool.log" step "$tool" 50 \
+          "$sanitizer" --tool "$tool" --error-exitcode 9 "${of_tool[@]}" "$driver" "${of_driver[@]}"
       else
         skip "$tool" "compute-sanitizer is not installed"
       fi
