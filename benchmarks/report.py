@@ -54,6 +54,18 @@ def report(path: Path, markdown: bool) -> str:
         raise FileError(f"{path} was not written by this suite: {error!r}") from error
 
 
+def draw(run: Run, path: Path) -> None:
+    """Draw the plot; raise FileError if that cannot be done."""
+    try:
+        from . import plot
+    except ImportError as error:
+        raise FileError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
+    try:
+        plot.draw(run, path)
+    except OSError as error:
+        raise FileError(f"cannot write {error.filename}: {error.strerror}") from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the report, or on stderr why there is none (exit status 2)."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Ratios from a run's JSON.")
@@ -64,9 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(report(options.json, options.markdown))
         if options.plot:
-            from . import plot  # needs matplotlib, of the demo's extra
-
-            plot.draw(load(options.json), options.plot)
+            draw(load(options.json), options.plot)
     except FileError as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2

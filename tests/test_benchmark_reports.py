@@ -1,6 +1,7 @@
 """Reports and plots of the benchmarks, from files that are made here: what they tell, and what they refuse."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,17 @@ def test_plot_of_a_gpu(tmp_path: Path) -> None:
     assert plot.chosen(run) == ("bfloat16", 256)
     assert report.main([str(tmp_path / "run.json"), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_cannot_be_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    write_run(path, GPU, gpu_cells())
+    monkeypatch.setitem(sys.modules, "benchmarks.plot", None)
+    monkeypatch.delattr("benchmarks.plot", raising=False)
+    assert report.main([str(path), "--plot", str(tmp_path / "plot.png")]) == 2
+    assert "pictures need matplotlib" in capsys.readouterr().err
 
 
 def test_targets_are_each_about_something() -> None:
