@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -97,6 +98,17 @@ def load(path: Path) -> Run:
         return Run(dict(content["run"]), {cell.key: cell for cell in cells})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"{path} was not written by this suite: {error!r}") from error
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Make one sentence, a FileError, of what keeps a picture from being drawn, its modules' imports included."""
+    try:
+        yield
+    except ImportError as error:
+        raise FileError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
+    except OSError as error:
+        raise FileError(f"cannot write {error.filename}: {error.strerror}") from error
 
 
 def write(path: Path, text: str) -> None:

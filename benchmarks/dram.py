@@ -128,7 +128,7 @@ def profile(providers: list[str], seconds: float) -> list[dict[str, Any]]:
 
 
 def find_ncu() -> str:
-    """Look for Nsight Compute on the PATH, then where toolkits put it."""
+    """Look for Nsight Compute on the PATH, then where NVIDIA's installers put it on every machine."""
     places = [*Path("/usr/local/cuda/bin").glob("ncu"), *sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))]
     found = shutil.which("ncu") or next(map(str, reversed(places)), None)
     if found is None:

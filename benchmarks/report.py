@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from . import pairs, rivals
-from .cells import FileError, Run, load
+from .cells import FileError, Run, drawing, load
 from .names import OURS, RIVAL
 from .tables import bullets, versions
 
@@ -56,14 +56,10 @@ def report(path: Path, markdown: bool) -> str:
 
 def draw(run: Run, path: Path) -> None:
     """Draw the plot; raise FileError if that cannot be done."""
-    try:
+    with drawing():
         from . import plot
-    except ImportError as error:
-        raise FileError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
-    try:
+
         plot.draw(run, path)
-    except OSError as error:
-        raise FileError(f"cannot write {error.filename}: {error.strerror}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..cells import FileError, read_json
+from ..cells import FileError, drawing, read_json
 from ..tables import versions
 
 STOCK, FUSED = "stock", "fused"
@@ -77,14 +77,10 @@ def report(run: dict[str, Any]) -> tuple[str, bool]:
 
 def draw(run: dict[str, Any], picture: Path) -> None:
     """Draw the curves of every dtype."""
-    try:
+    with drawing():
         from . import plots
-    except ImportError as error:
-        raise FileError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
-    try:
+
         plots.save(run, picture)
-    except OSError as error:
-        raise FileError(f"cannot write {error.filename}: {error.strerror}") from error
 
 
 def show(path: Path, picture: Path | None) -> int:

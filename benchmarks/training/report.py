@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..cells import FileError, read_json
+from ..cells import FileError, drawing, read_json
 from ..tables import table, title, versions
 
 MIB = 1 << 20
@@ -179,14 +179,10 @@ def report(path: Path, markdown: bool) -> str:
 
 def draw(path: Path, picture: Path) -> list[Path]:
     """Draw the pictures of one file; raise FileError if that cannot be done."""
-    try:
+    with drawing():
         from . import plots
-    except ImportError as error:
-        raise FileError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
-    try:
+
         return plots.save(load(path), picture)
-    except OSError as error:
-        raise FileError(f"cannot write {error.filename}: {error.strerror}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
