@@ -1,6 +1,12 @@
 """What all tests share: the devices of this machine, and a fixed seed for each test."""
 
+import os
 from collections.abc import Iterator
+
+# Compiled graphs that torch keeps on disk outlive a run: an earlier run, even of older sources, would decide what
+# this one tests. Torch 2.11 also gives back a backward of other strides, where it forgot to guard them
+# (two convolutions and dynamic=True are enough). Read when torch is imported; processes that tests start inherit it.
+os.environ.update(TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_AUTOGRAD_CACHE="0")
 
 import pytest
 import torch
