@@ -17,10 +17,11 @@ def _mask(input: Tensor, wanted: bool) -> Tensor:
     return input.new_empty((input.numel() // 8 + 4 if wanted else 0,), dtype=torch.uint8)
 
 
-def _like(input: Tensor) -> Tensor:
+def _like(input: Tensor, mask_format: torch.memory_format | None = None) -> Tensor:
     """A tensor like input, in the memory format that the kernels write."""
     _sharding.register()  # a DTensor asks here for its result's shape, before it asks how to share the work
-    return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
+    memory_format = mask_format or torch._prims_common.suggest_memory_format(input)
+    return torch.empty_like(input, memory_format=memory_format)
 
 
 def _forward(
@@ -35,11 +36,11 @@ def _forward(
     eps: float,
     activation: str | None = None,
     activation_parameter: float = 0.0,
-    save_mask: bool = False,
+    mask_format: torch.memory_format | None = None,
     skip_nonfinite: bool = False,
     skip_recomputed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(input), _saved(input), _mask(input, save_mask)
+    return _like(input, mask_format), _saved(input), _mask(input, mask_format is not None)
 
 
 def _inference(
@@ -52,9 +53,9 @@ def _inference(
     eps: float,
     activation: str | None = None,
     activation_parameter: float = 0.0,
-    save_mask: bool = False,
+    mask_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(input), _saved(input), _mask(input, save_mask)
+    return _like(input, mask_format), _saved(input), _mask(input, mask_format is not None)
 
 
 def _repeat(
@@ -74,6 +75,7 @@ def _backward(
     saved: Tensor,
     residual: Tensor | None,
     mask: Tensor | None,
+    mask_format: torch.memory_format | None,
     training: bool,
     activation: str | None,
     activation_parameter: float,
@@ -81,11 +83,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameter = saved if weight is None else weight
     channels = input.shape[1]
+    memory_format = None if mask is None else mask_format
     return (
-        _like(input) if output_mask[0] else input.new_empty((0,)),
+        _like(input, memory_format) if output_mask[0] else input.new_empty((0,)),
         parameter.new_empty((channels if output_mask[1] else 0,)),
         parameter.new_empty((channels if output_mask[2] else 0,)),
-        _like(input) if output_mask[3] else input.new_empty((0,)),
+        _like(input, memory_format) if output_mask[3] else input.new_empty((0,)),
     )
 
 

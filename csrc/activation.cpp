@@ -131,15 +131,15 @@ at::Tensor composed_activation_backward(const at::Tensor& g, const at::Tensor& u
 
 at::Tensor composed_mask_backward(const at::Tensor& g,
                                   const at::Tensor& mask,
-                                  const at::Tensor& input,
+                                  at::MemoryFormat format,
                                   const Activation& activation) {
   const at::Tensor bits = at::arange(8, mask.options()).unsqueeze(0);
   const at::Tensor is_blocked = mask.unsqueeze(1).bitwise_right_shift(bits).bitwise_and(1).eq(0).flatten();
-  const at::Tensor in_memory_order = is_blocked.narrow_symint(0, 0, input.sym_numel());
-  if (input.suggest_memory_format() == at::MemoryFormat::Contiguous) {
-    return relu_like_backward(g, in_memory_order.view_symint(input.sym_sizes()), activation);
+  const at::Tensor in_memory_order = is_blocked.narrow_symint(0, 0, g.sym_numel());
+  if (format == at::MemoryFormat::Contiguous) {
+    return relu_like_backward(g, in_memory_order.view_symint(g.sym_sizes()), activation);
   }
-  std::vector<c10::SymInt> sizes = input.sym_sizes().vec();  // (N, C, ...) to (N, ..., C)
+  std::vector<c10::SymInt> sizes = g.sym_sizes().vec();  // (N, C, ...) to (N, ..., C)
   sizes.push_back(sizes[1]);
   sizes.erase(sizes.begin() + 1);
   return relu_like_backward(g, in_memory_order.view_symint(sizes).movedim(-1, 1), activation);

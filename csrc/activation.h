@@ -24,10 +24,10 @@ Activation parse(const NamedActivation& activation);
 at::Tensor composed_activation(const at::Tensor& u, const Activation& activation);
 // g * activation'(u)
 at::Tensor composed_activation_backward(const at::Tensor& g, const at::Tensor& u, const Activation& activation);
-// The same for kReluLike, from the mask of a forward pass with input's sizes and memory format.
+// The same for kReluLike, from the mask of a forward pass whose y had g's sizes and this memory format.
 at::Tensor composed_mask_backward(const at::Tensor& g,
                                   const at::Tensor& mask,
-                                  const at::Tensor& input,
+                                  at::MemoryFormat format,
                                   const Activation& activation);
 
 }  // namespace bn_ext

@@ -10,6 +10,7 @@
 namespace bn_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using OptionalFormat = std::optional<at::MemoryFormat>;
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 

@@ -27,6 +27,7 @@ FourTensors dispatch_backward(const at::Tensor& dy, const SavedForBackward& s, s
                  s.saved,
                  optional(s.residual),
                  optional(s.mask),
+                 s.mask_format,
                  s.training,
                  s.activation.name,
                  s.activation.parameter,
@@ -50,31 +51,45 @@ at::Tensor zero_of_inputs(const at::TensorOptions& options) {
   return zero;
 }
 
-// With a residual, one bit per value is all that relu, leaky_relu and relu6 need of it.
-bool wants_mask(const BatchNormArguments& args) {
-  return is_defined(args.residual) && parse(args.activation).kind == ActivationKind::kReluLike;
+// Whether a compiler that traces this is likely to give the operators an input with channels last instead: Inductor
+// does so to what is between convolutions.
+bool may_become_channels_last(const at::Tensor& input) {
+  return input.key_set().has(c10::DispatchKey::Python) && input.dim() >= 4 &&
+         input.suggest_memory_format() == at::MemoryFormat::Contiguous;
+}
+
+// With a residual, one bit per value is all that relu, leaky_relu and relu6 need of it. The bits hold to the memory
+// format of the moment, for which the operators would copy what comes in another one; then the residual is kept.
+OptionalFormat mask_format_of(const BatchNormArguments& args) {
+  if (!is_defined(args.residual) || parse(args.activation).kind != ActivationKind::kReluLike) return std::nullopt;
+  if (may_become_channels_last(args.input)) return std::nullopt;
+  return args.input.suggest_memory_format();
 }
 
 // Saved for backward: input, weight and vectors of statistics; behind an activation, bias, for derivatives of higher
 // order; and of a residual the mask, or else the residual itself.
-void save(AutogradContext* ctx, const BatchNormArguments& args, const at::Tensor& saved, const at::Tensor& mask) {
-  const bool has_mask = wants_mask(args);
+void save(AutogradContext* ctx,
+          const BatchNormArguments& args,
+          const at::Tensor& saved,
+          const at::Tensor& mask,
+          OptionalFormat mask_format) {
+  const bool has_mask = mask_format.has_value();
   const bool has_activation = args.activation.name.has_value();
   const auto if_needed = [](bool needed, const OptionalTensor& tensor) {
     return needed ? tensor.value_or(at::Tensor()) : at::Tensor();
   };
   ctx->save_for_backward({args.input,
                           args.weight.value_or(at::Tensor()),
-                          if_needed(saves_u(args), args.bias),
-                          if_needed(saves_u(args), args.residual),
+                          if_needed(has_activation && !has_mask, args.bias),
+                          if_needed(has_activation && !has_mask, args.residual),
                           saved,
                           has_mask ? mask : at::Tensor()});
   ctx->saved_data["training"] = args.training;
   ctx->saved_data["eps"] = args.eps;
   ctx->saved_data["has_bias"] = is_defined(args.bias);
   ctx->saved_data["has_residual"] = is_defined(args.residual);
-  // In whose order the mask's bits lie: saved-tensor hooks may bring input back in another one.
-  if (has_mask) ctx->saved_data["memory_format"] = static_cast<int64_t>(args.input.suggest_memory_format());
+  // Saved-tensor hooks may bring input back in another one.
+  if (has_mask) ctx->saved_data["mask_format"] = static_cast<int64_t>(*mask_format);
   if (has_activation) {
     ctx->saved_data["activation"] = std::string(*args.activation.name);
     ctx->saved_data["activation_parameter"] = args.activation.parameter;
@@ -93,15 +108,15 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
     name = ctx->saved_data["activation"].toStringRef();
     activation = {name, ctx->saved_data["activation_parameter"].toDouble()};
   }
-  const at::Tensor input =
-      saved[5].defined() ? saved[0].contiguous(static_cast<at::MemoryFormat>(ctx->saved_data["memory_format"].toInt()))
-                         : saved[0];
-  const SavedForBackward s{input,
+  OptionalFormat mask_format;
+  if (saved[5].defined()) mask_format = static_cast<at::MemoryFormat>(ctx->saved_data["mask_format"].toInt());
+  const SavedForBackward s{saved[0],
                            saved[1],
                            saved[2],
                            saved[3],
                            saved[4],
                            saved[5],
+                           mask_format,
                            ctx->saved_data["training"].toBool(),
                            ctx->saved_data["eps"].toDouble(),
                            activation};
@@ -160,8 +175,9 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
                                   residual,
                                   activation,
                                   skip};
-    const auto [y, saved, mask] = dispatch_forward(args, wants_mask(args));
-    save(ctx, args, saved, mask);
+    const OptionalFormat mask_format = mask_format_of(args);
+    const auto [y, saved, mask] = dispatch_forward(args, mask_format);
+    save(ctx, args, saved, mask, mask_format);
     *saved_out = saved;
     return y;
   }
@@ -182,18 +198,18 @@ struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
                             const at::Tensor& running_var,
                             double eps,
                             NamedActivation activation,
-                            bool save_mask,
+                            OptionalFormat mask_format,
                             at::Tensor* saved_out,
                             at::Tensor* mask_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const OptionalTensor mean_given(running_mean), var_given(running_var), no_count;
     const BatchNormArguments args{
         input, mean_given, var_given, weight, bias, false, 0.0, eps, no_count, residual, activation, {}};
-    const bool needs_mask = wants_mask(args);
-    const auto [y, saved, mask] = dispatch_forward(args, save_mask || needs_mask);
-    save(ctx, args, saved, mask);
+    const OptionalFormat own = mask_format_of(args), chosen = mask_format.has_value() ? mask_format : own;
+    const auto [y, saved, mask] = dispatch_forward(args, chosen);
+    save(ctx, args, saved, mask, own.has_value() ? chosen : own);
     *saved_out = saved;
-    *mask_out = save_mask ? mask : at::empty({0}, mask.options());
+    *mask_out = mask_format.has_value() ? mask : at::empty({0}, mask.options());
     return y;
   }
 
@@ -211,7 +227,7 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
                                       double eps,
                                       OptionalName activation,
                                       double activation_parameter,
-                                      bool save_mask) {
+                                      OptionalFormat mask_format) {
   at::Tensor saved, mask;
   const at::Tensor y = InferenceFunction::apply(input,
                                                 weight,
@@ -221,7 +237,7 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
                                                 running_var,
                                                 eps,
                                                 NamedActivation{activation, activation_parameter},
-                                                save_mask,
+                                                mask_format,
                                                 &saved,
                                                 &mask);
   return {y, saved, mask};
@@ -229,9 +245,11 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
 
 }  // namespace
 
-bool saves_u(const BatchNormArguments& args) { return args.activation.name.has_value() && !wants_mask(args); }
+bool saves_u(const BatchNormArguments& args) {
+  return args.activation.name.has_value() && !mask_format_of(args).has_value();
+}
 
-ThreeTensors dispatch_forward(const BatchNormArguments& a, bool save_mask) {
+ThreeTensors dispatch_forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const auto& [name, parameter] = a.activation;
   if (a.training) {
     static const auto op = operator_handle<decltype(batch_norm_forward)>("bn_ext::batch_norm_forward");
@@ -246,13 +264,13 @@ ThreeTensors dispatch_forward(const BatchNormArguments& a, bool save_mask) {
                    a.eps,
                    name,
                    parameter,
-                   save_mask,
+                   mask_format,
                    a.skip.nonfinite,
                    a.skip.recomputed);
   }
   static const auto op = operator_handle<decltype(batch_norm_inference)>("bn_ext::batch_norm_inference");
   return op.call(
-      a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.residual, a.eps, name, parameter, save_mask);
+      a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.residual, a.eps, name, parameter, mask_format);
 }
 
 TensorAndSaved differentiable_batch_norm(const BatchNormArguments& a) {

@@ -17,7 +17,7 @@ c10::TypedOperatorHandle<Signature> operator_handle(const char* name) {
 }
 
 // The forward pass of the mode that `args` asks for; see batch_norm.h.
-ThreeTensors dispatch_forward(const BatchNormArguments& args, bool save_mask);
+ThreeTensors dispatch_forward(const BatchNormArguments& args, OptionalFormat mask_format);
 
 // Whether backward needs what is before the activation, u + z, and so bias and residual: not where a mask tells all.
 bool saves_u(const BatchNormArguments& args);

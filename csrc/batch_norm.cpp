@@ -109,15 +109,16 @@ at::Tensor contiguous_or_none(const OptionalTensor& tensor, at::MemoryFormat for
 }
 
 // Both forward passes, of checked arguments. What can fail comes before the back-end writes anything.
-ThreeTensors forward(const BatchNormArguments& a, bool save_mask) {
+ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const c10::DeviceGuard guard(a.input.device());  // kernels are launched on the current device
-  const at::MemoryFormat format = a.input.suggest_memory_format();
+  const bool saves_mask = mask_format.has_value();
+  const at::MemoryFormat format = mask_format.value_or(a.input.suggest_memory_format());
   const at::Tensor x = a.input.contiguous(format);
   const at::Tensor z = contiguous_or_none(a.residual, format);
   const ChannelVector weight(a.weight), bias(a.bias), running_mean(a.running_mean), running_var(a.running_var);
   const at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
   const Saved saved{at::empty({4, x.size(1)}, x.options().dtype(accumulate_type_of(x.scalar_type())))};
-  const at::Tensor mask = at::empty({save_mask ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
+  const at::Tensor mask = at::empty({saves_mask ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
 
   const bool is_tracked = a.num_batches_tracked.has_value() && a.num_batches_tracked->defined();
   const bool counted_by_torch =
@@ -142,7 +143,7 @@ ThreeTensors forward(const BatchNormArguments& a, bool save_mask) {
   p.momentum = momentum.value_or(0);
   p.skip_nonfinite = a.skip.nonfinite;
   p.eps = a.eps;
-  p.mask = save_mask ? mask.data_ptr<uint8_t>() : nullptr;
+  p.mask = saves_mask ? mask.data_ptr<uint8_t>() : nullptr;
   run_forward(x, p);
   if (counted_by_torch) a.num_batches_tracked->copy_(raised_count);
   if (a.training) {
@@ -165,7 +166,7 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 double eps,
                                 OptionalName activation,
                                 double activation_parameter,
-                                bool save_mask,
+                                OptionalFormat mask_format,
                                 bool skip_nonfinite,
                                 bool skip_recomputed) {
   const Skip skip{skip_nonfinite, skip_recomputed};
@@ -182,8 +183,8 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 {activation, activation_parameter},
                                 skip};
   check_arguments(args);
-  check_mask(args, save_mask);
-  return forward(skips_this_pass(skip) ? without_updates(args) : args, save_mask);
+  check_mask(args, mask_format);
+  return forward(skips_this_pass(skip) ? without_updates(args) : args, mask_format);
 }
 
 ThreeTensors batch_norm_inference(const at::Tensor& input,
@@ -195,13 +196,13 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   double eps,
                                   OptionalName activation,
                                   double activation_parameter,
-                                  bool save_mask) {
+                                  OptionalFormat mask_format) {
   const OptionalTensor mean(running_mean), var(running_var), no_count;
   const BatchNormArguments args{
       input, mean, var, weight, bias, false, 0.0, eps, no_count, residual, {activation, activation_parameter}, {}};
   check_arguments(args);
-  check_mask(args, save_mask);
-  return forward(args, save_mask);
+  check_mask(args, mask_format);
+  return forward(args, mask_format);
 }
 
 at::Tensor batch_norm_repeat(const at::Tensor& input,
@@ -230,14 +231,16 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
                                 const at::Tensor& saved,
                                 const OptionalTensor& residual,
                                 const OptionalTensor& mask,
+                                OptionalFormat mask_format,
                                 bool training,
                                 OptionalName activation_name,
                                 double activation_parameter,
                                 std::array<bool, 4> output_mask) {
   const Activation activation = parse({activation_name, activation_parameter});
-  check_backward(dy, input, weight, saved, residual, mask);
+  check_backward(dy, input, weight, saved, residual, mask, mask_format);
   const c10::DeviceGuard guard(input.device());
-  const at::MemoryFormat format = input.suggest_memory_format();
+  const bool has_mask = is_defined(mask);
+  const at::MemoryFormat format = has_mask ? *mask_format : input.suggest_memory_format();
   const at::Tensor x = input.contiguous(format);
   const Saved s{saved.contiguous()};
   const ChannelVector w(weight);
@@ -253,7 +256,6 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
   if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_(), dz};
 
   const bool is_none = activation.kind == ActivationKind::kNone;
-  const bool has_mask = mask.has_value() && mask->defined();
   if (is_none && output_mask[3]) dz.copy_(dy);
   const bool is_scalar = is_expanded_scalar(dy);
   const at::Tensor g = is_scalar ? dy : dy.contiguous(format);

@@ -12,6 +12,7 @@ namespace bn_ext {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalName = std::optional<std::string_view>;
+using OptionalFormat = std::optional<at::MemoryFormat>;
 // y, and what batch_norm_repeat needs to compute it again; undefined where it cannot.
 using TensorAndSaved = std::tuple<at::Tensor, at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
@@ -22,8 +23,9 @@ using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // y = activation((input - mean) * scale + offset + residual).
 
 // Training: y, saved, mask. Updates the running statistics and num_batches_tracked in place. An empty batch only raises
-// num_batches_tracked. The last two arguments are those of Skip in arguments.h. mask tells where relu, leaky_relu or
-// relu6 let values pass, one bit each (params.h); it is empty unless save_mask.
+// num_batches_tracked. The last two arguments are those of Skip in arguments.h. With a mask_format, y is of that memory
+// format, and mask tells where relu, leaky_relu or relu6 let values pass, one bit each in y's order (params.h);
+// without, y has input's and mask is empty.
 ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 const OptionalTensor& weight,
                                 const OptionalTensor& bias,
@@ -35,7 +37,7 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 double eps,
                                 OptionalName activation,
                                 double activation_parameter,
-                                bool save_mask,
+                                OptionalFormat mask_format,
                                 bool skip_nonfinite,
                                 bool skip_recomputed);
 
@@ -49,7 +51,7 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   double eps,
                                   OptionalName activation,
                                   double activation_parameter,
-                                  bool save_mask);
+                                  OptionalFormat mask_format);
 
 // y of either once more, bit-equal, from what it saved.
 at::Tensor batch_norm_repeat(const at::Tensor& input,
@@ -59,13 +61,16 @@ at::Tensor batch_norm_repeat(const at::Tensor& input,
                              double activation_parameter);
 
 // dx, dweight, dbias, dresidual where `output_mask` says so, else an empty tensor. dweight and dbias have weight's
-// dtype; without a weight, that of saved. With a mask the residual is not needed.
+// dtype; without a weight, that of saved. With a mask the residual is not needed, and dx and dresidual are of the
+// format in which forward was asked for it: of whatever layout input has become, as compilers choose layouts of their
+// own for the forward and the backward graph.
 FourTensors batch_norm_backward(const at::Tensor& dy,
                                 const at::Tensor& input,
                                 const OptionalTensor& weight,
                                 const at::Tensor& saved,
                                 const OptionalTensor& residual,
                                 const OptionalTensor& mask,
+                                OptionalFormat mask_format,
                                 bool training,
                                 OptionalName activation,
                                 double activation_parameter,

@@ -7,33 +7,42 @@
 #include "explain.h"
 #include "operator.h"
 
+namespace {
+
+// flexible_layout: Inductor gives convolutions their input with channels last, whatever the model's memory format. To
+// be called with the strides that were traced, as operators are by default, costs a copy before each batch norm and
+// one behind it, forward and backward.
+const std::vector<at::Tag> kTags{at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
+
+}  // namespace
+
 TORCH_LIBRARY(bn_ext, m) {
   m.def(
       "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None, "
       "Tensor? bias=None, bool training=False, float? momentum=0.1, float eps=1e-05, *, "
       "Tensor(c!)? num_batches_tracked=None, Tensor? residual=None, str? activation=None, "
       "float activation_parameter=0.0, bool skip_nonfinite=False, bool skip_recomputed=False) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
+      kTags);
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, "
-      "str? activation=None, float activation_parameter=0.0, bool save_mask=False, bool skip_nonfinite=False, "
-      "bool skip_recomputed=False) -> (Tensor y, Tensor saved, Tensor mask)",
-      {at::Tag::pt2_compliant_tag});
+      "str? activation=None, float activation_parameter=0.0, MemoryFormat? mask_format=None, "
+      "bool skip_nonfinite=False, bool skip_recomputed=False) -> (Tensor y, Tensor saved, Tensor mask)",
+      kTags);
   m.def(
       "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "Tensor? residual, float eps, str? activation=None, float activation_parameter=0.0, bool save_mask=False) "
-      "-> (Tensor y, Tensor saved, Tensor mask)",
-      {at::Tag::pt2_compliant_tag});
+      "Tensor? residual, float eps, str? activation=None, float activation_parameter=0.0, "
+      "MemoryFormat? mask_format=None) -> (Tensor y, Tensor saved, Tensor mask)",
+      kTags);
   m.def(
       "batch_norm_repeat(Tensor input, Tensor saved, Tensor? residual, str? activation=None, "
       "float activation_parameter=0.0) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
+      kTags);
   m.def(
       "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor saved, Tensor? residual, Tensor? mask, "
-      "bool training, str? activation, float activation_parameter, bool[4] output_mask) "
+      "MemoryFormat? mask_format, bool training, str? activation, float activation_parameter, bool[4] output_mask) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-      {at::Tag::pt2_compliant_tag});
+      kTags);
 }
 
 namespace {

@@ -140,9 +140,9 @@ void check_residual(const at::Tensor& input, const OptionalTensor& residual) {
               residual->device());
 }
 
-void check_mask(const BatchNormArguments& args, bool save_mask) {
-  TORCH_CHECK(!save_mask || parse(args.activation).kind == ActivationKind::kReluLike,
-              "save_mask goes with the activations relu, leaky_relu and relu6, got ",
+void check_mask(const BatchNormArguments& args, OptionalFormat mask_format) {
+  TORCH_CHECK(!mask_format.has_value() || parse(args.activation).kind == ActivationKind::kReluLike,
+              "mask_format goes with the activations relu, leaky_relu and relu6, got ",
               args.activation.name.value_or("None"));
 }
 
@@ -171,7 +171,8 @@ void check_backward(const at::Tensor& dy,
                     const OptionalTensor& weight,
                     const at::Tensor& saved,
                     const OptionalTensor& residual,
-                    const OptionalTensor& mask) {
+                    const OptionalTensor& mask,
+                    OptionalFormat mask_format) {
   check_saved(input, saved);
   std::optional<at::ScalarType> shared;
   check_channel_vector(input, weight, "weight", shared);
@@ -186,6 +187,8 @@ void check_backward(const at::Tensor& dy,
               is_defined(mask) ? mask->numel() : 0,
               " of ",
               is_defined(mask) ? mask->scalar_type() : at::kByte);
+  TORCH_CHECK(!is_defined(mask) || mask_format.has_value(),
+              "a mask needs the mask_format with which the forward pass was called, got None");
   TORCH_CHECK(
       dy.sizes() == input.sizes(), "grad_output must have the shape of input ", input.sizes(), ", got ", dy.sizes());
   TORCH_CHECK(dy.scalar_type() == input.scalar_type() && dy.device() == input.device(),

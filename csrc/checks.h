@@ -18,7 +18,7 @@ void check_can_be_saved(const OptionalTensor& tensor, const char* name);
 void check_residual(const at::Tensor& input, const OptionalTensor& residual);
 
 // Throws where a mask is asked for that this activation does not have.
-void check_mask(const BatchNormArguments& args, bool save_mask);
+void check_mask(const BatchNormArguments& args, OptionalFormat mask_format);
 
 // Throws for what no forward pass of `input` saved.
 void check_saved(const at::Tensor& input, const at::Tensor& saved);
@@ -29,6 +29,7 @@ void check_backward(const at::Tensor& dy,
                     const OptionalTensor& weight,
                     const at::Tensor& saved,
                     const OptionalTensor& residual,
-                    const OptionalTensor& mask);
+                    const OptionalTensor& mask,
+                    OptionalFormat mask_format);
 
 }  // namespace bn_ext

@@ -81,7 +81,7 @@ FourTensors composed_backward(const at::Tensor& dy, const SavedForBackward& s, s
   const Activation activation = parse(s.activation);
   at::Tensor g = dy.to(type);
   if (s.mask.defined()) {
-    g = composed_mask_backward(g, s.mask, input, activation);
+    g = composed_mask_backward(g, s.mask, *s.mask_format, activation);
   } else if (activation.kind != ActivationKind::kNone) {
     at::Tensor u = s.weight.defined() ? xhat * per_channel(s.weight) : xhat;
     if (s.bias.defined()) u = u + per_channel(s.bias);

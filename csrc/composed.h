@@ -26,6 +26,7 @@ struct SavedForBackward {
   at::Tensor residual;
   at::Tensor saved;  // see batch_norm.h
   at::Tensor mask;
+  OptionalFormat mask_format;
   bool training;
   double eps;
   NamedActivation activation;

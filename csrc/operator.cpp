@@ -43,7 +43,7 @@ TensorAndSaved run_alike(const BatchNormArguments& a) {
     result = differentiable_batch_norm(a);
   } else {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [y, saved, mask] = dispatch_forward(a, /*save_mask=*/false);
+    const auto [y, saved, mask] = dispatch_forward(a, /*mask_format=*/std::nullopt);
     result = {y, saved};
   }
   if (a.training && !skips_this_pass(a.skip)) count_as_changed(a.num_batches_tracked);

@@ -181,6 +181,34 @@ def test_masks_of_any_size(device: str, activation: str, shape: tuple[int, ...],
     torch.testing.assert_close(dz, torch.where(passes, dy, dy * (0.01 if activation == "leaky_relu" else 0)))
 
 
+@pytest.mark.parametrize(
+    ("shape", "of_mask", "of_input"),
+    [
+        ((2, 3, 5, 7), "contiguous", "channels_last"),
+        ((2, 3, 5, 7), "channels_last", "contiguous"),
+        ((2, 3, 4, 5, 7), "contiguous", "channels_last_3d"),
+        ((2, 3, 4, 5, 7), "channels_last_3d", "contiguous"),
+    ],
+)
+@pytest.mark.parametrize("changes", ["before", "between"])
+def test_masks_hold_to_their_memory_format(
+    device: str, shape: tuple[int, ...], of_mask: str, of_input: str, changes: str
+) -> None:
+    """Compilers choose a layout for the forward, and one for the backward graph."""
+    x, z = (normal(*shape, layout=of_mask) for _ in range(2))
+    other = normal(*shape, layout=of_input).copy_(x)
+    mask_format = getattr(torch, of_mask if of_mask.startswith("channels") else "contiguous_format")
+    ops = torch.ops.bn_ext
+    of_forward = other if changes == "before" else x
+    y, saved, mask = ops.batch_norm_forward(of_forward, *[None] * 5, z, 0.1, EPS, "relu", 0.0, mask_format)
+    dy, leaves = normal(*shape), (leaf(x), leaf(z))
+    expected = separate(leaves[0], None, None, None, None, True, activation="relu", residual=leaves[1])
+    rest = ("relu", 0.0, [True, False, False, True])
+    dx, _, _, dz = ops.batch_norm_backward(dy, other, None, saved, None, mask, mask_format, True, *rest)
+    torch.testing.assert_close((y, dx, dz), (expected.detach(), *grad(expected, leaves, dy)))
+    assert y.stride() == dx.stride() == dz.stride() == z.stride()
+
+
 def saved_bytes(f: Any) -> tuple[int, list[Tensor]]:
     """Bytes kept for backward, each storage once, and what is kept."""
     kept: list[Tensor] = []

@@ -9,6 +9,7 @@ from helpers.derivatives import modules, normal
 from helpers.fusing import ADD_RELU, Block, fused_and_stock
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 import bn_ext
@@ -114,3 +115,29 @@ def test_residual_of_another_shape(training: bool) -> None:
         x, z = normal(4, 3, 5, 6).cpu(), normal(*shape).cpu()
         torch.testing.assert_close(compiled(x, z), stock(x, z))
     torch.testing.assert_close(fused.state_dict(), stock.state_dict())
+
+
+class WrittenByChannel(nn.Module):
+    """What a compiler may write with channels last, and compute again in backward: a convolution, and its sine."""
+
+    def __init__(self, sine: bool) -> None:
+        super().__init__()
+        self.conv, self.sine = nn.Conv2d(3, 8, 3, padding=1), sine
+        self.norm, self.last = bn_ext.BatchNorm2d(8, activation="relu"), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.last(self.norm(y.sin() if self.sine else y, y.cos()))
+
+
+@pytest.mark.parametrize("sine", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_inductor_chooses_the_layout(device: str, layout: str, sine: bool) -> None:
+    """Between convolutions nothing is copied for the sake of strides, where it has channels last."""
+    network = WrittenByChannel(sine).to(device)
+    compiled = torch.compile(network, fullgraph=True)
+    inputs = [laid_out((4, 3, 5, 6), layout, torch.float32)]
+    eager = copy.deepcopy(network)
+    _, codes = run_and_get_code(assert_same_steps, compiled, eager, inputs, fusing=True)
+    if device == "cpu":  # there inductor always chooses channels last for convolutions
+        assert not any("240, 30, 6, 1" in code for code in codes)

@@ -154,9 +154,9 @@ def job_in_a_part(_: int, shape: tuple[int, ...], memory_format: torch.memory_fo
     def both() -> list[Tensor]:
         # Not by autograd, whose threads would be in the other context.
         running = (mean.clone(), var.clone(), count.clone())
-        momentum_to_skip = (0.1, 1e-5, None, 0.0, False, False, False)
+        momentum_to_skip = (0.1, 1e-5, None, 0.0, None, False, False)
         y, saved, _ = operators.batch_norm_forward(x, weight, None, *running, None, *momentum_to_skip)
-        rest = (None, None, True, None, 0.0, (True, True, True, False))
+        rest = (None, None, None, True, None, 0.0, (True, True, True, False))
         gradients = operators.batch_norm_backward(dy, x, weight, saved, *rest)[:3]
         return [y, saved, *gradients, *running]
 

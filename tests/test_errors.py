@@ -213,12 +213,14 @@ SAVED = torch.ones(4, 3)
         ({"weight": vector(2)}, "weight should contain 3 elements not 2"),
         ({"residual": X[:2]}, "residual must have the shape of input"),
         ({"mask": torch.zeros(3, dtype=torch.uint8)}, "mask must be what the forward pass returned, .* got 3 of Byte"),
+        ({"mask": torch.zeros(10, dtype=torch.uint8)}, "a mask needs the mask_format with which the forward pass was"),
         ({"activation": "foo"}, "activation must be relu, .*, got foo"),
     ],
 )
 def test_inner_backward(device: str, changes: dict[str, Any], words: str) -> None:
     arguments = {"dy": X, "input": X, "weight": None, "saved": SAVED, "residual": None, "mask": None}
     arguments |= {
+        "mask_format": None,
         "training": True,
         "activation": None,
         "activation_parameter": 0.0,

@@ -83,16 +83,17 @@ def test_opcheck(sample: str, training: bool) -> None:
     torch.library.opcheck(inner, (), inner_arguments(values, training))
     x, w = values["input"], values["weight"]
     residual, dy = torch.rand_like(x), torch.rand_like(x)
-    for activation, save_mask in ((None, False), ("relu", False), ("leaky_relu", True), ("silu", False)):
+    for activation, has_mask in ((None, False), ("relu", False), ("leaky_relu", True), ("silu", False)):
+        mask_format = torch._prims_common.suggest_memory_format(x) if has_mask else None
         named = (activation, 0.2)
         forward = inner_arguments(values, training) | dict(
-            residual=residual, activation=activation, activation_parameter=0.2, save_mask=save_mask
+            residual=residual, activation=activation, activation_parameter=0.2, mask_format=mask_format
         )
         torch.library.opcheck(inner, (), forward)
         _, saved, mask = inner(**forward)
         torch.library.opcheck(ops.batch_norm_repeat.default, (x, saved, residual, *named))
         for wanted in ([True, w is not None, True, True], [True, False, False, False], [False, False, True, False]):
-            backward = (dy, x, w, saved, residual, mask if save_mask else None, training, *named, wanted)
+            backward = (dy, x, w, saved, residual, mask if has_mask else None, mask_format, training, *named, wanted)
             torch.library.opcheck(ops.batch_norm_backward.default, backward)
 
 

@@ -151,5 +151,5 @@ class BackwardMasks(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look, then call."""
         if function is torch.ops.bn_ext.batch_norm_backward.default:
-            self.masks.append(list(args[9]))
+            self.masks.append(list(args[10]))
         return function(*args, **(kwargs or {}))
