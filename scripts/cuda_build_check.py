@@ -13,29 +13,19 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import venv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
 
+from commands import ROOT, fail, output_of, run
 from cuda_toolkit import find_nvcc
-from make_env import BUILD_REQUIREMENTS, ROOT
+from kernels_check import ARCHITECTURES, NVCC_FLAGS, check_kernels
+from make_env import BUILD_REQUIREMENTS
 
 TORCH = "torch==2.11.0"
-ARCHITECTURES = ("80", "90")  # with PTX of the last: the default of setup.py
-# As torch passes them to nvcc; what setup.py adds is -O3.
-NVCC_FLAGS = (
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-)
 # Of the checkout, not copied: what git ignores, and git itself.
 NOT_SOURCES = shutil.ignore_patterns(
     ".git",
@@ -52,11 +42,6 @@ NOT_SOURCES = shutil.ignore_patterns(
 )
 
 
-def fail(sentence: str) -> NoReturn:
-    """Stop with one sentence."""
-    sys.exit(f"cuda_build_check: {sentence}")
-
-
 @contextlib.contextmanager
 def part(name: str, seconds: dict[str, float]) -> Iterator[None]:
     """Say what begins, and note how long it took."""
@@ -64,31 +49,6 @@ def part(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.monotonic()
     yield
     seconds[name] = time.monotonic() - start
-
-
-def run(what: str, *command: str | Path, cwd: Path) -> None:
-    """Run a command; stop with a sentence if it fails."""
-    print("+", *command, flush=True)
-    status = subprocess.run([str(c) for c in command], cwd=cwd, check=False).returncode
-    if status != 0:
-        fail(f"{what} failed with status {status}, see above")
-
-
-def output_of(what: str, *command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    """What a command prints, both streams; stop with a sentence if it fails."""
-    result = subprocess.run(
-        [str(c) for c in command],
-        cwd=cwd,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        print(result.stdout)
-        fail(f"{what} failed with status {result.returncode}, see above")
-    return result.stdout
 
 
 def required_nvcc() -> Path:
@@ -151,12 +111,16 @@ def check_build_info(python: Path, sources: Path) -> None:
         fail("python -m bn_ext must say 'CUDA kernels  yes', see above")
 
 
-def check_machine_code(python: Path, sources: Path) -> None:
-    """The extension holds machine code for every architecture, and PTX of the newest."""
-    # No toolkit is sure to have cuobjdump; triton, which torch brings along, has one.
+def find_cuobjdump(python: Path) -> Path | None:
+    """No toolkit is sure to have it; triton, which torch brings along, has one."""
     packages = output_of("python", python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     shipped = next(Path(packages).glob("triton/backends/nvidia/bin/cuobjdump"), None)
-    cuobjdump = shutil.which("cuobjdump") or shipped
+    on_path = shutil.which("cuobjdump")
+    return Path(on_path) if on_path else shipped
+
+
+def check_machine_code(cuobjdump: Path | None, sources: Path) -> None:
+    """The extension holds machine code for every architecture, and PTX of the newest."""
     if cuobjdump is None:
         print("NOT CHECKED: no cuobjdump in the toolkit or in triton")
         return
@@ -169,91 +133,12 @@ def check_machine_code(python: Path, sources: Path) -> None:
     print(", ".join(f"sm_{name} {kind}" for name, kind in sorted(found)))
 
 
-class Kernel(NamedTuple):
-    """What ptxas tells of a kernel for one architecture."""
-
-    name: str
-    architecture: str
-    stack: int  # bytes: local memory
-    spill_stores: int
-    spill_loads: int
-    registers: int
-
-
-def compile_kernels(nvcc: Path, source: Path, folder: Path) -> list[Kernel]:
-    """Compile one file for every architecture, and read what ptxas tells."""
-    kernels = []
-    for architecture in ARCHITECTURES:
-        target = folder / f"{source.stem}_{architecture}.cubin"
-        command = (nvcc, *NVCC_FLAGS, "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-o", target, source)
-        text = output_of(f"nvcc on {source.name} for sm_{architecture}", *command)
-        kernels += parse_ptxas(text)
-    if not kernels:
-        fail(f"ptxas told of no kernel in {source.name}: has the form of its report changed?")
-    return kernels
-
-
-def parse_ptxas(text: str) -> list[Kernel]:
-    """Read `ptxas -v`: an entry function, what it has of local memory, and its registers."""
-    pattern = (
-        r"Compiling entry function '(\S+)' for 'sm_(\d+)'\n.*\n"
-        r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
-        r".*Used (\d+) registers"
-    )
-    kernels = [Kernel(name, sm, *(int(n) for n in numbers)) for name, sm, *numbers in re.findall(pattern, text)]
-    if len(kernels) != text.count("bytes stack frame"):
-        fail("ptxas told of a function in a form that is not known here, or of one that is not inlined into its kernel")
-    return kernels
-
-
-def readable(names: list[str]) -> list[str]:
-    """Demangled kernel names, without namespaces and parameters."""
-    if shutil.which("c++filt"):
-        names = output_of("c++filt", "c++filt", *names).splitlines()
-    return [re.sub(r"^void |bn_ext::cuda::|\(anonymous namespace\)::|\(.*$|\((int|bool)\)", "", n) for n in names]
-
-
-def check_kernels(nvcc: Path, sources: Path) -> None:
-    """No kernel may spill registers or use local memory; prints their registers."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = sorted((sources / "csrc" / "cuda").glob("*.cu"))
-        kernels = [kernel for file in files for kernel in compile_kernels(nvcc, file, Path(folder))]
-    names = sorted({kernel.name for kernel in kernels})
-    registers = {(kernel.name, kernel.architecture): str(kernel.registers) for kernel in kernels}
-    print(f"registers of {len(names)} kernels" + "".join(f"  sm_{name}" for name in ARCHITECTURES))
-    for name, title in sorted(zip(names, readable(names), strict=True), key=lambda pair: pair[1]):
-        print(f"{title:<60}" + "".join(f"{registers.get((name, sm), '-'):>7}" for sm in ARCHITECTURES))
-    for kernel in kernels:
-        if kernel.stack or kernel.spill_stores or kernel.spill_loads:
-            fail(
-                f"{readable([kernel.name])[0]} must not use local memory, but on sm_{kernel.architecture} it has a "
-                f"stack of {kernel.stack} bytes, {kernel.spill_stores} bytes of spill stores and {kernel.spill_loads} "
-                "of spill loads"
-            )
-    if len(kernels) != len(names) * len(ARCHITECTURES):
-        fail("some kernel is missing for an architecture, see the table")
-    titles = dict(zip(names, readable(names), strict=True))
-    check_listed({(titles[k.name].split("<")[0], k.architecture, k.registers) for k in kernels})
-
-
 def check_device_limits(nvcc: Path, sources: Path) -> None:
     """The program of benchmarks/device_limits compiles, for what is newer than the package's architectures too."""
     program = sources / "benchmarks" / "device_limits" / "limits.cu"
     for architecture in (*ARCHITECTURES, "100"):
         command = (nvcc, *NVCC_FLAGS, "-cubin", f"-arch=sm_{architecture}", "-o", os.devnull, program)
         output_of(f"nvcc on {program.name} for sm_{architecture}", *command)
-
-
-def check_listed(registers: set[tuple[str, str, int]]) -> None:
-    """No kernel has more registers than csrc/README.md says: name, architecture, registers of each."""
-    row = re.compile(r"^\| `(\w+_kernel)` \| (?:\d+ to )?(\d+) \| (?:\d+ to )?(\d+) \|", re.MULTILINE)
-    listed = {}
-    for name, of_90, of_80 in row.findall((ROOT / "csrc" / "README.md").read_text()):
-        listed |= {(name, "90"): int(of_90), (name, "80"): int(of_80)}
-    for name, architecture, found in sorted(registers):
-        said = listed.get((name, architecture), 0)
-        if found > said:
-            fail(f"{name} has {found} registers on sm_{architecture}, csrc/README.md says {said} at most: correct it")
 
 
 def check_driver(nvcc: Path, sources: Path) -> None:
@@ -277,11 +162,12 @@ def main() -> None:
     nvcc = required_nvcc()
     with part("environment", seconds):
         python = options.python or make_environment(options.cache)
+        cuobjdump = find_cuobjdump(python)
     with tempfile.TemporaryDirectory(prefix="bn_ext-cuda-") as folder:
         sources = Path(folder, "bn_ext")
         shutil.copytree(ROOT, sources, ignore=NOT_SOURCES)
-        with part("kernels: registers and local memory", seconds):
-            check_kernels(nvcc, sources)
+        with part("kernels: registers, local memory, waits", seconds):
+            check_kernels(nvcc, cuobjdump, sources)
         with part("benchmarks/device_limits", seconds):
             check_device_limits(nvcc, sources)
         with part("build", seconds):
@@ -293,7 +179,7 @@ def main() -> None:
         with part("build_info and a call on the CPU", seconds):
             check_build_info(python, sources)
         with part("machine code", seconds):
-            check_machine_code(python, sources)
+            check_machine_code(cuobjdump, sources)
         with part("kernels' driver", seconds):
             check_driver(nvcc, sources)
         with part("tests on the CPU, with this build", seconds):

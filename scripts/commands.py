@@ -1,0 +1,39 @@
+"""Commands of a check, which stops with one sentence where one fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).parent.parent.resolve()
+
+
+def fail(sentence: str) -> NoReturn:
+    """Stop with one sentence."""
+    sys.exit(f"{Path(sys.argv[0]).stem}: {sentence}")
+
+
+def run(what: str, *command: str | Path, cwd: Path) -> None:
+    """Run a command; stop with a sentence if it fails."""
+    print("+", *command, flush=True)
+    status = subprocess.run([str(c) for c in command], cwd=cwd, check=False).returncode
+    if status != 0:
+        fail(f"{what} failed with status {status}, see above")
+
+
+def output_of(what: str, *command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    """What a command prints, both streams; stop with a sentence if it fails."""
+    result = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        print(result.stdout)
+        fail(f"{what} failed with status {result.returncode}, see above")
+    return result.stdout
