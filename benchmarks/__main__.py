@@ -8,16 +8,10 @@ from pathlib import Path
 
 from . import allocator, report
 from .names import PROVIDERS
+from .words import positive
 
 HERE = Path(__file__).parent
 TESTS_FAILED = 1  # some results are wrong, the others are there to be reported on
-
-
-def positive(text: str) -> int:
-    """A number of at least one, or what argparse makes a sentence of."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

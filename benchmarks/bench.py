@@ -22,6 +22,7 @@ from .operations import least_bytes
 from .providers import Call, Subject
 from .selection import largest_batch, providers_of
 from .shapes import DEFAULT_BATCH, RESNET50
+from .words import first_line
 
 # (quick run, what is timed). Many short rounds: another process that takes the CPU for a moment
 # then spoils a few of them and not the median.
@@ -90,7 +91,7 @@ class Bench:
             try:
                 self._make(case)
             except Exception as error:  # memory that is full, a device that is lost
-                self._failure = f"{case.label}, N = {case.size[0]}: {first_line(error)}"
+                self._failure = f"{case.label}, N = {case.size[0]}: {first_line(error, WrongResultError)}"
         if self._failure:
             raise WrongResultError(self._failure)
 
@@ -111,7 +112,7 @@ class Bench:
             subject = make_subject(name, case.operation, inputs)
             check(name, case, inputs, subject, expected)
         except Exception as error:  # of whatever kind: compilers and libraries have their own
-            self._refusals[name] = first_line(error)
+            self._refusals[name] = first_line(error, WrongResultError)
         else:
             self._subjects[name] = subject
 
@@ -129,7 +130,7 @@ class Bench:
                 try:
                     sides[name] = self.side(subject.calls[direction], case)
                 except Exception as error:  # what cannot be captured
-                    self._refusals[name] = first_line(error)
+                    self._refusals[name] = first_line(error, WrongResultError)
             gpu = self.device.type == "cuda" and not self.settings.quick
             effort = GPU_EFFORT if gpu else EFFORTS[self.settings.quick, case.clock]
             beside = {COPY: self.side(self._copies, case)} if case.clock == "kernels" else {}
@@ -175,13 +176,6 @@ class Bench:
         about["page_faults_per_64_mib"] = allocator.faults_per_probe()
         about["over_budget"] = len(self.over_budget)  # cells that were not measured
         self.journal.end()
-
-
-def first_line(error: Exception) -> str:
-    """Say what went wrong in a line."""
-    if isinstance(error, WrongResultError):
-        return str(error)
-    return f"{type(error).__name__}: {[*str(error).strip().splitlines(), ''][0][:200]}"
 
 
 def timing(times: Times) -> Timing:

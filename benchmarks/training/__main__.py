@@ -20,10 +20,11 @@ import torch
 from .. import allocator, machine
 from ..cells import FileError
 from ..measure import Effort
+from ..words import first_line, positive
 from . import report
 from .agreement import DisagreementError
 from .budget import Budget
-from .group import NO_TIME, Setting, first_line, measure
+from .group import NO_TIME, Setting, measure
 from .run_file import Group, OtherRunError, RunFile
 from .trainee import STOCK, VARIANTS
 
@@ -54,13 +55,6 @@ QUICK = {"models": ("mobilenet_v3_large", "resnet18"), "batch": 2, "size": 64}
 CPU_EFFORT = Effort(seconds=60.0, min_rounds=5, max_rounds=31, round_seconds=0.0)
 GPU_EFFORT = Effort(seconds=8.0, min_rounds=7, max_rounds=31, round_seconds=0.15)
 QUICK_EFFORT = Effort(seconds=0.0, min_rounds=3, max_rounds=3, round_seconds=0.0)
-
-
-def positive(text: str) -> int:
-    """Read a number of images or pixels."""
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive integer")
-    return int(text)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -161,7 +155,7 @@ def measure_all(groups: list[Group], file: RunFile, setting: Setting, budget: Bu
             if not isinstance(error, (DisagreementError, torch.OutOfMemoryError)):
                 traceback.print_exc()
             failed.append(group)
-            left_out[group] = f"failed: {first_line(error)}"
+            left_out[group] = f"failed: {first_line(error, DisagreementError)}"
             print(f"benchmarks.training: {group} {left_out[group]}", file=sys.stderr, flush=True)
         file.write(left_out)
     file.write(left_out)

@@ -11,6 +11,7 @@ import torch
 
 from ..inputs import DTYPES
 from ..measure import Effort, Side, Wall, in_turns
+from ..words import first_line
 from . import agreement, step_profile
 from .agreement import DisagreementError
 from .budget import TimeUpError, time_limit
@@ -75,7 +76,7 @@ class Attempt:
             # A wrong result of an eager variant is not to be passed over; one of a compiler is its own.
             if variant == STOCK or (isinstance(error, DisagreementError) and not compiled):
                 raise
-            self.left_out[variant] = first_line(error)
+            self.left_out[variant] = first_line(error, DisagreementError)
 
     def measure(self, effort: Effort) -> None:
         """Time what was made, in turns, and see what a step's time is spent on."""
@@ -89,13 +90,7 @@ class Attempt:
                 seconds = step_profile.seconds_by_name(trainee.step, self.device)
                 self.found[name]["profile"] = step_profile.shares(seconds)
             except RuntimeError as error:  # the times are worth having without it
-                self.found[name]["profile_failed"] = first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """Name an error in a line; ours are a sentence that says it all."""
-    words = f"{error}" if isinstance(error, DisagreementError) else f"{type(error).__name__}: {error}"
-    return words.strip().splitlines()[0]
+                self.found[name]["profile_failed"] = first_line(error, DisagreementError)
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
