@@ -5,8 +5,11 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "checks.h"
 #include "composed.h"
@@ -51,11 +54,20 @@ at::Tensor zero_of_inputs(const at::TensorOptions& options) {
   return zero;
 }
 
-// Whether a compiler that traces this is likely to give the operators an input with channels last instead: Inductor
-// does so to what is between convolutions.
+bool is_traced() {
+  using c10::impl::TorchDispatchModeKey, c10::impl::TorchDispatchModeTLS;
+  return TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::FUNCTIONAL).has_value() ||
+         TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
+}
+
+// Whether a compiler that traces this is likely to give the operators an input with channels last instead. Inductor
+// does so to what is between convolutions; on a GPU, where no size is open.
 bool may_become_channels_last(const at::Tensor& input) {
-  return input.key_set().has(c10::DispatchKey::Python) && input.dim() >= 4 &&
-         input.suggest_memory_format() == at::MemoryFormat::Contiguous;
+  if (!is_traced() || input.dim() < 4) return false;
+  const auto sizes = input.sym_sizes();
+  const bool is_open =
+      std::any_of(sizes.begin(), sizes.end(), [](const c10::SymInt& size) { return size.is_symbolic(); });
+  return !(input.is_cuda() && is_open) && input.suggest_memory_format() == at::MemoryFormat::Contiguous;
 }
 
 // With a residual, one bit per value is all that relu, leaky_relu and relu6 need of it. The bits hold to the memory
@@ -88,7 +100,7 @@ void save(AutogradContext* ctx,
   ctx->saved_data["eps"] = args.eps;
   ctx->saved_data["has_bias"] = is_defined(args.bias);
   ctx->saved_data["has_residual"] = is_defined(args.residual);
-  // Saved-tensor hooks may bring input back in another one.
+  // Saved-tensor hooks may bring input back in another memory format.
   if (has_mask) ctx->saved_data["mask_format"] = static_cast<int64_t>(*mask_format);
   if (has_activation) {
     ctx->saved_data["activation"] = std::string(*args.activation.name);

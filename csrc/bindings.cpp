@@ -11,7 +11,8 @@ namespace {
 
 // flexible_layout: Inductor gives convolutions their input with channels last, whatever the model's memory format. To
 // be called with the strides that were traced, as operators are by default, costs a copy before each batch norm and
-// one behind it, forward and backward.
+// one behind it, forward and backward. The price: strides of large contiguous tensors may come padded, on a GPU, and
+// then the operators make the copy.
 const std::vector<at::Tag> kTags{at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
 
 }  // namespace

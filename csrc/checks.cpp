@@ -140,7 +140,20 @@ void check_residual(const at::Tensor& input, const OptionalTensor& residual) {
               residual->device());
 }
 
+namespace {
+
+void check_mask_format(at::MemoryFormat format, int64_t dimensions) {
+  TORCH_CHECK(format == at::MemoryFormat::Contiguous || (format == at::MemoryFormat::ChannelsLast && dimensions == 4) ||
+                  (format == at::MemoryFormat::ChannelsLast3d && dimensions == 5),
+              "mask_format must be torch.contiguous_format, torch.channels_last for 4 dimensions or "
+              "torch.channels_last_3d for 5, got another one for an input of ",
+              dimensions);
+}
+
+}  // namespace
+
 void check_mask(const BatchNormArguments& args, OptionalFormat mask_format) {
+  if (mask_format.has_value()) check_mask_format(*mask_format, args.input.dim());
   TORCH_CHECK(!mask_format.has_value() || parse(args.activation).kind == ActivationKind::kReluLike,
               "mask_format goes with the activations relu, leaky_relu and relu6, got ",
               args.activation.name.value_or("None"));
@@ -189,6 +202,7 @@ void check_backward(const at::Tensor& dy,
               is_defined(mask) ? mask->scalar_type() : at::kByte);
   TORCH_CHECK(!is_defined(mask) || mask_format.has_value(),
               "a mask needs the mask_format with which the forward pass was called, got None");
+  if (is_defined(mask)) check_mask_format(*mask_format, input.dim());
   TORCH_CHECK(
       dy.sizes() == input.sizes(), "grad_output must have the shape of input ", input.sizes(), ", got ", dy.sizes());
   TORCH_CHECK(dy.scalar_type() == input.scalar_type() && dy.device() == input.device(),

@@ -17,7 +17,7 @@ void check_can_be_saved(const OptionalTensor& tensor, const char* name);
 // Throws for a residual unlike input.
 void check_residual(const at::Tensor& input, const OptionalTensor& residual);
 
-// Throws where a mask is asked for that this activation does not have.
+// Throws where a mask is asked for that this activation does not have, or in an order that input cannot have.
 void check_mask(const BatchNormArguments& args, OptionalFormat mask_format);
 
 // Throws for what no forward pass of `input` saved.

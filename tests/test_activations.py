@@ -354,12 +354,13 @@ def test_activation_set_later(device: str) -> None:
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile(device: str, backend: str, training: bool, activation: Any) -> None:
-    """Fullgraph; the mask goes from the forward to the backward graph."""
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_compile(device: str, layout: str, backend: str, training: bool, activation: Any) -> None:
+    """Fullgraph; from the forward to the backward graph goes the residual, or with channels last the mask."""
     torch._dynamo.reset()
     module = bn_ext.BatchNorm2d(3, activation=activation, device=device).train(training)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
-    x, z = (leaf(normal(4, 3, 5, 6, dtype=torch.float32)) for _ in range(2))
+    x, z = (leaf(normal(4, 3, 5, 6, dtype=torch.float32, layout=layout)) for _ in range(2))
     results = []
     for f in (module, compiled):
         y = f(x, z)

@@ -69,12 +69,13 @@ ORDERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_checkpoints(device: str, order: str, training: bool) -> None:
+def test_checkpoints(device: str, order: str, layout: str, training: bool) -> None:
     """Gradients as without checkpoints; batches are counted as torch.nn's are, which a checkpoint counts twice."""
     both = networks(device)
     eager = copy.deepcopy(both["torch.nn"]).train(training)
-    x = normal(4, 3, 5, 6)
+    x = normal(4, 3, 5, 6, layout=layout)
 
     def gradients(model: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Any]:
         leaf_of_x = leaf(x)

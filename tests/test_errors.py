@@ -214,6 +214,13 @@ SAVED = torch.ones(4, 3)
         ({"residual": X[:2]}, "residual must have the shape of input"),
         ({"mask": torch.zeros(3, dtype=torch.uint8)}, "mask must be what the forward pass returned, .* got 3 of Byte"),
         ({"mask": torch.zeros(10, dtype=torch.uint8)}, "a mask needs the mask_format with which the forward pass was"),
+        *(
+            (
+                {"mask": torch.zeros(10, dtype=torch.uint8), "mask_format": wrong},
+                "mask_format must be torch.contiguous_f",
+            )
+            for wrong in (torch.channels_last_3d, torch.preserve_format, 7)
+        ),
         ({"activation": "foo"}, "activation must be relu, .*, got foo"),
     ],
 )
@@ -265,3 +272,16 @@ def test_activation_and_residual(device: str, changes: dict[str, Any], words: st
         module(x, **arguments)
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("wrong", [torch.channels_last_3d, torch.preserve_format, 7])
+def test_inner_forward_with_a_mask(device: str, wrong: Any, training: bool) -> None:
+    """Nothing has been updated then."""
+    x, mean, var, count = on(device, (X, vector(), vector(), torch.tensor(3)))
+    before = [t.clone() for t in (mean, var, count)]
+    ops, rest = torch.ops.bn_ext, (1e-5, "relu", 0.0, wrong)
+    forward, *between = (ops.batch_norm_forward, count, x, 0.1) if training else (ops.batch_norm_inference, x)
+    with pytest.raises(RuntimeError, match=r"mask_format must be torch\.contiguous_format"):
+        forward(x, None, None, mean, var, *between, *rest)
+    torch.testing.assert_close([mean, var, count], before)
