@@ -99,6 +99,6 @@ if __name__ == "__main__":
     failing_call_leaves_the_count()
     sys.stdout.write(f"{count} compared")
     sys.stdout.flush()
-    # Without Python's end: autograd's thread of that device may then still hold objects of Python, and what ends a thread
-    # by force within C++ ends the process with "terminate called without an active exception".
+    # Without Python's end: autograd's thread of that device may then still hold objects of Python, and a thread that is
+    # ended by force within C++ ends the process with "terminate called without an active exception".
     os._exit(0)
