@@ -8,11 +8,11 @@
 #include <string_view>
 #include <tuple>
 
+#include "arguments.h"
+
 namespace bn_ext {
 
-using OptionalTensor = std::optional<at::Tensor>;
 using OptionalName = std::optional<std::string_view>;
-using OptionalFormat = std::optional<at::MemoryFormat>;
 // y, and what batch_norm_repeat needs to compute it again; undefined where it cannot.
 using TensorAndSaved = std::tuple<at::Tensor, at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
