@@ -1,27 +1,23 @@
 """Classes of fused modules: what torch.fx generated runs where it is surely right, the original forward() elsewhere."""
 
+import copy
 import copyreg
 import functools
+import pickle
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 
+from bn_ext._capture import Snapshots
 from bn_ext._operations import plain
+from bn_ext._reads import Global, OfClass
 from bn_ext._recompute import recompute
-
-_SIMPLE = (bool, int, float, str, type(None))
-_SETTINGS = (*_SIMPLE, FunctionType, BuiltinFunctionType, type, torch.dtype, torch.memory_format)
-
-
-def _is_setting(value: object) -> bool:
-    """Whether a value that forward() may look at is compared before the code runs."""
-    if isinstance(value, tuple):
-        return all(_is_setting(part) for part in value)
-    return isinstance(value, _SETTINGS)
+from bn_ext._snapshots import ABSENT, find, is_traceable, original_class, submodule
 
 
 class Guard(NamedTuple):
@@ -29,25 +25,29 @@ class Guard(NamedTuple):
 
     path: tuple[str, ...]
     kind: type[torch.nn.Module]
-    children: tuple[type, ...] = ()
-    """Classes of all direct children, for a module whose forward() the code goes past."""
-    settings: tuple[tuple[str, object], ...] = ()
-    """Attributes and their values."""
+    is_plain: bool
+    """Whether the code does in its own way what a call of the module does: then it must have no hooks."""
+    reads: tuple[tuple[str, Any], ...]
+    """Names of attributes, and snapshots of their values."""
+    base: tuple[str, ...] = ()
+    """The module that paths start from."""
 
     def holds(self, root: torch.nn.Module) -> bool:
         """Whether it is still so."""
-        module: Any = root
-        for name in self.path:
-            module = module._modules.get(name)
-            if module is None:
-                return False
-        if original_class(type(module)) is not self.kind or (self.path and not plain(module)):
+        base = submodule(root, self.base) if self.base else root
+        module = submodule(base, self.path) if self.path and base is not None else base
+        if module is None or original_class(type(module)) is not self.kind:
             return False
-        for name, value in self.settings:
-            now = getattr(module, name, Guard)
-            if now is not value and (not _is_setting(now) or now != value):
+        if self.is_plain and not plain(module):
+            return False
+        for name, expected in self.reads:  # noqa: SIM110, a generator takes longer
+            if not expected.holds(find(module, name), base):
                 return False
-        return not self.children or _kinds_of_children(module) == self.children
+        return True
+
+    def within(self, path: tuple[str, ...]) -> "Guard":
+        """The same guard, for the module that has the present one at a path."""
+        return self._replace(base=path + self.base)
 
 
 class Form(NamedTuple):
@@ -56,12 +56,12 @@ class Form(NamedTuple):
     source: str
     arguments: int
     guards: tuple[Guard, ...]
-    one_mode: bool
-    """Whether it is for training only, or for evaluation only."""
+    outside: tuple[Global | OfClass, ...]
+    """Guards for globals and classes."""
 
     def compile(self) -> Callable[..., Any]:
         """The function that the source defines."""
-        names: dict[str, Any] = {}
+        names: dict[str, Any] = {"__name__": __name__}
         exec(compile(self.source, "<bn_ext.fuse>", "exec"), names)
         function: Callable[..., Any] = names["forward"]
         for name, value in names.items():
@@ -73,24 +73,26 @@ class Form(NamedTuple):
                 names[name] = _recorded(value)
         return function
 
+    def is_traceable(self) -> bool:
+        """Whether torch.compile can follow holds()."""
+        snapshots = [snapshot for guard in self.guards for _, snapshot in guard.reads]
+        return all(map(is_traceable, [*snapshots, *(guard.expected for guard in self.outside)]))
+
     def holds(self, module: torch.nn.Module, args: tuple[Any, ...]) -> bool:
         """Whether it does for these arguments what the original forward() of a module would do."""
         if len(args) != self.arguments or _has_any_global_hook():
             return False
         for argument in args:
-            if not isinstance(argument, Proxy | Tensor):
+            if not isinstance(argument, TracedValue | Tensor):
                 return False
-        for guard in self.guards:
+        for guard in (*self.guards, *self.outside):  # noqa: SIM110, a generator takes longer
             if not guard.holds(module):
                 return False
-        return not self.one_mode or self._same_mode(module)
-
-    def _same_mode(self, module: torch.nn.Module) -> bool:
-        """Whether all modules that the code goes past are in the mode of the whole."""
-        for guard in self.guards:
-            if guard.children and module.get_submodule(".".join(guard.path)).training != module.training:
-                return False
         return True
+
+
+class TracedValue(Proxy):
+    """A proxy of fuse()'s own trace. Others see the original forward(): they want its nodes and values."""
 
 
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,62 +108,62 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-_STANDARD = frozenset(vars(torch.nn.Module()))
-
-
-def guard_container(path: str, module: torch.nn.Module) -> Guard:
-    """A guard for a module whose forward() is replaced: its children, and the settings that Python code reads."""
-    settings = {name: value for name, value in vars(module).items() if _is_setting(value) and name not in _STANDARD}
-    return Guard(_split(path), original_class(type(module)), _kinds_of_children(module), tuple(settings.items()))
-
-
-def guard_part(path: str, module: torch.nn.Module, *settings: str) -> Guard:
-    """A guard for a module that the code calls in another way than forward() did, or no more."""
-    values = tuple((name, getattr(module, name)) for name in settings)
-    return Guard(_split(path), original_class(type(module)), (), values)
-
-
-def _split(path: str) -> tuple[str, ...]:
-    return tuple(path.split(".")) if path else ()
-
-
-def _kinds_of_children(module: torch.nn.Module) -> tuple[type, ...]:
-    return tuple([original_class(type(child)) for child in module._modules.values()])
+def guard_part(root: torch.nn.Module, path: str, *names: str) -> Guard:
+    """A guard for a module about which the code makes assumptions: its class and forward(), and some attributes."""
+    module, snapshots = root.get_submodule(path), Snapshots(root, lambda *_: None)
+    if not type(module).__module__.startswith("bn_ext."):  # the forward() of this package's classes cannot be another
+        names = (*names, "forward")
+    reads = [(name, snapshots.of_attribute(module, name)) for name in names if find(module, name) is not ABSENT]
+    return Guard(tuple(path.split(".")), original_class(type(module)), True, tuple(reads))
 
 
 def _has_any_global_hook() -> bool:
     return bool(torch.nn.modules.module._has_any_global_hook())
 
 
-def original_class(kind: type) -> type:
-    """The class that a fused module had."""
-    original: type = getattr(kind, "_bn_ext_original", kind)
-    return original
+class Forms(NamedTuple):
+    """All that makes a fused class of a class: the same forms, the same class."""
+
+    training: Form | None = None
+    evaluation: Form | None = None
+    recomputes: bool = False
+    """Whether forward() runs within recompute()."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Forms":
+        parts: Any = copy.deepcopy(tuple(self), memo)
+        return Forms(*parts)
+
+    def __reduce__(self) -> Any:
+        """Without the forms if these hold something that only this process has, as a decorator's inner function."""
+        try:
+            pickle.dumps(tuple(self))
+        except Exception:
+            return Forms, (None, None, self.recomputes)
+        return Forms, tuple(self)
 
 
-def forms_of(module: torch.nn.Module) -> tuple[Form | None, Form | None]:
-    """Those of a fused module, for training and for evaluation."""
-    forms: tuple[Form | None, Form | None] = getattr(type(module), "_bn_ext_forms", (None, None))
+def forms_of(module: torch.nn.Module) -> Forms:
+    """Those of a fused module."""
+    forms: Forms = getattr(type(module), "_bn_ext_forms", Forms())
     return forms
 
 
-def fused_class(original: Any, training: Form | None, evaluation: Form | None, recomputes: bool = False) -> type:
-    """A subclass of the same name that runs the two forms, perhaps within recompute(); always the same one."""
-    return _fused_class(original, training, evaluation, recomputes)
+def fused_class(original: type, forms: Forms) -> type:
+    """A subclass of the same name that runs the forms; always the same one."""
+    return original if forms == Forms() else _fused_class(original, forms)
 
 
 @functools.cache
-def _fused_class(original: Any, training: Form | None, evaluation: Form | None, recomputes: bool) -> type:
-    run_training = training.compile() if training is not None else None
-    run_evaluation = run_training if training == evaluation else evaluation and evaluation.compile()
+def _fused_class(original: Any, forms: Forms) -> type:
+    training, evaluation, recomputes = forms
+    run_training, run_evaluation = _runner(training), _runner(evaluation)
+    compiling, within = is_compiling, recompute  # no global names, see _in_the_place_of
 
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        form, run = (training, run_training) if self.training else (evaluation, run_evaluation)
-        if form is None or run is None or kwargs or not form.holds(self, args):
+        form, (run, is_traceable) = (training, run_training) if self.training else (evaluation, run_evaluation)
+        if form is None or kwargs or (compiling() and not is_traceable) or not form.holds(self, args):
             return original.forward(self, *args, **kwargs)
         return run(self, *args)
-
-    within = recompute
 
     def recomputing_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         with within():
@@ -173,7 +175,7 @@ def _fused_class(original: Any, training: Form | None, evaluation: Form | None, 
         made, arguments, *state = reduced
         if made is not copyreg.__newobj__ or arguments[0] is not kind:  # type: ignore[attr-defined]
             return reduced
-        return _new, (original, training, evaluation, recomputes, *arguments[1:]), *state
+        return _new, (original, forms, *arguments[1:]), *state
 
     kind = type(
         original.__name__,
@@ -181,12 +183,18 @@ def _fused_class(original: Any, training: Form | None, evaluation: Form | None, 
         {
             **{name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")},
             "_bn_ext_original": original,
-            "_bn_ext_forms": (training, evaluation),
+            "_bn_ext_forms": forms,
             "forward": _in_the_place_of(original.forward, recomputing_forward if recomputes else forward),
             "__reduce_ex__": reduce,
         },
     )
     return kind
+
+
+@functools.cache
+def _runner(form: Form | None) -> tuple[Any, bool]:
+    """The function of a form, and whether torch.compile can follow its guards."""
+    return (None, False) if form is None else (form.compile(), form.is_traceable())
 
 
 def _in_the_place_of(original: FunctionType, function: Any) -> Any:
@@ -198,15 +206,9 @@ def _in_the_place_of(original: FunctionType, function: Any) -> Any:
     return functools.wraps(original)(same)
 
 
-def _new(
-    original: type[torch.nn.Module],
-    training: Form | None,
-    evaluation: Form | None,
-    recomputes: bool,
-    *arguments: Any,
-) -> Any:
+def _new(original: type[torch.nn.Module], forms: Forms, *arguments: Any) -> Any:
     """An empty module of a fused class, for pickle."""
-    kind = fused_class(original, training, evaluation, recomputes)
+    kind = fused_class(original, forms)
     return kind.__new__(kind, *arguments)
 
 

@@ -36,6 +36,8 @@ class Match:
     sum: Node | None = None
     second: bool = False
     """Whether the batch norm's result is the second operand of the addition."""
+    relied: list[Node] = field(default_factory=list)
+    """Other calls that it depends on what these do, and do not, whether the match is safe."""
 
     @property
     def last(self) -> Node:
@@ -139,9 +141,11 @@ def _match(norm: Node, root: torch.nn.Module) -> Match:
         match.sum, match.second = user, _is_second(sum, result)
         total, passed = _through_identity(user, root)
         after = next(iter(total.users))
-        if len(total.users) == 1 and activation(after, root) and not _between(user, after, {*passed}, root):
+        between = _between(user, after, {*passed})
+        if len(total.users) == 1 and activation(after, root) and not any(may_write(n, root) for n in between):
             match.nodes += [*passed, after]
             match.activation = activation(after, root)
+            match.relied += between
     if match.activation is None and sum is None:
         raise ObstacleError(f"nothing to fuse: it is followed by {_words(user, root)}")
     _require_safe(match, root)
@@ -197,11 +201,11 @@ def _is_second(sum: Addition, result: Node) -> bool:
     return second is result
 
 
-def _between(start: Node, end: Node, but: set[Node], root: torch.nn.Module) -> list[Node]:
-    """The nodes between two that may change a tensor in place."""
+def _between(start: Node, end: Node, but: set[Node]) -> list[Node]:
+    """The nodes between two."""
     nodes, node = [], start.next
     while node is not end:
-        if node not in but and may_write(node, root):
+        if node not in but:
             nodes.append(node)
         node = node.next
     return nodes
@@ -209,9 +213,13 @@ def _between(start: Node, end: Node, but: set[Node], root: torch.nn.Module) -> l
 
 def _require_safe(match: Match, root: torch.nn.Module) -> None:
     """The batch norm is called later than it was; what it reads must be the same there, and stay for the backward."""
-    source = match.norm.args[0]
-    if not _is_fresh(source, root) and _between(match.norm, match.last, set(match.nodes), root):
+    source, between = match.norm.args[0], _between(match.norm, match.last, set(match.nodes))
+    if _is_fresh(source, root):
+        match.relied += [source] if between else []  # type: ignore[list-item]
+    elif any(may_write(node, root) for node in between):
         raise ObstacleError("its input may be changed in place before the activation or addition")
+    else:
+        match.relied += between
     residual, node = match.residual(), match.last.next
     if residual is None:
         return

@@ -1,25 +1,24 @@
 """Graphs of forward(), by torch.fx, that are refused where they would not be faithful."""
 
 import contextlib
-import copy
 import inspect
 import random
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bn_ext._capture import NotFaithfulError
+from bn_ext._fused_class import TracedValue
 from bn_ext._operations import IN_PLACE, in_place
-
-
-class NotFaithfulError(Exception):
-    """Why the graph of a forward() would not do all that it does."""
+from bn_ext._reads import CONTEXT, Reads, recorded
+from bn_ext._undo import Undo
 
 
 class _RefusedError(NotFaithfulError):
@@ -32,17 +31,24 @@ class _RefusedError(NotFaithfulError):
         _RefusedError.last = reason
 
 
+class Trace(NamedTuple):
+    """The graph of a forward(), and what was read to make it."""
+
+    graph: Graph
+    reads: Reads
+
+
 def trace(
     module: torch.nn.Module,
     *,
     training: bool,
     inlined: Collection[torch.nn.Module],
     functions: bool = True,
-) -> Graph:
-    """The graph of one module's forward(), for Tensors as its required arguments and the defaults of the others.
+) -> Trace:
+    """Trace one module's forward(), for Tensors as its required arguments and the defaults of the others.
 
     Args:
-        module: What is traced; it and all in it are left as they were.
+        module: The module to trace; it and all in it are left as they were.
         training: The training flag, of all modules, to trace with.
         inlined: Modules whose forward() becomes part of the graph; each other one stays a call.
         functions: Whether functions beside these forwards become part of it too; otherwise they stay calls.
@@ -52,23 +58,29 @@ def trace(
     """
     members = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
     flags = [m.training for m in members]
-    generators = _generators()
+    generators, surroundings = _generators(), _surroundings()
+    undo = Undo()
+    traced = [member for member in members if member is module or member in inlined]
+    reads = Reads(module, traced, undo)
     graph = None
     try:
         for member in members:
             member.training = training
-        state = _State(members)
+        _watch(members, undo)
+        for member in traced:
+            reads.attribute(member, "forward")
+        tracer = _FaithfulTracer(inlined, [] if functions else _functions(traced))
         try:
             _RefusedError.last = ""
             with torch.enable_grad(), _NoArithmetic(), _no_questions(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                graph = _FaithfulTracer(inlined, [] if functions else _functions([module, *inlined])).trace(module)
-            if _RefusedError.last:
-                raise NotFaithfulError(_RefusedError.last)
+                with recorded(reads):
+                    graph = tracer.trace(module)
+            reads.refused = _RefusedError.last or reads.refused
         except Exception as error:
-            raise NotFaithfulError(_reason(error)) from error
+            raise NotFaithfulError(_RefusedError.last or reads.refused or _reason(error)) from error
         finally:
-            changed = state.restore()
+            changed = undo.restore()
     finally:
         for member, flag in zip(members, flags, strict=True):
             member.training = flag
@@ -81,9 +93,21 @@ def trace(
         raise NotFaithfulError(f"its forward sets {changed}")
     if drawn:
         raise NotFaithfulError("its forward draws random numbers")
+    if reads.refused:
+        raise NotFaithfulError(reads.refused)
+    if _surroundings() != surroundings:
+        raise NotFaithfulError(CONTEXT)
     for node in graph.nodes:
         node.type = None  # annotations: names that the code would have to import
-    return graph
+    return Trace(graph, reads)
+
+
+def _watch(modules: Iterable[torch.nn.Module], undo: Undo) -> None:
+    """All attributes of modules, and the contents of those that are containers."""
+    for module in modules:
+        undo.watch(vars(module), "")
+        for name, value in vars(module).items():
+            undo.watch(value, name)
 
 
 def _generators() -> list[tuple[Any, Any, Any]]:
@@ -99,25 +123,29 @@ def _generators() -> list[tuple[Any, Any, Any]]:
 
 @contextlib.contextmanager
 def _no_questions() -> Iterator[None]:
-    """No looking at what may be another when the code runs."""
-    modules = {torch: ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")}
-    asked = [
-        (m, n, getattr(m, n)) for m, names in (modules | {torch.compiler: ("is_compiling",)}).items() for n in names
+    """No looking at what may be another when the code runs: contexts, and the values of tensors."""
+    asked: list[tuple[Any, str]] = [
+        (torch, name) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
     ]
+    asked += [(torch.compiler, "is_compiling"), *((torch.Tensor, name) for name in ("tolist", "numpy", "data_ptr"))]
+    functions: list[tuple[Any, str, Any]] = [(owner, name, vars(owner).get(name)) for owner, name in asked]
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise NotFaithfulError(_CONTEXT)
+        raise _RefusedError(CONTEXT)
 
+    torch.overrides.get_overridable_functions()  # torch.fx asks for this table, which torch makes once
     try:
-        for module, name, _ in asked:
-            setattr(module, name, refuse)
+        for owner, name, _ in functions:
+            setattr(owner, name, refuse)
         yield
     finally:
-        for module, name, function in asked:
-            setattr(module, name, function)
+        for owner, name, function in functions:
+            if function is None:  # a base class has it
+                delattr(owner, name)
+            else:
+                setattr(owner, name, function)
 
 
-_CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
 _GRAD_MODES = torch.is_grad_enabled, torch.is_inference_mode_enabled
 _autocast_is_enabled = torch.is_autocast_enabled
 
@@ -141,43 +169,6 @@ def _reason(error: Exception) -> str:
     return f"torch.fx cannot trace it: {type(error).__name__}: {lines[0][:100]}"
 
 
-class _State:
-    """The attributes of modules, and what is in those that are lists, dictionaries or sets."""
-
-    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
-        self.saved = [(m, dict(vars(m)), self._contents(m)) for m in modules]
-
-    @staticmethod
-    def _contents(module: torch.nn.Module) -> list[tuple[str, Any, Any]]:
-        kinds = (list, dict, set)
-        return [(name, value, copy.copy(value)) for name, value in vars(module).items() if isinstance(value, kinds)]
-
-    def restore(self) -> str:
-        """Put back what was changed; the name of something that was, or an empty string."""
-        changed = ""
-        for module, attributes, contents in self.saved:
-            now = vars(module)
-            different = [name for name in {*now, *attributes} if now.get(name, now) is not attributes.get(name, now)]
-            if different:
-                now.clear()
-                now.update(attributes)
-            for name, value, content in contents:
-                if not _same_items(value, content):
-                    different.append(name)
-                    value.clear()
-                    (value.extend if isinstance(value, list) else value.update)(content)
-            changed = changed or ", ".join(sorted(different))
-        return changed
-
-
-def _same_items(left: Any, right: Any) -> bool:
-    if len(left) != len(right):
-        return False
-    if isinstance(left, dict):
-        return all(a is b for a, b in zip([*left, *left.values()], [*right, *right.values()], strict=True))
-    return all(a is b for a, b in zip(left, right, strict=True))
-
-
 class _NoArithmetic(TorchDispatchMode):
     """No operation on real tensors: its result, as it is today, would become part of the graph."""
 
@@ -185,11 +176,21 @@ class _NoArithmetic(TorchDispatchMode):
         raise _RefusedError(f"its forward computes with other tensors than its input ({func})")
 
 
+_SETTINGS = (
+    *("are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled", "is_anomaly_enabled"),
+    *("get_float32_matmul_precision", "get_default_dtype", "get_num_threads", "_get_cudnn_enabled"),
+    *("_get_cudnn_benchmark", "_get_cudnn_deterministic", "_get_cudnn_allow_tf32", "_get_mkldnn_enabled"),
+    *("_get_flash_sdp_enabled", "_get_math_sdp_enabled", "_get_mem_efficient_sdp_enabled"),
+)
+_settings = [function for name in _SETTINGS if (function := getattr(torch, name, getattr(torch._C, name, None)))]
+
+
 def _surroundings() -> tuple[Any, ...]:
-    """What is set around an operation and is not seen in a graph."""
+    """The settings around an operation that a graph does not have."""
     autocast = [(_autocast_is_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
         *(enabled() for enabled in _GRAD_MODES),
+        *(setting() for setting in _settings),
         *autocast,
         torch._C._autograd._top_saved_tensors_default_hooks(True),
         torch._C._len_torch_function_stack(),
@@ -223,7 +224,7 @@ class _FaithfulTracer(Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if _surroundings() != self._surroundings:
-            raise _RefusedError(_CONTEXT)
+            raise _RefusedError(CONTEXT)
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -259,7 +260,7 @@ def required_arguments(module: torch.nn.Module) -> list[str]:
 _ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", "torch.nn.parameter")
 
 
-class _Value(Proxy):
+class _Value(TracedValue):
     """A proxy that refuses to say of what type it is, except to torch.fx.
 
     Claiming to be a Tensor is no way out: C++ code, as that of torch.autograd.Function, would believe it and crash.

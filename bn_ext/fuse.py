@@ -5,23 +5,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar, overload
 
 import torch
-from torch.fx import Graph
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
-from bn_ext._fused_class import (
-    Form,
-    Guard,
-    forms_of,
-    fused_class,
-    guard_container,
-    guard_part,
-    original_class,
-    restore_class,
-)
-from bn_ext._operations import called, plain
+from bn_ext._capture import NotFaithfulError
+from bn_ext._fused_class import Form, Forms, Guard, forms_of, fused_class, guard_part, restore_class
+from bn_ext._operations import plain
 from bn_ext._patterns import Found, Match, find, rewrite
-from bn_ext._tracing import NotFaithfulError, required_arguments, trace
+from bn_ext._snapshots import original_class, submodule
+from bn_ext._tracing import Trace, required_arguments, trace
 from bn_ext.convert import convert
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -73,12 +65,15 @@ def fuse(model: Model, *, recompute: bool = False, report: bool = False) -> Mode
     calls ``bn(x, y, activation="relu")``. Modules, parameters, buffers and their names stay; activation modules stay,
     unused. :func:`revert` undoes it; a second call starts anew; deepcopy, pickle and torch.compile work.
 
-    The generated code only runs where it is sure to do what the original forward() does: on positional Tensors, with
-    the modules, settings and hooks that it was made for. Otherwise the original runs. Fuse again after changes.
+    The generated code holds for the state that forward() read while it was traced: attributes of modules, contents of
+    containers and objects, globals, closures. Each call compares that state with the present one; after a change the
+    original forward() runs, until the model is fused again. The code runs on positional Tensors only; a trace by
+    torch.fx from outside sees the original forward().
 
     Left alone, with the reason in the report: a batch norm whose result is used elsewhere too, that is called twice
     or has hooks, whose input or summand may be changed in place meanwhile; a module whose forward() cannot be traced
-    (values decide what it does) or does more than its graph says (random numbers, attributes, context managers).
+    (values decide what it does), has effects beyond its result (attributes, contexts, output, random numbers), or reads
+    state that cannot be compared later. docs/fusing.md has the exact guarantee.
 
     Args:
         model: Any module.
@@ -95,7 +90,7 @@ def fuse(model: Model, *, recompute: bool = False, report: bool = False) -> Mode
             fusing.fuse(name, module)
     if recompute and fusing.containers:
         try:
-            model.__class__ = fused_class(original_class(type(model)), *forms_of(model), recomputes=True)
+            model.__class__ = fused_class(original_class(type(model)), forms_of(model)._replace(recomputes=True))
         except Exception as error:
             raise TypeError(
                 f"recompute=True needs a subclass of {type(model).__name__}, which cannot be made ({error}): use `with "
@@ -144,18 +139,18 @@ class _Fusing:
     def _trace(self, module: torch.nn.Module, training: bool) -> _Traced:
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) or "forward" in vars(module):
             raise NotFaithfulError(f"it is a {type(module).__name__}, whose forward is not that of its class")
-        graph, inlined, functions = self._trace_widely(module, training)
-        found = find(graph, module)
+        traced, inlined, functions = self._trace_widely(module, training)
+        found = find(traced.graph, module)
         needed = inlined & set(_stack(found, module))
         if not found.matches:
             return _Traced(found, None)
         if needed != inlined:  # the others keep their own forward()
-            graph = trace(module, training=training, inlined=needed, functions=functions)
-            small = find(graph, module)
+            traced = trace(module, training=training, inlined=needed, functions=functions)
+            small = find(traced.graph, module)
             found = Found(small.matches, {**found.obstacles, **small.obstacles})
-        return _Traced(found, _form(graph, found, module, needed, training))
+        return _Traced(found, _form(traced, found, module, needed, training))
 
-    def _trace_widely(self, module: torch.nn.Module, training: bool) -> tuple[Graph, set[torch.nn.Module], bool]:
+    def _trace_widely(self, module: torch.nn.Module, training: bool) -> tuple[Trace, set[torch.nn.Module], bool]:
         """With as many containers inlined as can be; those, and whether functions were inlined as well."""
         inner = {m for m in module.modules() if m in self.containers and m is not module and plain(m)}
         error = NotFaithfulError()
@@ -200,22 +195,24 @@ def _stack(found: Found, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _form(
-    graph: Graph,
+    traced: Trace,
     found: Found,
     root: torch.nn.Module,
     inlined: set[torch.nn.Module],
     training: bool,
 ) -> Form:
-    guards = [guard_container("", root)]
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    for path, module in root.named_modules():
-        if isinstance(module, _CONTAINERS) and module not in inlined and not _is_within(path, called):
-            guards.append(guard_container(path, module))  # forward() may go through its children
-        if module in inlined:
-            guards.append(guard_container(path, module))
-            inner = forms_of(module)[0 if training else 1]
-            prefix = guards[-1].path
-            guards += [g._replace(path=prefix + g.path) for g in (inner.guards if inner else ())]
+    graph, reads = traced
+    guards: list[Guard] = []
+    outside = reads.outside_of_modules()
+    for place, of_module in reads.of_modules.items():
+        module = submodule(root, place)
+        is_plain = module in inlined
+        guards.append(Guard(place, original_class(type(module)), is_plain, tuple(of_module.items())))
+        forms = forms_of(module)
+        inner = (forms.training if training else forms.evaluation) if is_plain else None
+        if inner is not None:
+            guards += [guard.within(place) for guard in inner.guards]
+            outside += inner.outside
     for match in found.matches.values():
         guards += _guards_of_parts(match, root)
     rewrite(graph, found)
@@ -225,29 +222,27 @@ def _form(
         imports = _format_import_block(code.globals, sys_importer)
     except Exception as error:
         raise NotFaithfulError(f"its code refers to what cannot be imported: {error}") from error
-    return Form(f"{imports}\n{code.src}", len(required_arguments(root)), tuple(dict.fromkeys(guards)), False)
-
-
-_CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Sequential)
-
-
-def _is_within(path: str, called: set[str]) -> bool:
-    """Whether a module, or one around it, is called as a whole."""
-    return any(path == name or path.startswith(f"{name}.") for name in called)
+    return Form(
+        f"{imports}\n{code.src}",
+        len(required_arguments(root)),
+        tuple(dict.fromkeys(guards)),
+        tuple(dict.fromkeys(outside)),
+    )
 
 
 def _guards_of_parts(match: Match, root: torch.nn.Module) -> Iterator[Guard]:
     for node in (match.norm, *match.nodes):
-        module = called(node, root)
-        if module is not None:
-            names = ("activation", "negative_slope", "alpha", "approximate")
-            yield guard_part(str(node.target), module, *(name for name in names if hasattr(module, name)))
+        if node.op == "call_module":
+            yield guard_part(root, str(node.target), "activation", "negative_slope", "alpha", "approximate")
+    for node in match.relied:
+        if node.op == "call_module":
+            path = str(node.target)
+            for inner, _ in root.get_submodule(path).named_modules(prefix=path):
+                yield guard_part(root, inner, "inplace", "_modules")
 
 
 def _swap_class(module: torch.nn.Module, training: Form | None, evaluation: Form | None) -> None:
-    if training != evaluation:
-        training, evaluation = (form and form._replace(one_mode=True) for form in (training, evaluation))
     try:
-        module.__class__ = fused_class(type(module), training, evaluation)
+        module.__class__ = fused_class(type(module), Forms(training, evaluation))
     except Exception as error:
         raise NotFaithfulError(f"its class cannot be extended: {error}") from error

@@ -1,0 +1,167 @@
+"""Taking snapshots: what of a value can be compared later, and what cannot."""
+
+import enum
+import functools
+import logging
+import re
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bn_ext._snapshots import (
+    AnyTensor,
+    Child,
+    Children,
+    Composite,
+    Constant,
+    Function,
+    Library,
+    Property,
+    Same,
+    TensorLike,
+    _Absent,
+    attributes,
+    description,
+    find,
+    is_library,
+    is_of_numpy,
+    kind_of_parts,
+    original_class,
+    parts,
+    state_of_function,
+)
+
+
+class NotFaithfulError(Exception):
+    """Why the graph of a forward() would not do all that it does."""
+
+
+_LIMIT = 2000  # values within values, of one attribute
+_CONSTANTS = (bool, int, float, complex, str, bytes, range, torch.Size, torch.device)
+_BY_IDENTITY = (
+    *(type(None), type(...), type(NotImplemented), _Absent, type, enum.Enum, re.Pattern, logging.Logger),
+    *(types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType, types.GetSetDescriptorType),
+    *(types.MethodWrapperType, types.GenericAlias, types.UnionType, types.MemberDescriptorType),
+    *(torch.dtype, torch.layout, torch.memory_format, torch._ops.OpOverload, torch._ops.OpOverloadPacket),
+    *(type(functools.lru_cache(len)), torch.jit.ScriptFunction),
+)
+
+
+def unwrapped(value: Any) -> Any:
+    """A function in the place of which torch.fx puts one of its own while it traces."""
+    while isinstance(value, types.FunctionType) and value.__globals__.get("__name__") == "torch.fx._symbolic_trace":
+        if not hasattr(value, "__wrapped__"):
+            break
+        value = value.__wrapped__
+    return value
+
+
+class Snapshots:
+    """Makes snapshots for one trace of one module.
+
+    Args:
+        root: The module that is traced; modules are known by their paths from it.
+        watch: Called with each container before its contents are taken, so that changes can be undone.
+    """
+
+    def __init__(self, root: torch.nn.Module, watch: Callable[[Any, str], None]) -> None:
+        self.paths = {id(module): tuple(path.split(".")) if path else () for path, module in root.named_modules()}
+        self.functions: set[types.CodeType] = set()
+        """Of which the closure is part of a snapshot."""
+        self._watch = watch
+        self._open: list[int] = []
+        self._count = 0
+
+    def of(self, value: Any, name: str, place: tuple[str, ...] | None = None) -> Any:
+        """The snapshot of a value. `name` is for the reason why there is none, `place` is the path that it is read at.
+
+        Raises:
+            NotFaithfulError: Its state cannot be seen, or there is too much of it.
+        """
+        self._count = self._count + 1 if self._open else 0
+        kind = type(value)
+        if kind in _CONSTANTS:
+            return Constant(kind, value)
+        if isinstance(value, torch.nn.Module):
+            return self._of_module(value, name, place)
+        if isinstance(value, Tensor):
+            return TensorLike(description(value))
+        if isinstance(value, types.FunctionType):
+            return self._of_function(unwrapped(value), name)
+        if (
+            isinstance(value, _BY_IDENTITY)
+            or kind is object
+            or kind.__module__ == "typing"
+            or is_of_numpy(kind, "dtype")
+        ):
+            return Same(value)
+        if isinstance(value, types.ModuleType) and is_library(value.__name__):
+            return Library(value.__name__)
+        is_namespace = isinstance(value, dict) and "__builtins__" in value
+        if self._count > _LIMIT or id(value) in self._open or is_namespace or not _has_visible_state(value):
+            raise NotFaithfulError(f"its forward reads {name}, whose state cannot be compared ({kind.__qualname__})")
+        return self._of_parts(value, name)
+
+    def of_children(self, modules: dict[str, Any], path: tuple[str, ...]) -> Children:
+        """The snapshot of the children of the module at a path."""
+        return Children(tuple(modules), tuple([self.of(child, name, (*path, name)) for name, child in modules.items()]))
+
+    def of_attribute(self, module: torch.nn.Module, name: str) -> Any:
+        """The snapshot of what an attribute of a module is, without running code for it."""
+        value, path = find(module, name), self.paths[id(module)]
+        if name == "_modules":
+            return self.of_children(value, path)
+        if isinstance(value, Tensor) and name not in vars(module):
+            return AnyTensor()
+        if isinstance(value, property):
+            return self.of_class(original_class(type(module)), name)
+        return self.of(value, name, (*path, name))
+
+    def of_class(self, owner: type, name: str) -> Any:
+        """The snapshot of an attribute of a class."""
+        value = getattr(owner, name)
+        snapshot = self.of(value, f"{owner.__name__}.{name}")
+        has_state = isinstance(value, property) and isinstance(snapshot.parts[0], Function)
+        return Property(owner, name, value) if isinstance(value, property) and not has_state else snapshot
+
+    def _of_module(self, module: torch.nn.Module, name: str, place: tuple[str, ...] | None) -> Child:
+        path = self.paths.get(id(module))
+        if path is None:
+            raise NotFaithfulError(f"its forward reads {name}, a module that is not one of its submodules")
+        return Child(original_class(type(module)), None if path == place else path)
+
+    def _of_function(self, function: types.FunctionType, name: str) -> Same | Function:
+        if is_library(function.__module__) or id(function) in self._open:
+            return Same(function)
+        self.functions.add(function.__code__)
+        state = self._nested(function, state_of_function(function), name)
+        for cell in function.__closure__ or ():
+            self._watch(cell, name)
+        return Function(function, state) if state else Same(function)
+
+    def _of_parts(self, value: Any, name: str) -> Composite:
+        own = attributes(value)
+        for container in (value, getattr(value, "__dict__", None)):
+            self._watch(container, name)
+        values = self._nested(value, parts(value), name)
+        return Composite(type(value), values, tuple(zip(own, self._nested(value, (*own.values(),), name), strict=True)))
+
+    def _nested(self, owner: Any, values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+        self._open.append(id(owner))
+        try:
+            return tuple([self.of(value, name) for value in values])
+        finally:
+            self._open.pop()
+
+
+def _has_visible_state(value: Any) -> bool:
+    """Whether all that an object is lies in its parts and attributes; not so for most classes written in C."""
+    if kind_of_parts(value) is not None or type(value) is types.SimpleNamespace:
+        return True
+    try:
+        return bool(object.__reduce_ex__(value, 2)) and getattr(type(value), "__reduce__", None) is object.__reduce__
+    except Exception:
+        return False

@@ -1,0 +1,291 @@
+"""What a forward reads while torch.fx traces it, which the generated code holds for as long as it is the same."""
+
+import builtins
+import contextlib
+import dis
+import os
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from bn_ext._capture import NotFaithfulError, Snapshots, unwrapped
+from bn_ext._snapshots import ABSENT, is_library, original_class
+from bn_ext._undo import Undo, Variable
+
+CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
+
+
+class Global(NamedTuple):
+    """A global name of a Python module, and attributes behind it: F.relu is ("F", "relu") in the user's module."""
+
+    module: str
+    names: tuple[str, ...]
+    expected: Any
+
+    def holds(self, root: torch.nn.Module) -> bool:
+        """Whether it still has the value that it had."""
+        value: Any = sys.modules.get(self.module)
+        for name in self.names:
+            value = getattr(value, name, ABSENT)
+        return bool(self.expected.holds(value, root) or self.expected.holds(unwrapped(value), root))
+
+
+class OfClass(NamedTuple):
+    """An attribute of a class that is reached by super() or type(self), which is no read of a module's attribute."""
+
+    owner: type
+    name: str
+    expected: Any
+
+    def holds(self, root: torch.nn.Module) -> bool:
+        """Whether it still has the value that it had."""
+        return bool(self.expected.holds(getattr(self.owner, self.name, ABSENT), root))
+
+
+class Reads:
+    """What one trace has read; filled by :func:`recorded`.
+
+    Args:
+        root: The module that is traced.
+        traced: The modules whose forward() runs: it, and those that are inlined.
+        undo: Told of all containers that are read.
+    """
+
+    def __init__(self, root: torch.nn.Module, traced: Iterable[torch.nn.Module], undo: Undo) -> None:
+        self.of_modules: dict[tuple[str, ...], dict[str, Any]] = {}
+        """By path of the module and name of the attribute."""
+        self.of_globals: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self.of_classes: dict[tuple[type, str], Any] = {}
+        self.refused = ""
+        """Why the graph cannot be used, if something was read or called that allows no comparison."""
+        self._undo = undo
+        bases = {base: None for module in traced for base in original_class(type(module)).__mro__}
+        self._classes = [base for base in bases if not is_library(base.__module__)]
+        self._snapshots = Snapshots(root, undo.watch)
+        self._codes: set[types.CodeType] = set()
+        self._nested: set[types.CodeType] = set()
+
+    def outside_of_modules(self) -> list[Global | OfClass]:
+        """The guards for what was read of globals and classes."""
+        names = [Global(module, names, expected) for (module, names), expected in self.of_globals.items()]
+        return [*names, *(OfClass(owner, name, expected) for (owner, name), expected in self.of_classes.items())]
+
+    def refuse(self, reason: str) -> None:
+        """End the trace. forward() might catch the error: the first reason is remembered, and counts all the same."""
+        self.refused = self.refused or reason
+        raise NotFaithfulError(reason)
+
+    def attribute(self, module: torch.nn.Module, name: str) -> None:
+        """Note that an attribute of a module is read."""
+        path = self._snapshots.paths.get(id(module))
+        if path is None:
+            self.refuse(f"its forward reads {name!r} of a module that is not one of its submodules")
+        reads = self.of_modules.setdefault(path or (), {})
+        if name in reads or name == "__class__":
+            return
+        try:
+            reads[name] = self._snapshots.of_attribute(module, name)
+        except NotFaithfulError as error:
+            self.refuse(str(error))
+
+    def call(self, frame: types.FrameType) -> None:
+        """Note that a Python function runs."""
+        module, code, caller = _module_of(frame), frame.f_code, frame.f_back
+        is_decorator = (module, code.co_name) in _DECORATORS
+        is_called_by_user = caller is not None and not is_library(_module_of(caller))
+        if is_library(module) and not is_called_by_user and not is_decorator:
+            return
+        if _is_importing(frame):
+            return
+        sets = module.partition(".")[0] == "torch" and code.co_name.startswith(_SETTERS)
+        if is_decorator or sets or code in _QUESTIONS or code.co_name in ("__enter__", "__exit__"):
+            self.refuse(CONTEXT)
+        if not is_library(module):
+            self._code(code, frame.f_globals)
+        elif module.partition(".")[0] not in _HARMLESS_MODULES:
+            self.refuse(f"its forward calls {code.co_name} of {module}, which may do more than return a value")
+
+    def call_of_builtin(self, frame: types.FrameType, function: Any) -> None:
+        """Note that a function written in C runs."""
+        if is_library(_module_of(frame)):
+            return
+        if function in _BUILTIN_QUESTIONS:
+            self.refuse(CONTEXT)
+        elif not _is_harmless(function) and not _is_importing(frame):
+            name = getattr(function, "__qualname__", str(function))
+            self.refuse(f"its forward calls {name}, which may do more than return a value")
+
+    def _code(self, code: types.CodeType, names: dict[str, Any]) -> None:
+        if code in self._codes:
+            return
+        self._codes.add(code)
+        try:
+            self._require_visible_closure(code)
+            self._require_no_effects(code, names)
+            for chain in _global_names(code):
+                self._global(names, chain)
+            for owner in self._classes:
+                for name in vars(owner).keys() & set(code.co_names):
+                    self.of_classes[owner, name] = self._snapshots.of_class(owner, name)
+        except NotFaithfulError as error:
+            self.refuse(str(error))
+        self._nested.update(_codes_within(code))
+
+    def _require_visible_closure(self, code: types.CodeType) -> None:
+        """A closure is visible to a snapshot of its function, or made while the trace goes on."""
+        outer = set(code.co_freevars) - {"__class__"}
+        if outer and code not in self._nested and code not in self._snapshots.functions:
+            raise NotFaithfulError(f"its forward calls {code.co_name}, whose closure cannot be seen")
+
+    def _require_no_effects(self, code: types.CodeType, names: dict[str, Any]) -> None:
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in _WITH:
+                raise NotFaithfulError(CONTEXT)
+            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                self._undo.watch(Variable(names, instruction.argval), instruction.argval)
+                raise NotFaithfulError(f"its forward sets {instruction.argval}")
+            if instruction.opname == "IMPORT_NAME":
+                raise NotFaithfulError(f"its forward imports {instruction.argval}")
+
+    def _watch_namespace(self, value: Any) -> None:
+        if isinstance(value, types.ModuleType | type) and not is_library(getattr(value, "__module__", value.__name__)):
+            self._undo.watch(value, "")
+
+    def _global(self, names: dict[str, Any], chain: tuple[str, ...]) -> None:
+        if chain[0] not in names and hasattr(builtins, chain[0]):
+            return
+        module = str(names.get("__name__"))
+        if vars(sys.modules.get(module, builtins)) is not names:
+            raise NotFaithfulError(f"its forward uses {chain[0]} of {module}, which is no imported module")
+        value, depth = names.get(chain[0], ABSENT), 1
+        self._watch_namespace(value)
+        while depth < len(chain) and isinstance(value, types.ModuleType | type):
+            value, depth = getattr(value, chain[depth], ABSENT), depth + 1
+            self._watch_namespace(value)
+        key = module, chain[:depth]
+        if key in self.of_globals:
+            return
+        self.of_globals[key] = self._snapshots.of(unwrapped(value), ".".join(chain[:depth]))
+        if isinstance(value, type) and not is_library(value.__module__):
+            for name, part in vars(value).items():
+                if _is_data(name, part):
+                    self.of_globals[module, (*chain[:depth], name)] = self._snapshots.of(
+                        part, f"{value.__name__}.{name}"
+                    )
+
+
+_OWN_FILES = os.path.dirname(__file__) + os.sep
+
+
+def _module_of(frame: types.FrameType) -> str:
+    """The Python module whose code runs; that of a fused class has the global names of the original class."""
+    return __package__ if frame.f_code.co_filename.startswith(_OWN_FILES) else str(frame.f_globals.get("__name__"))
+
+
+def _is_importing(frame: types.FrameType | None) -> bool:
+    """Whether code runs because a Python module is imported: torch imports some of its own late."""
+    while frame is not None and frame.f_globals.get("__name__") != "importlib._bootstrap":
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_data(name: str, value: object) -> bool:
+    return not (callable(value) or hasattr(value, "__get__") or name.startswith("_"))
+
+
+_WITH = ("BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "SETUP_ASYNC_WITH", "LOAD_SPECIAL")
+_DECORATORS = {("contextlib", "inner"), ("torch.utils._contextlib", "decorate_context")}
+_HARMLESS_MODULES = {
+    *("torch", "bn_ext", "numpy", "functorch", "abc", "collections", "_collections_abc", "copy", "dataclasses", "enum"),
+    *("functools", "inspect", "itertools", "math", "numbers", "operator", "types", "typing", "weakref"),
+}
+_HARMLESS_BUILTINS = {"builtins", "_operator", "math", "cmath", "_functools", "itertools", "_collections", "_abc"}
+_BUILTIN_QUESTIONS = (
+    *(torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled, torch.get_default_dtype),
+    *(torch.get_num_threads, torch.get_autocast_dtype, torch._C._get_tracing_state, torch._C._is_tracing),
+)
+_QUESTIONS = {
+    function.__code__
+    for function in (
+        *(torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting),
+        *(torch.jit._trace.is_tracing, torch.onnx.is_in_onnx_export, torch.are_deterministic_algorithms_enabled),
+        *(torch.get_float32_matmul_precision, torch.get_default_device),
+    )
+}
+_SETTERS = ("set_", "manual_seed", "seed", "use_deterministic_algorithms")
+_EFFECTS = (print, open, input, exec, eval, compile, breakpoint, __import__, globals)
+
+
+def _is_harmless(function: Any) -> bool:
+    """Whether a function written in C does no more than return a value, or change a container that is watched."""
+    if function in _EFFECTS:
+        return False
+    owner, module = getattr(function, "__self__", None), getattr(function, "__module__", None)
+    if owner is not None and not isinstance(owner, types.ModuleType):
+        is_of_builtin = hasattr(builtins, function.__qualname__.partition(".")[0])  # list.append, also of a subclass
+        module = "builtins" if is_of_builtin else type(owner).__module__
+    name = str(module or "torch").partition(".")[0]
+    return name in _HARMLESS_BUILTINS or name in _HARMLESS_MODULES
+
+
+def _codes_within(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The functions, classes and comprehensions that are defined in a function."""
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant
+            yield from _codes_within(constant)
+
+
+def _global_names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
+    """The global names that a function reads, each with the attributes that it reads at once: torch.nn.functional."""
+    chain: tuple[str, ...] = ()
+    for instruction in dis.get_instructions(code):
+        if chain and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chain = (*chain, str(instruction.argval))
+            continue
+        if chain:
+            yield chain
+        chain = (str(instruction.argval),) if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ()
+    if chain:
+        yield chain
+
+
+_MACHINERY = ("torch.nn.modules.module", "torch.nn.parameter")
+_OBSERVERS = ("torch.fx.", "bn_ext.", "torch.utils._pytree.")
+
+
+def _is_read_by_forward(frame: types.FrameType | None, name: str) -> bool:
+    """Whether a read comes from forward(), and is not one of torch.fx, or of torch.nn.Module finding a name."""
+    if frame is not None and name == "__dict__" and _module_of(frame) in _MACHINERY:
+        return False
+    while frame is not None and _module_of(frame) in _MACHINERY:
+        frame = frame.f_back
+    return frame is not None and not f"{_module_of(frame)}.".startswith(_OBSERVERS)
+
+
+@contextlib.contextmanager
+def recorded(reads: Reads) -> Iterator[None]:
+    """Record what all code reads of modules, and which functions run. For all threads: fuse() says so."""
+
+    def read(module: torch.nn.Module, name: str) -> Any:
+        if _is_read_by_forward(sys._getframe(1), name):
+            reads.attribute(module, name)
+        return object.__getattribute__(module, name)
+
+    def profile(frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            reads.call(frame)
+        elif event == "c_call":
+            reads.call_of_builtin(frame, argument)
+
+    profiler = sys.getprofile()
+    torch.nn.Module.__getattribute__ = read  # type: ignore[assignment,method-assign]
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(profiler)
+        del torch.nn.Module.__getattribute__

@@ -1,0 +1,294 @@
+"""Values as they were when a forward was traced, to be compared with those that it would read now."""
+
+import collections
+import copyreg
+import functools
+import sys
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+
+class _Absent:
+    """The type of ABSENT: what is read where there is no attribute of that name."""
+
+    def __reduce__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = _Absent()
+
+
+class Same(NamedTuple):
+    """The same object: None, functions, classes, members of an Enum, dtypes."""
+
+    value: Any
+
+    def holds(self, now: object, root: torch.nn.Module) -> bool:
+        """Whether the value is still the same."""
+        return now is self.value
+
+
+class Property(NamedTuple):
+    """A property of a class: the same object. Pickled by its name, because its function has none."""
+
+    owner: type
+    name: str
+    value: Any
+
+    def holds(self, now: object, root: torch.nn.Module) -> bool:
+        """Whether the class still has the same property."""
+        return now is self.value
+
+    def __reduce__(self) -> Any:
+        return _property, (self.owner, self.name)
+
+
+def _property(owner: type, name: str) -> Property:
+    return Property(owner, name, getattr(owner, name, ABSENT))
+
+
+class Constant(NamedTuple):
+    """A number, a string or the like: an equal one of the same type."""
+
+    kind: type
+    value: Any
+
+    def holds(self, now: object, root: torch.nn.Module) -> bool:
+        """Whether the value is still the same; repr tells 0.0 from -0.0 and finds NaN equal to itself."""
+        return now is self.value or (type(now) is self.kind and repr(now) == repr(self.value))
+
+
+class Library(NamedTuple):
+    """A Python module, by its name, because modules cannot be pickled."""
+
+    name: str
+
+    def holds(self, now: object, root: torch.nn.Module) -> bool:
+        """Whether it still is that module."""
+        return now is sys.modules.get(self.name)
+
+
+class AnyTensor(NamedTuple):
+    """A parameter or buffer that the graph reads anew: it must be there."""
+
+    def holds(self, now: object, root: torch.nn.Module) -> bool:
+        """Whether there still is a tensor."""
+        return isinstance(now, Tensor)
+
+
+class TensorLike(NamedTuple):
+    """A tensor whose description, but not whose values, forward() could read."""
+
+    description: tuple[Any, ...]
+
+    def holds(self, now: object, root: torch.nn.Module) -> bool:
+        """Whether it still is a tensor of that description."""
+        return isinstance(now, Tensor) and description(now) == self.description
+
+
+class Child(NamedTuple):
+    """A module of a certain class; `path` names it where it may not be the one at the place that is looked at."""
+
+    kind: type
+    path: tuple[str, ...] | None
+
+    def holds(self, now: object, root: torch.nn.Module) -> bool:
+        """Whether there still is a module of that class, and the one that was there if a path is known."""
+        if type(now) is self.kind and self.path is None:
+            return True
+        if not isinstance(now, torch.nn.Module) or original_class(type(now)) is not self.kind:
+            return False
+        return self.path is None or now is submodule(root, self.path)
+
+
+class Children(NamedTuple):
+    """The children of a module in their order: names, and snapshots of them; None among them too."""
+
+    names: tuple[str, ...]
+    children: tuple[Any, ...]
+
+    def holds(self, now: Any, root: torch.nn.Module) -> bool:
+        """Whether it still has such children."""
+        return tuple(now) == self.names and _all_hold(self.children, tuple(now.values()), root)
+
+
+class Function(NamedTuple):
+    """A Python function, with the contents of its closure and its defaults."""
+
+    function: Any
+    state: tuple[Any, ...]
+
+    def holds(self, now: object, root: torch.nn.Module) -> bool:
+        """Whether it still is that function, with such contents."""
+        if now is not self.function or is_compiling():  # torch.compile guards a function's defaults
+            return now is self.function
+        return _all_hold(self.state, state_of_function(self.function), root)
+
+
+class Composite(NamedTuple):
+    """A container or an object: its type, its parts, and its attributes."""
+
+    kind: type
+    parts: tuple[Any, ...]
+    attributes: tuple[tuple[str, Any], ...]
+
+    def holds(self, now: object, root: torch.nn.Module) -> bool:
+        """Whether there still is one of this type with such contents; order counts."""
+        if type(now) is not self.kind or not _all_hold(self.parts, parts(now), root):
+            return False
+        found = attributes(now)
+        if len(found) != len(self.attributes):
+            return False
+        return all([expected.holds(found.get(name, ABSENT), root) for name, expected in self.attributes])
+
+
+def _all_hold(expected: tuple[Any, ...], now: tuple[Any, ...], root: torch.nn.Module) -> bool:
+    if len(expected) != len(now):
+        return False
+    return all([snapshot.holds(value, root) for snapshot, value in zip(expected, now, strict=True)])
+
+
+def original_class(kind: type) -> type:
+    """The class that a fused module had."""
+    original: type = getattr(kind, "_bn_ext_original", kind)
+    return original
+
+
+def submodule(root: Any, path: tuple[str, ...]) -> Any:
+    """The module at a path, or None."""
+    for name in path:
+        root = root._modules.get(name)
+        if root is None:
+            return None
+    return root
+
+
+def find(module: torch.nn.Module, name: str) -> Any:
+    """What `module.name` reads, without running code: descriptors themselves, not what they return."""
+    own = module.__dict__
+    if name in own:
+        return own[name]
+    if name in own["_modules"]:
+        return own["_modules"][name]
+    if name in own["_parameters"]:
+        return own["_parameters"][name]
+    if name in own["_buffers"]:
+        return own["_buffers"][name]
+    value = getattr(original_class(type(module)), name, ABSENT)
+    if is_compiling() and not isinstance(value, property):
+        getattr(module, name, ABSENT)  # torch.compile guards this, but not that a name is missing in a __dict__
+    return value
+
+
+def is_traceable(snapshot: Any) -> bool:
+    """Whether torch.compile can follow, and guard, the comparison with a snapshot."""
+    if isinstance(snapshot, Composite):
+        return snapshot.kind in (list, tuple, dict) and all(map(is_traceable, snapshot.parts))
+    if isinstance(snapshot, Children):
+        return True
+    if isinstance(snapshot, Function):
+        return set(snapshot.function.__code__.co_freevars) <= {"__class__"}
+    return not isinstance(snapshot, TensorLike)
+
+
+_LIBRARIES = {"torch", "bn_ext", "functorch", "numpy", *sys.stdlib_module_names}
+
+
+def is_library(name: str | None) -> bool:
+    """Whether a module is part of torch, of Python or of this package: its state is not that of a model."""
+    name = name or ""
+    return name.partition(".")[0] in _LIBRARIES or name.startswith("namedtuple_")  # where their constructors live
+
+
+def description(tensor: Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape, tensor.requires_grad
+
+
+def is_of_numpy(kind: type, name: str) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and issubclass(kind, getattr(numpy, name))
+
+
+def state_of_function(function: Any) -> tuple[Any, ...]:
+    """What a function reads besides its arguments and globals: but the cell of super(), which never changes."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    contents = [_content(cell) for name, cell in cells if name != "__class__"]
+    return (*contents, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return ABSENT
+
+
+_LIMIT = 2000  # bytes, of an array
+_PARTS: dict[Any, Callable[[Any], tuple[Any, ...]]] = {
+    list: tuple,
+    tuple: tuple,
+    collections.deque: tuple,
+    dict: lambda value: (*value, *value.values()),
+    set: lambda value: tuple(sorted(value, key=_order)),
+    frozenset: lambda value: tuple(sorted(value, key=_order)),
+    slice: lambda value: (value.start, value.stop, value.step),
+    functools.partial: lambda value: (value.func, value.args, value.keywords),
+    types.MethodType: lambda value: (value.__func__, value.__self__),
+    property: lambda value: (value.fget,),
+    staticmethod: lambda value: (value.__func__,),
+    classmethod: lambda value: (value.__func__,),
+    int: lambda value: (int.__index__(value),),
+    float: lambda value: (float.__float__(value),),
+    str: lambda value: (str.__str__(value),),
+}
+
+
+def _order(value: object) -> tuple[str, str]:
+    return type(value).__qualname__, repr(value)
+
+
+def kind_of_parts(value: object) -> Any:
+    if is_of_numpy(type(value), "ndarray") or is_of_numpy(type(value), "generic"):
+        return None if value.dtype.hasobject or value.nbytes > _LIMIT else "numpy"  # type: ignore[attr-defined]
+    for kind in _PARTS:
+        if isinstance(value, kind):
+            return kind
+    return None
+
+
+def parts(value: Any) -> tuple[Any, ...]:
+    """The values in a container; of an object that is none, none."""
+    kind = type(value)
+    if kind is list or kind is tuple:
+        return tuple(value)
+    kind = kind_of_parts(value)
+    if kind == "numpy":
+        return value.dtype.str, value.shape, value.tobytes()
+    return () if kind is None else _PARTS[kind](value)
+
+
+_PLAIN = (list, tuple, dict, set, frozenset)
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object: those of its own, and data that its class has for all objects."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return {}
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if not is_library(base.__module__):
+            found.update({name: part for name, part in vars(base).items() if _is_data(name, part)})
+    for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
+        found[name] = getattr(value, name, ABSENT)
+    return {**found, **getattr(value, "__dict__", {})}
+
+
+def _is_data(name: str, value: object) -> bool:
+    described = callable(value) or hasattr(value, "__get__")
+    return not described and not (name.startswith("__") and name.endswith("__")) and not name.startswith("_abc_")

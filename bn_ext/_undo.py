@@ -1,0 +1,78 @@
+"""What a forward changes while it is traced, and putting it back."""
+
+import collections
+import types
+from typing import Any, NamedTuple
+
+Contents = dict[Any, Any] | list[Any]
+
+
+class Variable(NamedTuple):
+    """A global name."""
+
+    names: dict[str, Any]
+    name: str
+
+
+class Undo:
+    """Contents of containers and variables, and attributes of classes and Python modules, as they were at first."""
+
+    def __init__(self) -> None:
+        self._watched: dict[Any, tuple[Any, str, Contents]] = {}
+
+    def watch(self, container: Any, name: str) -> None:
+        """Remember the contents; a change is reported as one of `name`, or of the keys if that is empty."""
+        key = (id(container.names), container.name) if isinstance(container, Variable) else id(container)
+        if isinstance(container, _KINDS) and key not in self._watched:
+            self._watched[key] = container, name, _contents(container)
+
+    def restore(self) -> str:
+        """Put back what was changed; the names of it, or an empty string."""
+        changed: list[str] = []
+        for container, name, before in self._watched.values():
+            different = _different(before, _contents(container), name)
+            if different:
+                _put_back(container, before)
+                changed += different
+        return ", ".join(sorted(set(changed)))
+
+
+_KINDS = (dict, list, set, collections.deque, types.CellType, Variable, type, types.ModuleType)
+
+
+def _contents(container: Any) -> Contents:
+    if isinstance(container, types.CellType):
+        try:
+            return [container.cell_contents]
+        except ValueError:  # not assigned yet
+            return []
+    if isinstance(container, Variable):
+        return [container.names[container.name]] if container.name in container.names else []
+    if isinstance(container, type | types.ModuleType):
+        return dict(vars(container))
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _different(before: Contents, now: Contents, name: str) -> list[str]:
+    """The names of what differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key, before) is not now.get(key, before)]
+        is_same = not keys and list(before) == list(now)
+        return [] if is_same else [name] if name else [str(key) for key in keys]
+    is_same = len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+    return [] if is_same else [name]
+
+
+def _put_back(container: Any, contents: Any) -> None:
+    if isinstance(container, types.CellType):
+        container.cell_contents = contents[0]
+    elif isinstance(container, Variable):
+        container.names.pop(container.name, None)
+        if contents:
+            container.names[container.name] = contents[0]
+    elif isinstance(container, type | types.ModuleType):
+        for name in [name for name, value in vars(container).items() if value is not contents.get(name, contents)]:
+            setattr(container, name, contents[name]) if name in contents else delattr(container, name)
+    else:
+        container.clear()
+        (container.update if isinstance(container, dict | set) else container.extend)(contents)

@@ -1,0 +1,209 @@
+"""A change of anything that the original forward could read voids the fusion: never a wrong number."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import helpers.changing as state
+import numpy as np
+import pytest
+import torch
+from helpers.changing import Config, Leaf, Mode, Net
+from helpers.fusing import FUSED, SEPARATE, seen_of, x_of
+from torch import nn
+
+import bn_ext
+
+
+def parameter(value: float) -> nn.Parameter:
+    return nn.Parameter(torch.full((3, 1, 1), value))
+
+
+def renamed(m: Net) -> None:
+    m.named["r"] = m.named.pop("q")
+
+
+def reordered(m: Net) -> None:
+    m.named["p"] = m.named.pop("p")
+
+
+def with_cell(m: Net) -> None:
+    m.closure.__closure__[0].cell_contents = [4.0]
+
+
+CHANGES: dict[str, Callable[[Net], Any]] = {
+    "an Enum member": lambda m: setattr(m, "mode", Mode.B),
+    "a numpy scalar": lambda m: setattr(m, "number", np.float32(2)),
+    "a value in a numpy array": lambda m: m.array.__setitem__(0, 2),
+    "a list that is replaced": lambda m: setattr(m, "depths", [2]),
+    "a list that is changed in place": lambda m: m.depths.__setitem__(0, 2),
+    "a list in a dict": lambda m: m.nested["a"].__setitem__(0, 1),
+    "a dict in a list in a dict": lambda m: m.nested["a"][1].update(b=1),
+    "a set": lambda m: m.choices.add(3),
+    "the order of a dict": lambda m: m.table.update(x=m.table.pop("x")),
+    "a tuple": lambda m: setattr(m, "pair", (2.0, [1.0])),
+    "a list in a tuple": lambda m: m.pair[1].__setitem__(0, 2.0),
+    "an object that is replaced": lambda m: setattr(m, "config", Config()) or setattr(m.config, "scale", 2.0),
+    "an attribute of an object": lambda m: setattr(m.config, "scale", 2.0),
+    "a list in an object in an object": lambda m: m.config.inner.scales.__setitem__(0, 2.0),
+    "an object's default that is overridden": lambda m: setattr(m.config, "shift", 2.0),
+    "an object with slots": lambda m: setattr(m.slotted, "scale", 2.0),
+    "a function": lambda m: setattr(m, "function", torch.neg),
+    "a closure": with_cell,
+    "a list in a closure": lambda m: m.closure.__closure__[0].cell_contents.__setitem__(0, 2.0),
+    "an activation function": lambda m: setattr(m, "activation", torch.tanh),
+    "a method on the instance": lambda m: setattr(m, "post", lambda y: y * 7),
+    "an attribute that was missing": lambda m: setattr(m, "missing", 2.0),
+    "an attribute that was asked for by hasattr": lambda m: setattr(m, "absent", None),
+    "a buffer of a missing name": lambda m: m.register_buffer("missing", torch.tensor(2.0)),
+    "a class default that is overridden": lambda m: setattr(m, "flag", True),
+    "a parameter that was None": lambda m: setattr(m, "gain", parameter(2.0)),
+    "a parameter that is registered": lambda m: m.register_parameter("gain", parameter(2.0)),
+    "a buffer that was None": lambda m: setattr(m, "offset", torch.ones(3, 1, 1)),
+    "an attribute of a child": lambda m: setattr(m.leaf, "scale", 2.0),
+    "a container of a child": lambda m: m.leaf.sizes["a"].__setitem__(0, 2),
+    "a child that was None": lambda m: setattr(m, "optional", nn.Softplus()),
+    "an empty ModuleList": lambda m: m.extra.append(nn.Softplus()),
+    "an empty Sequential": lambda m: m.steps.append(nn.Softplus()),
+    "a ModuleDict with one more": lambda m: m.named.update({"s": Leaf()}),
+    "a ModuleDict whose keys are renamed": renamed,
+    "a ModuleDict that is reordered": reordered,
+    "a tensor that is no parameter": lambda m: setattr(m, "plain", torch.ones(1, 3, 1, 1)),
+    "a parameter of the batch norm": lambda m: m.bn.register_parameter("third", parameter(1.0)),
+    "the class of a child": lambda m: m.named.__setitem__("p", nn.Tanh()),
+}
+
+
+def fused_and_stock() -> tuple[Net, Net]:
+    torch.manual_seed(0)
+    fused = bn_ext.fuse(Net().double())
+    assert type(fused) is not Net
+    assert seen_of(fused, x_of()) == FUSED
+    stock = Net().double()
+    stock.load_state_dict(fused.state_dict())
+    return fused, stock
+
+
+def assert_heeded(fused: nn.Module, stock: nn.Module, change: Callable[[], Any]) -> None:
+    """The change matters, and the fused model does what stock does, in training and evaluation, before and after."""
+    x = x_of()
+    for training in (True, False):
+        before = stock.train(training)(x)
+        torch.testing.assert_close(fused.train(training)(x), before)
+    change()
+    for training in (True, False):
+        torch.testing.assert_close(fused.train(training)(x), stock.train(training)(x))
+    assert not torch.equal(stock(x), before)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a deepcopy"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_voids_the_fusion(name: str, copied: bool) -> None:
+    fused, stock = fused_and_stock()
+    if copied:
+        fused = copy.deepcopy(fused)
+        assert seen_of(fused, x_of()) == FUSED
+        stock.load_state_dict(fused.state_dict())
+
+    def change() -> None:
+        for model in (fused, stock):
+            CHANGES[name](model)
+
+    assert_heeded(fused, stock, change)
+    # A module that is called as a whole is called as it is now.
+    assert seen_of(fused, x_of()) == (FUSED if name == "an empty Sequential" else SEPARATE)
+
+
+COMPILED = [
+    *("an Enum member", "a list that is changed in place", "a list in a dict", "the order of a dict", "a tuple"),
+    *("an attribute that was missing", "a class default that is overridden", "a buffer of a missing name"),
+    *("an attribute of a child", "an empty ModuleList", "a parameter that was None", "a child that was None"),
+    *("an activation function", "an attribute of an object", "a closure", "a numpy scalar"),
+]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_change_after_compilation_voids_the_fusion(name: str) -> None:
+    fused, stock = fused_and_stock()
+    compiled, expected, x = torch.compile(fused, backend="eager"), torch.compile(stock, backend="eager"), x_of()
+    torch.testing.assert_close(compiled(x), expected(x))
+    for model in (fused, stock):
+        CHANGES[name](model)
+    torch.testing.assert_close(compiled(x), expected(x))
+
+
+PICKLED = ["an Enum member", "an attribute of an object", "a list in a dict", "an attribute that was missing", "a set"]
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_a_change_of_a_model_from_a_file_voids_the_fusion(name: str) -> None:
+    fused, stock = (Net().double() for _ in range(2))
+    for model in (fused, stock):
+        model.closure = torch.abs  # the other one cannot be pickled
+    fused = pickle.loads(pickle.dumps(bn_ext.fuse(fused)))
+    assert seen_of(fused, x_of()) == FUSED
+    stock.load_state_dict(fused.state_dict())
+    assert_heeded(fused, stock, lambda: [CHANGES[name](model) for model in (fused, stock)])
+
+
+def test_a_model_with_a_decorated_forward_comes_from_a_file_unfused() -> None:
+    """The decorator's inner function has no name to be found by; a deepcopy keeps it."""
+    fused = bn_ext.fuse(state.Decorated().double())
+    assert seen_of(fused, x_of()) == seen_of(copy.deepcopy(fused), x_of()) == FUSED
+    loaded, x = pickle.loads(pickle.dumps(fused)), x_of()
+    assert type(loaded) is state.Decorated
+    torch.testing.assert_close(loaded(x), fused(x))
+
+
+GLOBALS: dict[str, tuple[Any, str, Any]] = {
+    "a global that a function reads": (state, "GLOBAL", 2.0),
+    "a global function": (state, "scaled", torch.neg),
+    "an attribute of a Python module": (state.ELSEWHERE, "scale", 2.0),
+    "an attribute of the class": (Net, "flag", True),
+    "an attribute of the class that type(self) reads": (Net, "classwide", 2.0),
+    "an attribute that was missing in the class": (Net, "missing", 2.0),
+    "an attribute of the base class": (state.Base, "base_scale", 2.0),
+    "a method": (Net, "post", lambda self, y: y * 7),
+    "a method that super() calls": (state.Base, "post", lambda self, y: y * 7),
+    "a property": (Net, "half", property(lambda self: 3.0)),
+    "the forward of the class": (Net, "forward", lambda self, x: self.bn(x)),
+    "the forward of a child that is called": (nn.Sequential, "forward", lambda self, x: x * 3),
+}
+
+
+@pytest.mark.parametrize("name", GLOBALS)
+def test_a_change_of_classes_and_globals_voids_the_fusion(name: str) -> None:
+    owner, attribute, value = GLOBALS[name]
+    fused, stock = fused_and_stock()
+    x = x_of()
+    before = stock(x)
+    with mock.patch.object(owner, attribute, value, create=True):
+        torch.testing.assert_close(fused(x), stock(x))
+        assert name == "a global function" or not torch.equal(stock(x), before)
+    assert seen_of(fused, x) == FUSED
+
+
+def test_a_list_in_a_global_voids_the_fusion() -> None:
+    fused, stock = fused_and_stock()
+    with mock.patch.dict(state.SETTINGS, scales=[2.0]):
+        assert seen_of(fused, x_of()) == SEPARATE
+        x = x_of()
+        torch.testing.assert_close(fused(x), stock(x))
+
+
+@pytest.mark.parametrize("name", ["missing", "optional", "flag", "config"])
+def test_an_attribute_that_is_deleted_raises_what_the_original_raises(name: str) -> None:
+    fused, stock = fused_and_stock()
+    for model in (fused, stock):
+        setattr(model, name, {"missing": 2.0, "optional": None, "flag": True, "config": None}[name])
+        delattr(model, name)
+    if name in ("optional", "config"):
+        for model in (fused, stock):
+            with pytest.raises(AttributeError, match=f"'Net' object has no attribute '{name}'"):
+                model(x_of())
+    else:
+        x = x_of()
+        torch.testing.assert_close(fused(x), stock(x))

@@ -1,0 +1,180 @@
+"""bn_ext.fuse: forwards with contexts or effects are left alone, and the attempt has no effect."""
+
+import contextlib
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.fusing import Small, seen_of, x_of
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import bn_ext
+
+FEATURES: list[Any] = []
+BY_NAME: dict[str, Any] = {}
+HOLDER = SimpleNamespace(last=None)
+COUNT = 0
+NUMBERS = iter(range(100))
+LOG = logging.getLogger(__name__)
+
+
+class Own:
+    """A user's context manager."""
+
+    def __enter__(self) -> None:
+        FEATURES.append(1)
+
+    def __exit__(self, *_: object) -> None:
+        FEATURES.pop()
+
+
+def within(make: Callable[[], Any]) -> Callable[..., Any]:
+    def body(self: Small, x: Tensor) -> Tensor:
+        with make():
+            return self.act(self.bn(x))
+
+    return body
+
+
+def before(effect: Callable[[Any], Any]) -> Callable[..., Any]:
+    def body(self: Small, x: Tensor) -> Tensor:
+        effect(x)
+        return self.act(self.bn(x))
+
+    return body
+
+
+def entered_by_hand(self: Small, x: Tensor) -> Tensor:
+    context = Own()
+    context.__enter__()
+    y = self.act(self.bn(x))
+    context.__exit__()
+    return y
+
+
+def entered_by_a_stack(self: Small, x: Tensor) -> Tensor:
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+    y = self.act(self.bn(x))
+    stack.close()
+    return y
+
+
+def set_and_reset(name: str, value: Any, reset: Any) -> Callable[..., Any]:
+    def body(self: Small, x: Tensor) -> Tensor:
+        getattr(torch, name)(value)
+        y = self.act(self.bn(x))
+        getattr(torch, name)(reset)
+        return y
+
+    return body
+
+
+def counted(self: Small, x: Tensor) -> Tensor:
+    global COUNT
+    COUNT += 1
+    return self.act(self.bn(x))
+
+
+def class_attribute(self: Small, x: Tensor) -> Tensor:
+    Small.last = 1
+    return self.act(self.bn(x))
+
+
+def imported(self: Small, x: Tensor) -> Tensor:
+    import json
+
+    return self.act(self.bn(x)) * len(json.dumps([]))
+
+
+CONTEXT = "its forward sets or asks for a context"
+EFFECTS: dict[str, tuple[Callable[..., Any], str]] = {
+    "mkldnn flags": (within(lambda: torch.backends.mkldnn.flags(enabled=False)), CONTEXT),
+    "cudnn flags": (within(lambda: torch.backends.cudnn.flags(enabled=False)), CONTEXT),
+    "sdpa kernel": (within(lambda: sdpa_kernel(SDPBackend.MATH)), CONTEXT),
+    "the user's context manager": (within(Own), CONTEXT),
+    "record_function": (within(lambda: torch.profiler.record_function("block")), CONTEXT),
+    "entered by hand": (entered_by_hand, CONTEXT),
+    "entered by a stack": (entered_by_a_stack, "its forward calls __init__ of contextlib"),
+    "a decorated forward": (
+        sdpa_kernel(SDPBackend.MATH)(lambda self, x: self.act(self.bn(x))),
+        "its forward reads body, whose state cannot be compared (generator)",
+    ),
+    "matmul precision": (set_and_reset("set_float32_matmul_precision", "high", "highest"), CONTEXT),
+    "deterministic algorithms": (set_and_reset("use_deterministic_algorithms", True, False), CONTEXT),
+    "a warning": (before(lambda x: warnings.warn("seen", stacklevel=1)), "its forward calls warn"),
+    "a log": (before(lambda x: LOG.warning("seen")), "its forward calls warning of logging"),
+    "a print": (before(lambda x: print("seen")), "its forward calls print"),
+    "a file": (before(lambda x: open("seen", "w").close()), "its forward calls open"),
+    "the time": (before(lambda x: time.time()), "its forward calls time"),
+    "the environment": (before(lambda x: os.getenv("HOME")), "its forward calls getenv of os"),
+    "a list elsewhere": (before(lambda x: FEATURES.append(x)), "its forward sets FEATURES"),
+    "a dict elsewhere": (before(lambda x: BY_NAME.update(x=x)), "its forward sets BY_NAME"),
+    "an object elsewhere": (before(lambda x: setattr(HOLDER, "last", 1)), "its forward sets HOLDER"),
+    "an iterator": (before(lambda x: next(NUMBERS)), "its forward reads NUMBERS, whose state cannot be compared"),
+    "a global": (counted, "its forward sets COUNT"),
+    "an attribute of a class": (class_attribute, "its forward sets last"),
+    "an import": (imported, "its forward imports json"),
+}
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_a_forward_with_effects_is_left_alone(
+    name: str, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    body, reason = EFFECTS[name]
+    settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    caplog.clear()
+    model, report = bn_ext.fuse(Small(body), report=True)
+    assert [row.reason[: len(reason)] for row in report.rows] == [reason]
+    assert type(model) is Small
+    assert FEATURES == []
+    assert (BY_NAME, HOLDER.last, COUNT, hasattr(Small, "last")) == ({}, None, 0, False)
+    assert (capsys.readouterr().out, [str(w.message) for w in recwarn], caplog.messages) == ("", [], [])
+    assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == settings
+    assert not os.path.exists("seen")
+
+
+def test_an_iterator_is_not_advanced() -> None:
+    bn_ext.fuse(Small(EFFECTS["an iterator"][0]))
+    assert next(NUMBERS) == 0
+
+
+def closure_that_counts() -> Callable[..., Any]:
+    count = 0
+
+    def body(self: Small, x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return self.act(self.bn(x)) * count
+
+    return body
+
+
+def test_a_counter_in_a_closure_counts_the_calls_of_forward_only() -> None:
+    body = closure_that_counts()
+    model, report = bn_ext.fuse(Small(body), report=True)
+    assert report.rows[0].reason == "its forward sets body"
+    assert body.__closure__ is not None
+    assert body.__closure__[0].cell_contents == 0
+    assert seen_of(model, x_of(dtype=torch.float32)) == [(None, False)]
+    assert body.__closure__[0].cell_contents == 1
+
+
+def test_lists_of_forward_itself_are_no_effect() -> None:
+    def body(self: Small, x: Tensor) -> Tensor:
+        outputs, names = [], {}
+        for number in range(2):
+            outputs.append(x * number)
+            names[number] = outputs[-1]
+        return self.act(self.bn(sum(outputs[1:], outputs[0]) + names[1]))
+
+    model = bn_ext.fuse(Small(body))
+    assert seen_of(model, x_of(dtype=torch.float32)) == [("relu", False)]
