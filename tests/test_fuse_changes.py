@@ -10,9 +10,10 @@ import helpers.changing as state
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.changing import Config, Leaf, Mode, Net
 from helpers.fusing import FUSED, SEPARATE, seen_of, x_of
-from torch import nn
+from torch import Tensor, nn
 
 import bn_ext
 
@@ -207,3 +208,51 @@ def test_an_attribute_that_is_deleted_raises_what_the_original_raises(name: str)
     else:
         x = x_of()
         torch.testing.assert_close(fused(x), stock(x))
+
+
+class Between(nn.Module):
+    """A call between the batch norm and the addition that takes it over must not write to the batch norm's input."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.bn, self.side = first, nn.BatchNorm2d(3), nn.Sequential(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.first(x)
+        y = self.bn(t)
+        return F.relu(y + self.side(x if isinstance(self.first, nn.Conv2d | nn.Identity) else t))
+
+
+MOVED: dict[str, tuple[nn.Module, Callable[[Any], Any]]] = {
+    "the side becomes in-place": (nn.Tanh(), lambda m: setattr(m.side[0], "inplace", True)),
+    "the side is replaced": (nn.Tanh(), lambda m: m.side.__setitem__(0, nn.ReLU(inplace=True))),
+    "the side gets a child": (nn.Tanh(), lambda m: m.side.append(nn.Hardtanh(-0.1, 0.1, inplace=True))),
+    "the side gets a hook": (nn.Tanh(), lambda m: m.side[0].register_forward_pre_hook(lambda m, x: x[0].mul_(2))),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_change_of_a_call_between_voids_the_fusion(name: str) -> None:
+    first, change = MOVED[name]
+    fused, stock = (Between(first).double() for _ in range(2))
+    assert seen_of(bn_ext.fuse(fused), x_of()) == [("relu", True)]
+    stock.load_state_dict(fused.state_dict())
+    x = x_of()
+    for model in (fused, stock):
+        change(model)
+    with torch.no_grad():  # autograd refuses to write to a saved input
+        torch.testing.assert_close(fused(x.clone()), stock(x.clone()))
+
+
+def test_a_change_of_the_convolution_before_voids_the_fusion() -> None:
+    """Its result is new memory, so that nothing between can write to it; that of an Identity is the input itself."""
+    fused, stock = (Between(nn.Conv2d(3, 3, 1)).double() for _ in range(2))
+    for model in (fused, stock):
+        model.side[0].inplace = True
+    assert seen_of(bn_ext.fuse(fused), x_of()) == [("relu", True)]
+    stock.load_state_dict(fused.state_dict())
+    x = x_of()
+    for model in (fused, stock):
+        model.first = nn.Identity()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x.clone()), stock(x.clone()))
