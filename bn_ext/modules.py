@@ -1,28 +1,17 @@
 """Modules that drop in for torch.nn's batch norms: they differ in the operator that does the work."""
 
 import inspect
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from bn_ext._eps import HIDDEN, GuardedEps, hidden_eps, lost_activation
 from bn_ext.activations import Activation, apply, describe, resolve
 from bn_ext.functional import batch_norm
-
-# Functions that make something else of whatever is a torch.nn batch norm, from its statistics and parameters, and would
-# lose an activation without a word: of torch, apex and detectron2.
-_LOSING = {
-    "convert_sync_batchnorm",
-    "fuse_conv_bn_eval",
-    "fuse_linear_bn_eval",
-    "to_mkldnn",
-    "convert_syncbn_model",
-    "convert_frozen_batchnorm",
-}
-
 
 _OF_ALL_MODULES = (_global_forward_hooks, _global_forward_pre_hooks)  # dicts, which torch changes in place
 _MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -41,6 +30,11 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     """Whether channels keep running statistics that a batch would make inf or NaN."""
     skip_recomputed: bool = False
     """Whether a forward pass that runs again within backward, as for a checkpoint, updates and counts nothing."""
+
+    eps = GuardedEps()
+    if HIDDEN:
+        _hidden_eps = hidden_eps
+        __jit_unused_properties__ = ["_hidden_eps"]
 
     _has_properties = False
     """Whether a subclass defines a parameter or buffer as something else."""
@@ -64,21 +58,13 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             value = None if value is None else resolve(value)
         elif name in OPTIONS and not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {value!r}")
+        elif name == "__class__" and self.activation is not None and not issubclass(value, _FusedForward):
+            raise lost_activation(f"the class {value.__name__}", self)
         super().__setattr__(name, value)
 
-    def __getattr__(self, name: str) -> Any:
-        """Refuse statistics to those that would lose the activation (pytorch#187298)."""
-        if name == "running_mean" and self.activation is not None:
-            frame = sys._getframe(1)
-            caller = frame.f_code.co_name
-            if frame.f_globals.get("__name__") == "torch.utils.mkldnn":
-                caller = "to_mkldnn"
-            if caller in _LOSING:
-                raise RuntimeError(
-                    f"{caller} would lose the activation inside {self}: set its `activation` to None and apply the "
-                    "activation behind it first"
-                )
-        return super().__getattr__(name)
+    def __dir__(self) -> list[str]:
+        """All that may be read."""
+        return [name for name in super().__dir__() if name != "eps" or self.activation is None]
 
     def __init_subclass__(cls) -> None:
         """Show the constructor's arguments: those of the torch in use, and those of this class."""
@@ -134,6 +120,10 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         elif self.activation is not None:
             raise ValueError(f"forward() was given activation={activation!r}, but the module has one: {self}")
         mean, var, count = self._member("running_mean"), self._member("running_var"), None
+        try:
+            eps = self._hidden_eps if HIDDEN and is_compiling() else self.__dict__["eps"]
+        except KeyError:  # a Parameter, or a property of a subclass
+            eps = self.eps
         training, momentum = bool(self.training), self.momentum
         if training:
             if self.track_running_stats:
@@ -144,7 +134,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         else:
             training = mean is None and var is None
         return batch_norm(
-            *(input, mean, var, self._member("weight"), self._member("bias"), training, momentum, self.eps),
+            *(input, mean, var, self._member("weight"), self._member("bias"), training, momentum, eps),
             num_batches_tracked=count,
             activation=activation,
             residual=residual,
