@@ -1,5 +1,6 @@
 """Modules that drop in for torch.nn's batch norms: they differ in the operator that does the work."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -70,10 +71,18 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         """Show the constructor's arguments: those of the torch in use, and those of this class."""
         super().__init_subclass__()
         cls._has_properties = any(hasattr(cls, name) for name in _MEMBERS)
-        shown = list(inspect.signature(super().__init__).parameters.values())[1:]
+        if cls.__init__ is not _FusedForward.__init__:
+            return
+
+        @functools.wraps(_FusedForward.__init__)
+        def construct(self: _FusedForward, *args: Any, **kwargs: Any) -> None:
+            _FusedForward.__init__(self, *args, **kwargs)
+
+        shown = list(inspect.signature(super().__init__).parameters.values())
         own = inspect.signature(_FusedForward.__init__).parameters.values()
         shown += [parameter for parameter in own if parameter.kind == inspect.Parameter.KEYWORD_ONLY]
-        cls.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        construct.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        cls.__init__ = construct  # type: ignore[method-assign]
 
     def extra_repr(self) -> str:
         """torch.nn's, and what differs from it."""

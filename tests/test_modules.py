@@ -78,6 +78,17 @@ def test_constructor_is_that_of_the_torch_in_use() -> None:
         assert [skip_recomputed.name, skip_recomputed.default] == ["skip_recomputed", False]
         with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
             ours(4, foo=1)
+        assert inspect.getfullargspec(ours.__init__).args == inspect.getfullargspec(stock.__init__).args
+
+
+def test_signature_of_a_subclass_is_its_own() -> None:
+    class Scaled(bn_ext.BatchNorm2d):
+        def __init__(self, scale: float) -> None:
+            super().__init__(4, eps=scale, activation="relu")
+
+    assert list(inspect.signature(Scaled).parameters) == ["scale"]
+    assert vars(Scaled(0.5))["eps"] == 0.5
+    assert Scaled(0.5).activation == ("relu", 0.0)
 
 
 @pytest.mark.parametrize("flag", [True, False])
