@@ -109,9 +109,11 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
                 dtype, a number), which is refused otherwise; then the activation runs by itself too.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            assert activation is None, "a scripted batch norm has only the activation that it was made with"
-            assert unlike is None, "a scripted batch norm takes only a residual like its input"
-            return self._scripted_forward(input, residual)
+            if unlike is not None:
+                assert residual is not None, "unlike needs a residual"
+                alike = residual.shape == input.shape and residual.dtype == input.dtype
+                assert alike, "a scripted batch norm takes only a residual of its input's shape and dtype"
+            return self._scripted_forward(input, residual, activation)
         return self._forward(input, residual, activation, unlike)
 
     def _forward(self, input: Tensor, residual: Tensor | None, activation: Activation, unlike: str | None) -> Tensor:
@@ -151,7 +153,12 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             skip_recomputed=self.skip_recomputed,
         )
 
-    def _scripted_forward(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _scripted_forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | tuple[str, float] | None,
+    ) -> Tensor:
         """_forward() in the Python that torch.jit.script compiles."""
         self._check_input_dim(input)
         training = self.training or (self.running_mean is None and self.running_var is None)
@@ -162,7 +169,12 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         name: str | None = None
         parameter = 0.0
         if self.activation is not None:
+            assert activation is None, "forward() was given an activation, but the module has one"
             name, parameter = self.activation
+        elif isinstance(activation, str):
+            name, parameter = activation, self._default_parameter(activation)
+        elif activation is not None:
+            name, parameter = activation
         y: Tensor = torch.ops.bn_ext.batch_norm(
             input,
             mean,
@@ -180,6 +192,10 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             skip_recomputed=self.skip_recomputed,
         )
         return y
+
+    def _default_parameter(self, activation: str) -> float:
+        """resolve()'s, in the Python that torch.jit.script compiles."""
+        return 0.01 if activation == "leaky_relu" else 1.0 if activation == "elu" else 0.0
 
     def _member(self, name: str) -> Any:
         """self.name, found at once: torch.nn.Module searches long, and on small tensors that shows."""

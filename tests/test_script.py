@@ -171,6 +171,50 @@ def test_activation_and_residual(activation: Any) -> None:
     both(run)
 
 
+class Called(nn.Module):
+    """Hands an activation to its batch norm, which has none of its own."""
+
+    activation: Any
+
+    def __init__(self, library: str, activation: Any) -> None:
+        super().__init__()
+        self.norm = norm(library, activation=activation if library == "torch" else None)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, bn_ext.BatchNorm2d):
+            return self.norm(self.norm(x, x, self.activation, "add"), None, self.activation)
+        return self.norm(self.norm(x, x))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "elu", "mish", ("leaky_relu", 0.2), ("elu", 0.5)])
+def test_activation_of_a_call(activation: Any) -> None:
+    """As fused models that torch.fx has traced hand it over."""
+
+    def run(library: str) -> Any:
+        module = Called(library, activation)
+        if library == "bn_ext":
+            module = saved_and_loaded(torch.jit.script(torch.fx.symbolic_trace(module)))
+        return steps(module, images())
+
+    both(run)
+
+
+def test_arguments_that_a_scripted_module_refuses() -> None:
+    """Without touching its state."""
+    plain_one = torch.jit.script(plain("bn_ext"))
+    relu = torch.jit.script(norm("bn_ext", activation="relu"))
+    before = state(plain_one), state(relu)
+    for call, words in (
+        (lambda: relu(images(), None, "silu"), "given an activation, but the module has one"),
+        (lambda: plain_one(images(), images()[:1], "relu", "add"), "residual of its input's shape and dtype"),
+        (lambda: plain_one(images(), None, "softplus"), "softplus"),
+    ):
+        with pytest.raises((RuntimeError, torch.jit.Error), match=words):
+            call()
+    torch.testing.assert_close((state(plain_one), state(relu)), before, rtol=0, atol=0)
+
+
 def test_converted_model() -> None:
     """What bn_ext.convert leaves behind is scriptable as what it was given, before and after."""
     stock = model("torch")
