@@ -2,7 +2,7 @@
 
 from bn_ext._build_info import BuildInfo, build_info, version
 from bn_ext._recompute import recompute
-from bn_ext.convert import convert, revert
+from bn_ext.convert import convert, revert, reverted
 from bn_ext.explain import Explanation, PassPlan, explain
 from bn_ext.functional import batch_norm
 from bn_ext.fuse import FuseReport, fuse
@@ -28,4 +28,5 @@ __all__ = [
     "fuse",
     "recompute",
     "revert",
+    "reverted",
 ]

@@ -1,7 +1,9 @@
 """Whole models: torch.nn's batch norms become this package's, and back."""
 
+import contextlib
 import warnings
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 
@@ -99,6 +101,46 @@ def revert(model: Model) -> Model:
         for name in OPTIONS:
             vars(module).pop(name, None)
     return model
+
+
+@contextlib.contextmanager
+def reverted(model: Model) -> Iterator[Model]:
+    """Make a model's batch norms torch.nn's for a while: for tools that ask for exact classes, or trace functions.
+
+    Equivalent to::
+
+        revert(model)
+        ...  # the tool
+        convert(model)  # or fuse, with what they had set
+
+    The modules stay the same objects. At the end, also after an error, each gets its class and options back; a module
+    that the tool made, or whose class it changed, stays as the tool left it. Copies that the tool makes are torch.nn's.
+
+    Args:
+        model: Any module, or a batch norm itself. No other thread may use it meanwhile.
+
+    Returns:
+        A context manager; `as` gives `model`.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: A batch norm has an activation, which torch.nn's have not; nothing was changed.
+    """
+    _require_module(model)
+    before: list[tuple[torch.nn.Module, type, dict[str, Any]]] = [
+        (m, type(m), {name: vars(m)[name] for name in OPTIONS if name in vars(m)}) for m in model.modules()
+    ]
+    revert(model)
+    changed = [(m, kind, type(m), options) for m, kind, options in before if type(m) is not kind]
+    try:
+        yield model
+    finally:
+        for module, kind, stock, options in changed:
+            if type(module) is not stock:  # a lazy one, after its first forward pass; or the tool's own
+                kind = _FUSED.get(type(module), type(module))
+            if type(module) is not kind:
+                module.__class__ = kind
+                vars(module).update(options)
 
 
 def _require_module(model: object) -> None:
