@@ -37,8 +37,8 @@ def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed
     The modules stay the same objects, of another class: parameters, buffers, hooks, training flag, device,
     requires_grad and references from elsewhere stay as they are. Converting twice does nothing more.
 
-    A subclass of torch's batch norms may do more than they do: it is left alone, with one warning that names all of
-    them. Modules that are no subclass of them are not looked at.
+    A subclass of torch's batch norms may do more than they do: it is left alone, with one warning that names three of
+    them and counts the others. Modules that are no subclass of them are not looked at.
 
     Args:
         model: Any module, or a batch norm itself.
@@ -64,7 +64,8 @@ def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed
     if left_alone:
         warnings.warn(
             "bn_ext.convert left these alone, subclasses of torch.nn's batch norms that may behave differently: "
-            + ", ".join(left_alone),
+            + ", ".join(left_alone[:3])
+            + (f" and {len(left_alone) - 3} more" if len(left_alone) > 3 else ""),
             stacklevel=2,
         )
     return model

@@ -96,6 +96,14 @@ def test_unknown_subclasses_are_left_alone_and_named() -> None:
     assert [type(m) for m in model] == [Renamed, nn.BatchNorm2d, nn.Sequential]
 
 
+@pytest.mark.parametrize(("count", "end"), [(3, r"2 \(.*Renamed\)$"), (40, r", 2 \(.*Renamed\) and 37 more$")])
+def test_the_warning_names_three_modules(count: int, end: str) -> None:
+    model = nn.Sequential(*(Renamed(3) for _ in range(count)))
+    with pytest.warns(UserWarning, match=end) as record:
+        bn_ext.convert(model)
+    assert str(record[0].message).count("Renamed") == 3
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_lazy_modules_become_ours(dims: int) -> None:
     """At the first forward pass, which is ours too."""
