@@ -1,5 +1,6 @@
 """A custom C++/CUDA BatchNorm for PyTorch that drops in for torch.nn.BatchNorm."""
 
+from bn_ext import _opacus
 from bn_ext._build_info import BuildInfo, build_info, version
 from bn_ext._recompute import recompute
 from bn_ext.convert import convert, revert, reverted
@@ -9,6 +10,8 @@ from bn_ext.fuse import FuseReport, fuse
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 
 __version__ = version()
+
+_opacus.register_when_imported()
 
 __all__ = [
     "BatchNorm1d",
