@@ -41,7 +41,10 @@ def resolve(activation: Activation) -> tuple[str | None, float]:
     if activation is None:
         return None, 0.0
     if isinstance(activation, torch.nn.Module):
-        return _of_module(activation)
+        found = of_module(activation)
+        if found is None:
+            raise _unknown(f"{type(activation).__module__}.{type(activation).__qualname__}")
+        return found
     name, *given = activation if isinstance(activation, tuple) and activation else (activation,)
     if name is None and given:  # as this function returns it
         return None, 0.0
@@ -73,10 +76,13 @@ def describe(activation: Activation) -> str:
     return f"{name}({PARAMETERS[name][0]}={value})" if name in PARAMETERS else name
 
 
-def _of_module(module: torch.nn.Module) -> tuple[str, float]:
+def of_module(module: torch.nn.Module) -> tuple[str, float] | None:
+    """Name and parameter, as from :func:`resolve`; None if the module is no such activation."""
     name = _OF_MODULES.get(type(module))  # a subclass may do something else
     if name is None:
-        raise _unknown(f"{type(module).__module__}.{type(module).__qualname__}")
+        return None
+    if isinstance(module, torch.nn.ReLU6) and (module.min_val != 0 or module.max_val != 6):  # it is a Hardtanh
+        return None
     if name == "gelu" and module.approximate == "tanh":
         name = "gelu_tanh"
     return name, float(getattr(module, PARAMETERS[name][0])) if name in PARAMETERS else 0.0

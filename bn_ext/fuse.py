@@ -233,12 +233,15 @@ def _form(
 def _guards_of_parts(match: Match, root: torch.nn.Module) -> Iterator[Guard]:
     for node in (match.norm, *match.nodes):
         if node.op == "call_module":
-            yield guard_part(root, str(node.target), "activation", "negative_slope", "alpha", "approximate")
+            yield guard_part(root, str(node.target), *_ASSUMED)
     for node in match.relied:
         if node.op == "call_module":
             path = str(node.target)
             for inner, _ in root.get_submodule(path).named_modules(prefix=path):
                 yield guard_part(root, inner, "inplace", "_modules")
+
+
+_ASSUMED = ("activation", "negative_slope", "alpha", "approximate", "min_val", "max_val")
 
 
 def _swap_class(module: torch.nn.Module, training: Form | None, evaluation: Form | None) -> None:

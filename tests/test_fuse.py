@@ -193,3 +193,16 @@ def test_fusing_twice_does_nothing_more_and_revert_undoes_it() -> None:
     bn_ext.revert(model)
     assert type(model) is Block
     assert type(model.bn) is nn.BatchNorm2d
+
+
+def test_relu6_with_other_bounds_is_no_relu6() -> None:
+    """It is a Hardtanh, which reads its bounds in every call."""
+    other = nn.ReLU6()
+    other.max_val = 0.5
+    check(lambda m, x, z: m.act(m.bn(x)), ["nothing to fuse: it is followed by ReLU6", UNUSED], other)
+    with pytest.raises(ValueError, match=r"got 'torch\.nn\.modules\.activation\.ReLU6'"):
+        bn_ext.BatchNorm2d(3, activation=other)
+    fused = check(lambda m, x, z: m.act(m.bn(x)), ["batch_norm + relu6", UNUSED], nn.ReLU6())
+    x, z = inputs()
+    fused.act.min_val = 0.3
+    torch.testing.assert_close(fused(x, z), fused.bn(x).clamp(0.3, 6))
