@@ -68,6 +68,30 @@ def plain(module: torch.nn.Module | None) -> bool:
     )
 
 
+def does_nothing(module: torch.nn.Module | None, norm: torch.nn.Module | None, training: bool) -> bool:
+    """Whether a call of the module in this mode returns its input, which is a result of `norm`.
+
+    A Dropout2d warns of images that are not of two dimensions, and so on: it must be of the dimensions of the norm.
+    """
+    if not plain(module):
+        return False
+    if type(module) is torch.nn.Dropout or isinstance(norm, _OF_DROPOUTS.get(type(module), ())):
+        return drops_nothing(module.p, training)  # type: ignore[union-attr]
+    return type(module) is torch.nn.Identity
+
+
+_OF_DROPOUTS: dict[type, type] = {
+    torch.nn.Dropout1d: torch.nn.BatchNorm1d,
+    torch.nn.Dropout2d: torch.nn.BatchNorm2d,
+    torch.nn.Dropout3d: torch.nn.BatchNorm3d,
+}
+
+
+def drops_nothing(p: Any, training: Any) -> bool:
+    """Whether a dropout with these arguments returns its input."""
+    return isinstance(p, int | float) and 0 <= p <= 1 and (p == 0 or training is False)
+
+
 def called(node: Node, root: torch.nn.Module) -> torch.nn.Module | None:
     """The module that a node calls."""
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None

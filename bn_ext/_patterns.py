@@ -1,6 +1,7 @@
 """Batch norms in a torch.fx graph with what follows them: which can be one call, and why others cannot."""
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from bn_ext._operations import Addition, activation, addition, called, may_write, plain, storage, writes
+from bn_ext._operations import (
+    Addition,
+    activation,
+    addition,
+    called,
+    does_nothing,
+    drops_nothing,
+    may_write,
+    plain,
+    storage,
+    writes,
+)
 from bn_ext.activations import PARAMETERS, describe
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
@@ -63,8 +75,8 @@ class Found:
     obstacles: dict[str, str] = field(default_factory=dict)
 
 
-def find(graph: Graph, root: torch.nn.Module) -> Found:
-    """All that can be fused in a graph of `root`, and why other batch norms cannot."""
+def find(graph: Graph, root: torch.nn.Module, training: bool) -> Found:
+    """All that can be fused in a graph of `root` that was traced in this mode, and why other batch norms cannot."""
     calls = Counter(inner for node in graph.nodes for inner in _reached(node, root))
     found = Found()
     for node in graph.nodes:
@@ -74,10 +86,11 @@ def find(graph: Graph, root: torch.nn.Module) -> Found:
         try:
             if calls[module] > 1:
                 raise ObstacleError("it is called more than once")
-            found.matches[target] = _match(node, root)
+            found.matches[target] = _match(node, root, training)
         except ObstacleError as obstacle:
             found.obstacles[target] = str(obstacle)
-    _decide_between_operands(found, [node for node in graph.nodes if str(node.target) in found.obstacles], root)
+    unmatched = [node for node in graph.nodes if str(node.target) in found.obstacles]
+    _decide_between_operands(found, {_through_identity(n, root, training)[0]: str(n.target) for n in unmatched})
     return found
 
 
@@ -89,18 +102,17 @@ def _reached(node: Node, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
     return value.modules() if isinstance(value, torch.nn.Module) else iter(())
 
 
-def _decide_between_operands(found: Found, unmatched: list[Node], root: torch.nn.Module) -> None:
+def _decide_between_operands(found: Found, unmatched: dict[Node, str]) -> None:
     """Where both operands of an addition are batch norms, one takes the other: the one written to, or the first."""
     first = {match.sum: target for target, match in found.matches.items() if match.sum and not match.second}
     for target, match in list(found.matches.items()):
         if match.second and match.sum in first:
             del found.matches[target]
             found.obstacles[target] = f"it is what {first[match.sum]} adds"
-    for node in unmatched:
-        users = _through_identity(node, root)[0].users
-        takers = [target for target, match in found.matches.items() if match.sum in users]
-        if takers and len(users) == 1:
-            found.obstacles[str(node.target)] = f"it is what {takers[0]} adds"
+    for result, unmatched_target in unmatched.items():
+        takers = [target for target, match in found.matches.items() if match.sum in result.users]
+        if takers and len(result.users) == 1:
+            found.obstacles[unmatched_target] = f"it is what {takers[0]} adds"
 
 
 def fused(node: Node) -> bool:
@@ -129,9 +141,9 @@ def rewrite(graph: Graph, found: Found) -> None:
             graph.erase_node(node)
 
 
-def _match(norm: Node, root: torch.nn.Module) -> Match:
+def _match(norm: Node, root: torch.nn.Module, training: bool) -> Match:
     _require_usual(norm, root)
-    result, passed = _through_identity(norm, root)
+    result, passed = _through_identity(norm, root, training)
     user = _only_user(result)
     if fused(user):
         raise ObstacleError(f"it is what {user.target} adds")
@@ -139,7 +151,7 @@ def _match(norm: Node, root: torch.nn.Module) -> Match:
     sum = addition(user)
     if sum is not None:
         match.sum, match.second = user, _is_second(sum, result)
-        total, passed = _through_identity(user, root)
+        total, passed = _through_identity(user, root, training)
         after = next(iter(total.users))
         between = _between(user, after, {*passed})
         if len(total.users) == 1 and activation(after, root) and not any(may_write(n, root) for n in between):
@@ -169,16 +181,25 @@ def _require_usual(norm: Node, root: torch.nn.Module) -> None:
         raise ObstacleError("its parameters or statistics are also used elsewhere")
 
 
-def _through_identity(node: Node, root: torch.nn.Module) -> tuple[Node, list[Node]]:
-    """The last of the torch.nn.Identity modules that follow a node, and all of them."""
+def _through_identity(node: Node, root: torch.nn.Module, training: bool) -> tuple[Node, list[Node]]:
+    """The last of the nodes behind a node that return their input, and all of them."""
     passed: list[Node] = []
+    norm = called(node, root)
     while len(node.users) == 1:
         user = next(iter(node.users))
         module = called(user, root)
-        if type(module) is not torch.nn.Identity or not plain(module) or len(user.args) != 1:
+        if not (_is_inactive_dropout(user) or (len(user.args) == 1 and does_nothing(module, norm, training))):
             break
         passed.append(node := user)
     return node, passed
+
+
+def _is_inactive_dropout(node: Node) -> bool:
+    if node.op != "call_function" or node.target is not F.dropout:
+        return False
+    given = inspect.signature(F.dropout).bind(*node.args, **node.kwargs)
+    given.apply_defaults()
+    return drops_nothing(given.arguments["p"], given.arguments["training"])
 
 
 def _only_user(result: Node) -> Node:

@@ -10,9 +10,9 @@ from torch.package.importer import sys_importer
 
 from bn_ext._capture import NotFaithfulError
 from bn_ext._fused_class import Form, Forms, Guard, forms_of, fused_class, guard_part, restore_class
-from bn_ext._operations import plain
+from bn_ext._operations import called, plain
 from bn_ext._patterns import Found, Match, find, rewrite
-from bn_ext._snapshots import original_class, submodule
+from bn_ext._snapshots import Constant, original_class, submodule
 from bn_ext._tracing import Trace, required_arguments, trace
 from bn_ext.convert import convert
 
@@ -140,13 +140,13 @@ class _Fusing:
         if isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) or "forward" in vars(module):
             raise NotFaithfulError(f"it is a {type(module).__name__}, whose forward is not that of its class")
         traced, inlined, functions = self._trace_widely(module, training)
-        found = find(traced.graph, module)
+        found = find(traced.graph, module, training)
         needed = inlined & set(_stack(found, module))
         if not found.matches:
             return _Traced(found, None)
         if needed != inlined:  # the others keep their own forward()
             traced = trace(module, training=training, inlined=needed, functions=functions)
-            small = find(traced.graph, module)
+            small = find(traced.graph, module, training)
             found = Found(small.matches, {**found.obstacles, **small.obstacles})
         return _Traced(found, _form(traced, found, module, needed, training))
 
@@ -232,8 +232,12 @@ def _form(
 
 def _guards_of_parts(match: Match, root: torch.nn.Module) -> Iterator[Guard]:
     for node in (match.norm, *match.nodes):
-        if node.op == "call_module":
-            yield guard_part(root, str(node.target), *_ASSUMED)
+        module = called(node, root)
+        if module is not None:
+            guard = guard_part(root, str(node.target), *_ASSUMED)
+            if getattr(module, "p", 0):  # a dropout that drops nothing because of its mode
+                guard = guard._replace(reads=(*guard.reads, ("training", Constant(bool, False))))
+            yield guard
     for node in match.relied:
         if node.op == "call_module":
             path = str(node.target)
@@ -241,7 +245,7 @@ def _guards_of_parts(match: Match, root: torch.nn.Module) -> Iterator[Guard]:
                 yield guard_part(root, inner, "inplace", "_modules")
 
 
-_ASSUMED = ("activation", "negative_slope", "alpha", "approximate", "min_val", "max_val")
+_ASSUMED = ("activation", "negative_slope", "alpha", "approximate", "min_val", "max_val", "p")
 
 
 def _swap_class(module: torch.nn.Module, training: Form | None, evaluation: Form | None) -> None:
