@@ -174,6 +174,8 @@ def _name(node: Node) -> str:
 def may_write(node: Node, root: torch.nn.Module) -> bool:
     """Whether a node may change one of its arguments in place, as far as one can see."""
     module = called(node, root)
+    if hasattr(type(module), "_bn_ext_stock"):  # a batch norm whose children work on its result
+        return not all(plain(m) for m in module.modules())  # type: ignore[union-attr]
     if module is not None:
         return any(
             getattr(m, _INPLACE, False) or not plain(m) or not type(m).__module__.startswith(("torch.nn", "bn_ext"))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
+from bn_ext import _timm
 from bn_ext._operations import (
     Addition,
     activation,
@@ -169,7 +170,9 @@ def _require_usual(norm: Node, root: torch.nn.Module) -> None:
     assert module is not None
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         raise ObstacleError("it is lazy: run the model once, then fuse")
-    if type(module) not in KINDS:
+    if isinstance(module, _timm.BatchNormAct) and module.inner_activation() != _timm.NOTHING:
+        raise ObstacleError(f"it holds its activation, a {type(module.act).__name__}")
+    if type(module) not in KINDS and _timm.stock_class(type(module)) is None:
         raise ObstacleError(f"it is a {type(module).__name__}, which may do something else")
     if not plain(module):
         raise ObstacleError("it has hooks, or a forward of its own")

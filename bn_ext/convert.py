@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from bn_ext import _timm
 from bn_ext._fused_class import restore_class
 from bn_ext.modules import (
     OPTIONS,
@@ -34,6 +35,8 @@ _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed: bool | None = None) -> Model:
     """Make every torch.nn.BatchNorm1d, 2d and 3d in a model this package's, in place; lazy ones too.
 
+    So are timm's BatchNormAct2d, which keep their children `drop` and `act` (docs/fusing.md).
+
     The modules stay the same objects, of another class: parameters, buffers, hooks, training flag, device,
     requires_grad and references from elsewhere stay as they are. Converting twice does nothing more.
 
@@ -54,8 +57,9 @@ def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed
     given = {name: value for name, value in options.items() if value is not None}
     left_alone = []
     for name, module in model.named_modules():
-        if type(module) in _FUSED:
-            module.__class__ = _FUSED[type(module)]
+        kind = _FUSED.get(type(module)) or _timm.converted_class(type(module))
+        if kind is not None:
+            module.__class__ = kind
         elif isinstance(module, tuple(_FUSED)) and not isinstance(module, tuple(_STOCK)):
             left_alone.append(f"{name or 'the model'} ({type(module).__module__}.{type(module).__qualname__})")
         if isinstance(module, tuple(_STOCK)):
@@ -86,7 +90,8 @@ def revert(model: Model) -> Model:
         ValueError: A batch norm has an activation, which torch.nn's have not.
     """
     _require_module(model)
-    ours = {name: module for name, module in model.named_modules() if type(module) in _STOCK}
+    stock = {name: _STOCK.get(type(m)) or _timm.stock_class(type(m)) for name, m in model.named_modules()}
+    ours = {name: module for name, module in model.named_modules() if stock[name]}
     active = [name or "the model" for name, module in ours.items() if module.activation is not None]
     if active:
         raise ValueError(
@@ -97,10 +102,10 @@ def revert(model: Model) -> Model:
         )
     for module in model.modules():
         restore_class(module)
-    for module in ours.values():
-        module.__class__ = _STOCK[type(module)]
-        for name in OPTIONS:
-            vars(module).pop(name, None)
+    for name, module in ours.items():
+        module.__class__ = stock[name]
+        for option in OPTIONS:
+            vars(module).pop(option, None)
     return model
 
 

@@ -13,7 +13,9 @@ from bn_ext._fused_class import Form, Forms, Guard, forms_of, fused_class, guard
 from bn_ext._operations import called, plain
 from bn_ext._patterns import Found, Match, find, rewrite
 from bn_ext._snapshots import Constant, original_class, submodule
+from bn_ext._timm import BatchNormAct
 from bn_ext._tracing import Trace, required_arguments, trace
+from bn_ext.activations import describe
 from bn_ext.convert import convert
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -114,9 +116,12 @@ class _Fusing:
         for module in names.values():
             restore_class(module)
         self.rows = {m: FuseRow(name) for name, m in names.items() if _is_norm(m)}
-        for row in self.rows.values():
+        for norm, row in self.rows.items():
             row.reason = "no traced forward calls it"
-        self.open = set(self.rows)
+            inner = norm.inner_activation() if isinstance(norm, BatchNormAct) else None
+            if inner is not None and inner[0] is not None:
+                row.what, row.where, row.reason = f"batch_norm + {describe(inner)}", row.place, ""
+        self.open = {norm for norm, row in self.rows.items() if row.reason}
         """Batch norms of which nothing is known but that they are called and their result is returned."""
         self.containers = {m for m in names.values() if m not in self.rows and self.rows.keys() & set(m.modules())}
         self.opaque: set[torch.nn.Module] = set()

@@ -224,9 +224,11 @@ def _call_in_graph(module: torch.nn.Module, path: str, input: Proxy, residual: o
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether a call is _FusedForward.forward(): what hooks and subclasses do besides lies in the graph already."""
+    """Whether a call is this package's forward(): what hooks and subclasses do besides lies in the graph already."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, *_OF_ALL_MODULES)
-    return type(module).forward is _FusedForward.forward and "forward" not in vars(module) and not any(hooks)
+    forward = type(module).forward
+    is_ours = forward is _FusedForward.forward or forward.__module__ == "bn_ext._timm"
+    return is_ours and "forward" not in vars(module) and not any(hooks)
 
 
 def plain_forward(module: _FusedForward, *args: Any, **kwargs: Any) -> Any:

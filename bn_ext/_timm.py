@@ -1,0 +1,119 @@
+"""timm's BatchNormAct2d, a batch norm that holds a dropout and an activation, for `convert`; timm is not imported."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
+
+from bn_ext._operations import does_nothing, plain
+from bn_ext.activations import Activation, apply, of_module
+from bn_ext.modules import BatchNorm2d, _path_in_graph
+
+
+class BatchNormAct(BatchNorm2d):
+    """The part of a converted BatchNormAct2d that is ours; timm's class is its other base.
+
+    Every call looks at the children `drop` and `act` as they are then: the operator applies the activation if it knows
+    it and if the dropout does nothing; otherwise they are called behind it, as timm does.
+    """
+
+    def __init_subclass__(cls) -> None:
+        """Leave the constructor timm's."""
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | tuple[str, float] | None = None,
+        unlike: str | None = None,
+    ) -> Tensor:
+        """As timm's; `fuse` passes besides what it found behind the module, which comes after `drop` and `act`."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            y: Tensor = self.act(self.drop(self._scripted_forward(input, residual)))
+            return y
+        return self._forward(input, residual, activation, unlike)
+
+    def _forward(self, input: Tensor, residual: Tensor | None, activation: Activation, unlike: str | None) -> Tensor:
+        if isinstance(input, Proxy) and _path_in_graph(self, input):
+            return super()._forward(input, residual, activation, unlike)
+        own = self.inner_activation()
+        if residual is None and activation is None:
+            y = super()._forward(input, None, own, None)
+            return self.act(self.drop(y)) if own is None else y
+        if own == NOTHING:
+            return super()._forward(input, residual, activation, unlike)
+        y = self.forward(input)
+        return apply(y if residual is None else getattr(y, unlike or "add")(residual), activation)
+
+    def inner_activation(self) -> tuple[str | None, float] | None:
+        """The activation that the operator applies, with name None for none; None if drop and act have to be called."""
+        drop, act = self._modules.get("drop"), self._modules.get("act")  # faster than self.drop
+        if drop is None or act is None or not plain(act) or not does_nothing(drop, self, drop.training):
+            return None
+        if _has_any_global_hook():
+            return None
+        return NOTHING if type(act) is torch.nn.Identity else of_module(act)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        torch._assert(input.dim() == 4, f"expected 4D input (got {input.dim()}D input)")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse an activation beside `act`."""
+        if name == "activation" and value is not None:
+            raise AttributeError(
+                f"a {type(self).__name__} applies its child `act`: replace that one instead of setting activation to "
+                f"{value!r}"
+            )
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By timm's class: ours cannot be imported."""
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        stock = stock_class(type(self))
+        if stock is None:  # a subclass
+            return reduced
+        _, (_, *arguments), *state = reduced
+        return _new, (stock, *arguments), *state
+
+
+NOTHING = (None, 0.0)
+"""The activation of one that only normalises."""
+_PLACES = {("timm.layers.norm_act", "BatchNormAct2d"), ("timm.models.layers.norm_act", "BatchNormAct2d")}
+_READ = {
+    *("_assert", "ndim", "super", "forward", "drop", "act"),
+    *("momentum", "training", "track_running_stats", "num_batches_tracked", "add_", "float"),
+    *("F", "batch_norm", "running_mean", "running_var", "weight", "bias", "eps"),
+}
+"""The names in the forward() of timm 0.6 to 1.0; one with others may do something else."""
+
+
+def _is_known(kind: type) -> bool:
+    if (kind.__module__, kind.__qualname__) not in _PLACES or kind.__bases__ != (torch.nn.BatchNorm2d,):
+        return False
+    code = getattr(vars(kind).get("forward"), "__code__", None)
+    return code is not None and {"drop", "act"} <= set(code.co_names) <= _READ
+
+
+def converted_class(kind: Any) -> type | None:
+    """A subclass of the same name for the modules of one of timm's classes; None for other classes."""
+    return _converted_class(kind) if _is_known(kind) else None
+
+
+@functools.cache
+def _converted_class(kind: Any) -> type:
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__", "__init__")}
+    return type(kind.__name__, (BatchNormAct, kind), {**names, "_bn_ext_stock": kind})
+
+
+def stock_class(kind: type) -> type | None:
+    """The reverse of :func:`converted_class`."""
+    return vars(kind).get("_bn_ext_stock")
+
+
+def _new(kind: type, *arguments: Any) -> Any:
+    """An empty module, for pickle."""
+    kind = converted_class(kind) or kind
+    return kind.__new__(kind, *arguments)
