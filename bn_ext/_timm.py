@@ -32,7 +32,9 @@ class BatchNormAct(BatchNorm2d):
     ) -> Tensor:
         """As timm's; `fuse` passes besides what it found behind the module, which comes after `drop` and `act`."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            y: Tensor = self.act(self.drop(self._scripted_forward(input, residual)))
+            assert residual is None, "a scripted BatchNormAct2d takes no residual"
+            assert activation is None, "a scripted BatchNormAct2d takes no activation"
+            y: Tensor = self.act(self.drop(self._scripted_forward(input, None, None)))  # type: ignore[operator]
             return y
         return self._forward(input, residual, activation, unlike)
 
@@ -42,7 +44,7 @@ class BatchNormAct(BatchNorm2d):
         own = self.inner_activation()
         if residual is None and activation is None:
             y = super()._forward(input, None, own, None)
-            return self.act(self.drop(y)) if own is None else y
+            return self.act(self.drop(y)) if own is None else y  # type: ignore[operator]
         if own == NOTHING:
             return super()._forward(input, residual, activation, unlike)
         y = self.forward(input)
