@@ -6,6 +6,22 @@ from torch import Tensor
 from bn_ext import _sharding
 
 
+def _check_devices(input: Tensor, **others: Tensor | None) -> None:
+    """Refuse tensors of several devices: one on meta is enough for torch to come here instead of to a kernel.
+
+    A count may be on the CPU beside a GPU's tensors, as for torch.nn.
+    """
+    for name, tensor in others.items():
+        if tensor is None or tensor.device == input.device:
+            continue
+        if name == "num_batches_tracked" and "meta" not in (tensor.device.type, input.device.type):
+            continue
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but input is on {input.device} and {name} is on "
+            f"{tensor.device}"
+        )
+
+
 def _saved(input: Tensor) -> Tensor:
     """Mean, rstd, scale and offset, of the dtype that statistics have."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -40,6 +56,15 @@ def _forward(
     skip_nonfinite: bool = False,
     skip_recomputed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(
+        input,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        num_batches_tracked=num_batches_tracked,
+        residual=residual,
+    )
     return _like(input, mask_format), _saved(input), _mask(input, mask_format is not None)
 
 
@@ -55,6 +80,9 @@ def _inference(
     activation_parameter: float = 0.0,
     mask_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(
+        input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, residual=residual
+    )
     return _like(input, mask_format), _saved(input), _mask(input, mask_format is not None)
 
 
@@ -65,6 +93,7 @@ def _repeat(
     activation: str | None = None,
     activation_parameter: float = 0.0,
 ) -> Tensor:
+    _check_devices(input, saved=saved, residual=residual)
     return _like(input)
 
 
@@ -81,6 +110,7 @@ def _backward(
     activation_parameter: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(input, grad_output=dy, weight=weight, saved=saved, residual=residual, mask=mask)
     parameter = saved if weight is None else weight
     channels = input.shape[1]
     memory_format = None if mask is None else mask_format

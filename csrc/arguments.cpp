@@ -64,4 +64,22 @@ BatchNormArguments without_updates(const BatchNormArguments& a) {
   return with_vectors(a, none, none, a.weight, a.bias, none);
 }
 
+BatchNormArguments without_count(const BatchNormArguments& a, double momentum) {
+  static const OptionalTensor none;
+  return {a.input,
+          a.running_mean,
+          a.running_var,
+          a.weight,
+          a.bias,
+          a.training,
+          momentum,
+          a.eps,
+          none,
+          a.residual,
+          a.activation,
+          a.skip};
+}
+
+double cumulative_momentum(const at::Tensor& count) { return 1.0 / (count.item<double>() + 1); }
+
 }  // namespace bn_ext

@@ -46,6 +46,11 @@ BatchNormArguments with_statistics(const BatchNormArguments& args,
                                    const OptionalTensor& running_mean,
                                    const OptionalTensor& running_var);
 BatchNormArguments without_updates(const BatchNormArguments& args);
+// With this momentum, and no count to raise.
+BatchNormArguments without_count(const BatchNormArguments& args, double momentum);
+
+// The momentum of a mean over all batches, of which `count` have been seen before this one.
+double cumulative_momentum(const at::Tensor& count);
 
 // Whether this is a forward pass that leaves running statistics and num_batches_tracked alone.
 bool skips_this_pass(const Skip& skip);

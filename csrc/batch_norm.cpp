@@ -124,7 +124,7 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const bool counted_by_torch =
       a.training && is_tracked && (x.numel() == 0 || !kernels_can_count(*a.num_batches_tracked, x));
   std::optional<double> momentum = a.momentum;
-  if (counted_by_torch && !momentum.has_value()) momentum = 1.0 / (a.num_batches_tracked->item<double>() + 1);
+  if (counted_by_torch && !momentum.has_value()) momentum = cumulative_momentum(*a.num_batches_tracked);
   if (x.numel() == 0) {
     if (counted_by_torch) a.num_batches_tracked->add_(1);
     return {y, saved.tensor.zero_(), mask.zero_()};

@@ -54,8 +54,7 @@ at::Tensor composed_batch_norm(const BatchNormArguments& given) {
   // Says so where a transform forbids changes in place, before anything has changed.
   if (is_counted) args.num_batches_tracked->add_(0);
   const bool is_cumulative = is_counted && !args.momentum.has_value();
-  const double momentum =
-      is_cumulative ? 1.0 / (args.num_batches_tracked->item<double>() + 1) : args.momentum.value_or(0);
+  const double momentum = is_cumulative ? cumulative_momentum(*args.num_batches_tracked) : args.momentum.value_or(0);
   const bool skips = args.training && args.skip.nonfinite && is_defined(args.running_mean);
   const at::Tensor y = skips ? aten_batch_norm_skipping_nonfinite(args, momentum) : aten_batch_norm(args, momentum);
   if (is_counted) args.num_batches_tracked->add_(1);

@@ -23,10 +23,32 @@ void count_as_changed(const OptionalTensor& tensor) {
   }
 }
 
+// Whether the count lies on a device that has no part in the operator, as on meta beside real tensors. An inner
+// operator must not get it: the dispatcher would run that device's kernel.
+bool is_counted_apart(const BatchNormArguments& a) {
+  if (!a.training || !is_defined(a.num_batches_tracked)) return false;
+  const auto of_count = a.num_batches_tracked->device().type(), of_input = a.input.device().type();
+  const auto has_kernels = [](at::DeviceType device) { return device == at::kCPU || device == at::kCUDA; };
+  return of_count != of_input && !(has_kernels(of_count) && has_kernels(of_input));
+}
+
+TensorAndSaved run_alike(const BatchNormArguments& a);
+
+// torch.nn's way: the count is raised by an operator of its own, and momentum=None reads it.
+TensorAndSaved run_counted_apart(const BatchNormArguments& a) {
+  const at::Tensor& count = *a.num_batches_tracked;
+  if (skips_this_pass(a.skip)) return run_alike(without_count(a, 0));
+  const double momentum = a.momentum.has_value() ? *a.momentum : cumulative_momentum(count);
+  const TensorAndSaved result = run_alike(without_count(a, momentum));
+  count.add_(1);
+  return result;
+}
+
 // y, and what batch_norm_repeat needs to compute it again, where that is at hand.
 TensorAndSaved run_alike(const BatchNormArguments& a) {
   check_arguments(a);
   if (needs_composed(a)) return {composed_batch_norm(a), at::Tensor()};
+  if (is_counted_apart(a)) return run_counted_apart(a);
   if (at::GradMode::is_enabled()) {
     check_not_differentiable(a.running_mean, "running_mean");
     check_not_differentiable(a.running_var, "running_var");

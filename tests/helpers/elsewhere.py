@@ -85,6 +85,17 @@ def failing_call_leaves_the_count() -> None:
     assert module.num_batches_tracked.here == 0
 
 
+def count_there_of_a_model_here(momentum: float | None) -> None:
+    """It is raised and read there; all else is computed by the kernels."""
+
+    def run(library: str) -> Any:
+        module = norm(library, momentum=momentum)
+        module._buffers["num_batches_tracked"] = There(torch.tensor(2))
+        return [module(images()), module.running_mean, module.running_var, module.num_batches_tracked.here]
+
+    both(run)
+
+
 if __name__ == "__main__":
     _setup_privateuseone_for_python_backend("elsewhere")
     library = torch.library.Library("aten", "IMPL")
@@ -97,6 +108,8 @@ if __name__ == "__main__":
                     compare(training, activation, residual, **options)
                     count += 1
     failing_call_leaves_the_count()
+    for momentum in (0.1, None):
+        count_there_of_a_model_here(momentum)
     sys.stdout.write(f"{count} compared")
     sys.stdout.flush()
     # Without Python's end: autograd's thread of that device may then still hold objects of Python, and a thread that is
