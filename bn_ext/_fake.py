@@ -33,10 +33,22 @@ def _mask(input: Tensor, wanted: bool) -> Tensor:
     return input.new_empty((input.numel() // 8 + 4 if wanted else 0,), dtype=torch.uint8)
 
 
+def _memory_format(input: Tensor) -> torch.memory_format:
+    """Choose as memory_format_of in csrc/arguments.h."""
+    prims = torch._prims_common
+    if prims.is_contiguous_or_false(input):
+        return torch.contiguous_format
+    if prims.is_channels_last_contiguous_or_false_3d(input):
+        return torch.channels_last_3d
+    if prims.is_channels_last_contiguous_or_false_2d(input):
+        return torch.channels_last
+    return prims.suggest_memory_format(input)
+
+
 def _like(input: Tensor, mask_format: torch.memory_format | None = None) -> Tensor:
     """A tensor like input, in the memory format that the kernels write."""
     _sharding.register()  # a DTensor asks here for its result's shape, before it asks how to share the work
-    memory_format = mask_format or torch._prims_common.suggest_memory_format(input)
+    memory_format = mask_format or _memory_format(input)
     return torch.empty_like(input, memory_format=memory_format)
 
 

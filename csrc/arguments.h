@@ -14,6 +14,9 @@ using OptionalFormat = std::optional<at::MemoryFormat>;
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
+// The memory format of the result: of several that input is dense in, the first; torch.nn's choice on the CPU.
+at::MemoryFormat memory_format_of(const at::Tensor& input);
+
 // Throws for a type that the kernels do not have.
 DType dtype_of(at::ScalarType type);
 

@@ -67,7 +67,7 @@ bool may_become_channels_last(const at::Tensor& input) {
   const auto sizes = input.sym_sizes();
   const bool is_open =
       std::any_of(sizes.begin(), sizes.end(), [](const c10::SymInt& size) { return size.is_symbolic(); });
-  return !(input.is_cuda() && is_open) && input.suggest_memory_format() == at::MemoryFormat::Contiguous;
+  return !(input.is_cuda() && is_open) && memory_format_of(input) == at::MemoryFormat::Contiguous;
 }
 
 // With a residual, one bit per value is all that relu, leaky_relu and relu6 need of it. The bits hold to the memory
@@ -75,7 +75,7 @@ bool may_become_channels_last(const at::Tensor& input) {
 OptionalFormat mask_format_of(const BatchNormArguments& args) {
   if (!is_defined(args.residual) || parse(args.activation).kind != ActivationKind::kReluLike) return std::nullopt;
   if (may_become_channels_last(args.input)) return std::nullopt;
-  return args.input.suggest_memory_format();
+  return memory_format_of(args.input);
 }
 
 // Saved for backward: input, weight and vectors of statistics; behind an activation, bias, for derivatives of higher

@@ -112,7 +112,7 @@ at::Tensor contiguous_or_none(const OptionalTensor& tensor, at::MemoryFormat for
 ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const c10::DeviceGuard guard(a.input.device());  // kernels are launched on the current device
   const bool saves_mask = mask_format.has_value();
-  const at::MemoryFormat format = mask_format.value_or(a.input.suggest_memory_format());
+  const at::MemoryFormat format = mask_format.value_or(memory_format_of(a.input));
   const at::Tensor x = a.input.contiguous(format);
   const at::Tensor z = contiguous_or_none(a.residual, format);
   const ChannelVector weight(a.weight), bias(a.bias), running_mean(a.running_mean), running_var(a.running_var);
@@ -213,7 +213,7 @@ at::Tensor batch_norm_repeat(const at::Tensor& input,
   check_saved(input, saved);
   check_residual(input, residual);
   const c10::DeviceGuard guard(input.device());
-  const at::MemoryFormat format = input.suggest_memory_format();
+  const at::MemoryFormat format = memory_format_of(input);
   const at::Tensor x = input.contiguous(format);
   const at::Tensor z = contiguous_or_none(residual, format);
   const at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
@@ -240,7 +240,7 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
   check_backward(dy, input, weight, saved, residual, mask, mask_format);
   const c10::DeviceGuard guard(input.device());
   const bool has_mask = is_defined(mask);
-  const at::MemoryFormat format = has_mask ? *mask_format : input.suggest_memory_format();
+  const at::MemoryFormat format = has_mask ? *mask_format : memory_format_of(input);
   const at::Tensor x = input.contiguous(format);
   const Saved s{saved.contiguous()};
   const ChannelVector w(weight);

@@ -3,6 +3,8 @@
 The model is torch.nn on the CPU, whichever device bn_ext runs on: on a GPU torch's strides depend on the kernel.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -64,6 +66,36 @@ def test_values_and_strides_as_torch(device: str, name: str, training: bool) -> 
     assert y.stride() == expected.stride()
     assert torch.empty_like(x, device="meta").stride() == torch.empty_like(x).stride()
     assert ours_on_meta(x, training).stride() == expected.stride()
+
+
+def with_order(shape: tuple[int, ...], order: tuple[int, ...], ones: bool) -> torch.Tensor:
+    """A dense tensor whose dimensions lie in memory in this order; sizes of one have strides of one if asked for."""
+    strides, values = [1] * len(shape), 1
+    for dimension in reversed(order):
+        if shape[dimension] > 1 or not ones:
+            strides[dimension] = values
+        values *= shape[dimension]
+    return torch.empty_strided(shape, strides).copy_(torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", [s for s in itertools.product((1, 3), repeat=4) if s.count(1) in (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_strides_of_sizes_of_one_as_torch(device: str, shape: tuple[int, ...], training: bool) -> None:
+    """Many fit two layouts; gradients are those of a contiguous float64 tensor."""
+    if training and shape[0] * shape[2] * shape[3] == 1:
+        return
+    for order, ones in itertools.product(itertools.permutations(range(4)), (True, False)):
+        x = with_order(shape, order, ones)
+        y, expected = ours(on(device, x), training), stock(x, training)
+        assert (y.stride(), ours_on_meta(x, training).stride()) == (expected.stride(),) * 2, x.stride()
+        dy = with_order(shape, (0, 2, 3, 1), ones)
+        exact, leaf = x.double().contiguous().requires_grad_(), on(device, x).requires_grad_()
+        c = torch.zeros(shape[1], dtype=torch.float64)
+        expected_y = F.batch_norm(exact, c, c + 1, training=training)
+        torch.testing.assert_close(y.cpu().double(), expected_y, rtol=1e-5, atol=1e-5)
+        (dx,) = torch.autograd.grad(ours(leaf, training), leaf, on(device, dy))
+        (expected_dx,) = torch.autograd.grad(expected_y, exact, dy.double().contiguous())
+        torch.testing.assert_close(dx.cpu().double(), expected_dx, rtol=1e-5, atol=1e-5)
 
 
 def ours_on_meta(x: torch.Tensor, training: bool) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import bn_ext
-from bn_ext import _onnx
+from bn_ext import _fake, _onnx
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -84,7 +84,7 @@ def test_opcheck(sample: str, training: bool) -> None:
     x, w = values["input"], values["weight"]
     residual, dy = torch.rand_like(x), torch.rand_like(x)
     for activation, has_mask in ((None, False), ("relu", False), ("leaky_relu", True), ("silu", False)):
-        mask_format = torch._prims_common.suggest_memory_format(x) if has_mask else None
+        mask_format = _fake._memory_format(x) if has_mask else None
         named = (activation, 0.2)
         forward = inner_arguments(values, training) | dict(
             residual=residual, activation=activation, activation_parameter=0.2, mask_format=mask_format
