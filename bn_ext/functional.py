@@ -1,6 +1,7 @@
 """The operator as a function: `batch_norm`."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -149,7 +150,14 @@ def _run(positional: tuple[Any, ...], named: tuple[Any, ...]) -> Tensor:
 def _type_error(arguments: tuple[object, ...]) -> TypeError | None:
     """The sentence for an argument of a wrong type, in torch's words; None if there is none."""
     for (name, (kind, optional)), value in zip(_KINDS.items(), arguments, strict=True):
-        accepted = (int, float) if kind is float else kind
-        if not (isinstance(value, accepted) or (value is None and optional)):
+        accepted = _is_number(value) if kind is float else isinstance(value, kind)
+        if not (accepted or (value is None and optional)):
             return TypeError(f"batch_norm(): argument '{name}' must be {kind.__name__}, not {type(value).__name__}")
     return None
+
+
+def _is_number(value: object) -> bool:
+    """Whether torch takes it for a float."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.requires_grad
+    return isinstance(value, Real)

@@ -1,8 +1,11 @@
 // See arguments.h.
 #include "arguments.h"
 
+#include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/utils/pybind.h>
 
 namespace bn_ext {
 
@@ -14,6 +17,8 @@ at::MemoryFormat memory_format_of(const at::Tensor& input) {
   }
   return input.suggest_memory_format();
 }
+
+bool is_empty(const at::Tensor& input) { return TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0)); }
 
 DType dtype_of(at::ScalarType type) {
   switch (type) {
@@ -89,6 +94,17 @@ BatchNormArguments without_count(const BatchNormArguments& a, double momentum) {
           a.skip};
 }
 
-double cumulative_momentum(const at::Tensor& count) { return 1.0 / (count.item<double>() + 1); }
+double cumulative_momentum(const at::Tensor& count) {
+  const double raised = count.item<double>() + 1;
+  if (raised == 0) {
+    const pybind11::gil_scoped_acquire gil;
+    PyErr_SetString(PyExc_ZeroDivisionError,
+                    "float division by zero: momentum=None needs num_batches_tracked >= 0, got -1");
+    python_error error;
+    error.persist();
+    throw error;
+  }
+  return 1.0 / raised;
+}
 
 }  // namespace bn_ext

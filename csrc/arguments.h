@@ -12,6 +12,9 @@ namespace bn_ext {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalFormat = std::optional<at::MemoryFormat>;
 
+// Torch returns such an input, whatever the other arguments are.
+bool is_empty(const at::Tensor& input);
+
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
 // The memory format of the result: of several that input is dense in, the first; torch.nn's choice on the CPU.
@@ -52,7 +55,8 @@ BatchNormArguments without_updates(const BatchNormArguments& args);
 // With this momentum, and no count to raise.
 BatchNormArguments without_count(const BatchNormArguments& args, double momentum);
 
-// The momentum of a mean over all batches, of which `count` have been seen before this one.
+// The momentum of a mean over all batches, of which `count` have been seen before this one. Throws for -1, as Python's
+// division in torch.nn does.
 double cumulative_momentum(const at::Tensor& count);
 
 // Whether this is a forward pass that leaves running statistics and num_batches_tracked alone.

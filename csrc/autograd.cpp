@@ -149,7 +149,7 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
     const auto [dx, dweight, dbias, dresidual] =
         is_differentiated ? composed_backward(dy_of_inputs, s, computed) : dispatch_backward(dy, s, computed);
     if (computed[0]) result[0] = dx;
-    if (computed[1]) result[1] = dweight.view_as(s.weight);
+    if (computed[1]) result[1] = dweight;
     if (computed[2]) result[2] = dbias;
     if (computed[3]) result[3] = dresidual;
   }

@@ -124,7 +124,10 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const bool counted_by_torch =
       a.training && is_tracked && (x.numel() == 0 || !kernels_can_count(*a.num_batches_tracked, x));
   std::optional<double> momentum = a.momentum;
-  if (counted_by_torch && !momentum.has_value()) momentum = cumulative_momentum(*a.num_batches_tracked);
+  if (a.training && is_tracked && !momentum.has_value() && (counted_by_torch || a.num_batches_tracked->is_cpu())) {
+    const double cumulative = cumulative_momentum(*a.num_batches_tracked);  // throws; on a GPU, kernels read the count
+    if (counted_by_torch) momentum = cumulative;
+  }
   if (x.numel() == 0) {
     if (counted_by_torch) a.num_batches_tracked->add_(1);
     return {y, saved.tensor.zero_(), mask.zero_()};

@@ -1,11 +1,40 @@
 // Names only: the operators' schemas and the Python module.
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_symnode.h>
+#include <torch/csrc/utils/tensor_numpy.h>
 #include <torch/library.h>
 
 #include "cpu/instruction_set.h"
 #include "explain.h"
 #include "operator.h"
+
+// What torch's own functions take for a float: of tensors those of no dimension and no gradient.
+template <>
+struct pybind11::detail::type_caster<bn_ext::Number> {
+  PYBIND11_TYPE_CASTER(bn_ext::Number, const_name("float"));
+
+  bool load(handle source, bool /*convert*/) {
+    PyObject* object = source.ptr();
+    if (!PyFloat_Check(object) && !is_number(source)) return false;
+    value.value = PyFloat_AsDouble(object);
+    if (value.value != -1 || PyErr_Occurred() == nullptr) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+ private:
+  static bool is_number(handle source) {
+    PyObject* object = source.ptr();
+    if (THPVariable_Check(object)) {
+      const at::Tensor& tensor = THPVariable_Unpack(object);
+      return tensor.dim() == 0 && !tensor.requires_grad();
+    }
+    return PyLong_Check(object) || torch::utils::is_numpy_scalar(object) || torch::is_symfloat(source) ||
+           torch::is_symint(source);
+  }
+};
 
 namespace {
 

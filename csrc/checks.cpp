@@ -4,6 +4,10 @@
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
+#include <charconv>
+#include <cmath>
+#include <string>
+
 namespace bn_ext {
 namespace {
 
@@ -20,17 +24,54 @@ void check_values_per_channel(const at::Tensor& input) {
                     ")");
 }
 
+// A float as Python prints it.
+std::string printed(double value) {
+  const double size = std::abs(value);
+  const bool has_exponent = size != 0 && (size < 1e-4 || size >= 1e16);
+  const auto format = has_exponent ? std::chars_format::scientific : std::chars_format::fixed;
+  char digits[64];
+  std::string result(digits, std::to_chars(digits, digits + sizeof(digits), value, format).ptr);
+  if (std::isfinite(value) && result.find_first_of(".e") == std::string::npos) result += ".0";
+  return result;
+}
+
 void check_eps(double eps, bool training) {
-  TORCH_CHECK_VALUE(!(training && eps <= 0), "batch_norm eps must be positive during training, but got ", eps);
-  TORCH_CHECK_VALUE(!(eps < 0), "batch_norm eps must be non-negative, but got ", eps);
+  TORCH_CHECK_VALUE(!(training && eps <= 0), "batch_norm eps must be positive during training, but got ", printed(eps));
+  TORCH_CHECK_VALUE(!(eps < 0), "batch_norm eps must be non-negative, but got ", printed(eps));
+}
+
+void check_elements(const at::Tensor& input, const OptionalTensor& tensor, const char* name) {
+  if (!is_defined(tensor)) return;
+  TORCH_SYM_CHECK(tensor->sym_numel().sym_eq(input.sym_size(1)),
+                  name,
+                  " should contain ",
+                  input.sym_size(1),
+                  " elements not ",
+                  tensor->sym_numel());
+}
+
+void check_is_vector(const OptionalTensor& tensor, const char* name) {
+  if (!is_defined(tensor)) return;
+  TORCH_CHECK(
+      tensor->dim() == 1, name, " must have one dimension, got shape ", tensor->sym_sizes(), ": call flatten() on it");
+}
+
+// In torch's order: all sizes before all else.
+void check_sizes(const BatchNormArguments& args) {
+  TORCH_CHECK(args.training || is_defined(args.running_mean), "running_mean must be defined in evaluation mode");
+  check_elements(args.input, args.running_mean, "running_mean");
+  TORCH_CHECK(args.training || is_defined(args.running_var), "running_var must be defined in evaluation mode");
+  check_elements(args.input, args.running_var, "running_var");
+  check_elements(args.input, args.weight, "weight");
+  check_elements(args.input, args.bias, "bias");
 }
 
 void check_running_statistics(const BatchNormArguments& args) {
   const bool mean = is_defined(args.running_mean);
   const bool var = is_defined(args.running_var);
-  TORCH_CHECK(args.training || mean, "running_mean must be defined in evaluation mode");
-  TORCH_CHECK(args.training || var, "running_var must be defined in evaluation mode");
   TORCH_CHECK_VALUE(mean == var, "running_mean and running_var must either both be None or neither be None");
+  check_is_vector(args.running_mean, "running_mean");
+  check_is_vector(args.running_var, "running_var");
   TORCH_CHECK_VALUE(!args.training || !mean || args.momentum.has_value() || is_defined(args.num_batches_tracked),
                     "momentum=None (the mean over all batches) needs num_batches_tracked, got None");
   TORCH_CHECK(!args.training || !mean || !(args.running_mean->is_neg() || args.running_var->is_neg()),
@@ -54,12 +95,6 @@ void check_channel_vector(const at::Tensor& input,
                           const char* name,
                           std::optional<at::ScalarType>& shared) {
   if (!is_defined(tensor)) return;
-  TORCH_SYM_CHECK(tensor->sym_numel().sym_eq(input.sym_size(1)),
-                  name,
-                  " should contain ",
-                  input.sym_size(1),
-                  " elements not ",
-                  tensor->sym_numel());
   TORCH_CHECK(tensor->device() == input.device(),
               "Expected all tensors to be on the same device, but input is on ",
               input.device(),
@@ -93,9 +128,13 @@ void check_channel_vector(const at::Tensor& input,
 }  // namespace
 
 void check_arguments(const BatchNormArguments& args) {
-  check_dimensions(args.input);
+  if (!is_empty(args.input)) check_dimensions(args.input);
   if (args.training) check_values_per_channel(args.input);
   check_eps(args.eps, args.training);
+  check_residual(args.input, args.residual);
+  parse(args.activation);
+  if (is_empty(args.input)) return;
+  check_sizes(args);
   check_running_statistics(args);
   check_input_dtype(args.input);
   std::optional<at::ScalarType> shared;
@@ -103,8 +142,6 @@ void check_arguments(const BatchNormArguments& args) {
   check_channel_vector(args.input, args.running_var, "running_var", shared);
   check_channel_vector(args.input, args.weight, "weight", shared);
   check_channel_vector(args.input, args.bias, "bias", shared);
-  check_residual(args.input, args.residual);
-  parse(args.activation);
 }
 
 void check_not_differentiable(const OptionalTensor& tensor, const char* name) {
@@ -112,6 +149,15 @@ void check_not_differentiable(const OptionalTensor& tensor, const char* name) {
               "The function 'batch_norm' is not differentiable with respect to argument '",
               name,
               "'. This input cannot have requires_grad True.");
+}
+
+void check_can_have_gradient(const OptionalTensor& parameter, const char* name) {
+  if (is_defined(parameter) && parameter->requires_grad() && parameter->dim() > 1) check_is_vector(parameter, name);
+}
+
+void check_can_be_raised(const OptionalTensor& count) {
+  TORCH_CHECK(!is_defined(count) || !count->requires_grad() || !count->is_leaf(),
+              "a leaf Variable that requires grad is being used in an in-place operation. (num_batches_tracked)");
 }
 
 void check_can_be_saved(const OptionalTensor& tensor, const char* name) {
@@ -187,6 +233,7 @@ void check_backward(const at::Tensor& dy,
                     const OptionalTensor& mask,
                     OptionalFormat mask_format) {
   check_saved(input, saved);
+  check_elements(input, weight, "weight");
   std::optional<at::ScalarType> shared;
   check_channel_vector(input, weight, "weight", shared);
   check_residual(input, residual);

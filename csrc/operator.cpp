@@ -47,11 +47,14 @@ TensorAndSaved run_counted_apart(const BatchNormArguments& a) {
 // y, and what batch_norm_repeat needs to compute it again, where that is at hand.
 TensorAndSaved run_alike(const BatchNormArguments& a) {
   check_arguments(a);
-  if (needs_composed(a)) return {composed_batch_norm(a), at::Tensor()};
+  if (needs_composed(a) || is_empty(a.input)) return {composed_batch_norm(a), at::Tensor()};
   if (is_counted_apart(a)) return run_counted_apart(a);
   if (at::GradMode::is_enabled()) {
     check_not_differentiable(a.running_mean, "running_mean");
     check_not_differentiable(a.running_var, "running_var");
+    check_can_have_gradient(a.weight, "weight");
+    check_can_have_gradient(a.bias, "bias");
+    if (a.training) check_can_be_raised(a.num_batches_tracked);
   }
   TensorAndSaved result;
   if (at::GradMode::is_enabled() &&
@@ -127,8 +130,8 @@ Result batch_norm_from_python(const at::Tensor& input,
                               const OptionalTensor& weight,
                               const OptionalTensor& bias,
                               bool training,
-                              std::optional<double> momentum,
-                              double eps,
+                              std::optional<Number> momentum,
+                              Number eps,
                               const OptionalTensor& num_batches_tracked,
                               const OptionalTensor& residual,
                               OptionalName activation,

@@ -26,6 +26,12 @@ at::Tensor batch_norm(const at::Tensor& input,
                       bool skip_nonfinite,
                       bool skip_recomputed);
 
+// A double that bindings.cpp takes from Python as torch does.
+struct Number {
+  double value;
+  operator double() const { return value; }
+};
+
 // The same for calls from Python that do not come through the dispatcher. Result: at::Tensor, or TensorAndSaved.
 template <typename Result>
 Result batch_norm_from_python(const at::Tensor& input,
@@ -34,8 +40,8 @@ Result batch_norm_from_python(const at::Tensor& input,
                               const OptionalTensor& weight,
                               const OptionalTensor& bias,
                               bool training,
-                              std::optional<double> momentum,
-                              double eps,
+                              std::optional<Number> momentum,
+                              Number eps,
                               const OptionalTensor& num_batches_tracked,
                               const OptionalTensor& residual,
                               OptionalName activation,
