@@ -71,12 +71,17 @@ class Snapshots:
         self.paths = {id(module): tuple(path.split(".")) if path else () for path, module in root.named_modules()}
         self.functions: set[types.CodeType] = set()
         """Of which the closure is part of a snapshot."""
+        self._numbered: dict[int, tuple[int, object]] = {}  # the objects too, so that none gets the address of another
         self._watch = watch
         self._open: list[int] = []
         self._count = 0
 
-    def of(self, value: Any, name: str, place: tuple[str, ...] | None = None) -> Any:
-        """The snapshot of a value. `name` is for the reason why there is none, `place` is the path that it is read at.
+    def number(self, value: object) -> int:
+        """The number of an object, the same for the same one."""
+        return self._numbered.setdefault(id(value), (len(self._numbered), value))[0]
+
+    def of(self, value: Any, name: str) -> Any:
+        """The snapshot of a value; `name` is for the reason why there is none.
 
         Raises:
             NotFaithfulError: Its state cannot be seen, or there is too much of it.
@@ -86,7 +91,7 @@ class Snapshots:
         if kind in _CONSTANTS:
             return Constant(kind, value)
         if isinstance(value, torch.nn.Module):
-            return self._of_module(value, name, place)
+            return self._of_module(value, name)
         if isinstance(value, Tensor):
             return TensorLike(description(value))
         if isinstance(value, types.FunctionType):
@@ -105,20 +110,16 @@ class Snapshots:
             raise NotFaithfulError(f"its forward reads {name}, whose state cannot be compared ({kind.__qualname__})")
         return self._of_parts(value, name)
 
-    def of_children(self, modules: dict[str, Any], path: tuple[str, ...]) -> Children:
-        """The snapshot of the children of the module at a path."""
-        return Children(tuple(modules), tuple([self.of(child, name, (*path, name)) for name, child in modules.items()]))
-
     def of_attribute(self, module: torch.nn.Module, name: str) -> Any:
         """The snapshot of what an attribute of a module is, without running code for it."""
-        value, path = find(module, name), self.paths[id(module)]
+        value = find(module, name)
         if name == "_modules":
-            return self.of_children(value, path)
+            return Children(tuple(value), tuple([self.of(child, key) for key, child in value.items()]))
         if isinstance(value, Tensor) and name not in vars(module):
             return AnyTensor()
         if isinstance(value, property):
             return self.of_class(original_class(type(module)), name)
-        return self.of(value, name, (*path, name))
+        return self.of(value, name)
 
     def of_class(self, owner: type, name: str) -> Any:
         """The snapshot of an attribute of a class."""
@@ -127,11 +128,10 @@ class Snapshots:
         has_state = isinstance(value, property) and isinstance(snapshot.parts[0], Function)
         return Property(owner, name, value) if isinstance(value, property) and not has_state else snapshot
 
-    def _of_module(self, module: torch.nn.Module, name: str, place: tuple[str, ...] | None) -> Child:
-        path = self.paths.get(id(module))
-        if path is None:
+    def _of_module(self, module: torch.nn.Module, name: str) -> Child:
+        if id(module) not in self.paths:
             raise NotFaithfulError(f"its forward reads {name}, a module that is not one of its submodules")
-        return Child(original_class(type(module)), None if path == place else path)
+        return Child(original_class(type(module)), self.number(module))
 
     def _of_function(self, function: types.FunctionType, name: str) -> Same | Function:
         if is_library(function.__module__) or id(function) in self._open:
@@ -146,8 +146,9 @@ class Snapshots:
         own = attributes(value)
         for container in (value, getattr(value, "__dict__", None)):
             self._watch(container, name)
-        values = self._nested(value, parts(value), name)
-        return Composite(type(value), values, tuple(zip(own, self._nested(value, (*own.values(),), name), strict=True)))
+        number, values = self.number(value), self._nested(value, parts(value), name)
+        attributes_now = self._nested(value, (*own.values(),), name)
+        return Composite(type(value), number, values, tuple(zip(own, attributes_now, strict=True)))
 
     def _nested(self, owner: Any, values: tuple[Any, ...], name: str) -> tuple[Any, ...]:
         self._open.append(id(owner))

@@ -17,7 +17,7 @@ from bn_ext._capture import Snapshots
 from bn_ext._operations import plain
 from bn_ext._reads import Global, OfClass
 from bn_ext._recompute import recompute
-from bn_ext._snapshots import ABSENT, find, is_traceable, original_class, submodule
+from bn_ext._snapshots import ABSENT, Seen, find, is_traceable, original_class, submodule
 
 
 class Guard(NamedTuple):
@@ -25,23 +25,23 @@ class Guard(NamedTuple):
 
     path: tuple[str, ...]
     kind: type[torch.nn.Module]
+    number: int
     is_plain: bool
     """Whether the code does in its own way what a call of the module does: then it must have no hooks."""
     reads: tuple[tuple[str, Any], ...]
     """Names of attributes, and snapshots of their values."""
     base: tuple[str, ...] = ()
-    """The module that paths start from."""
+    """The module that was traced, and from which numbers are counted and the path starts."""
 
-    def holds(self, root: torch.nn.Module) -> bool:
+    def holds(self, root: torch.nn.Module, seen: Seen) -> bool:
         """Whether it is still so."""
-        base = submodule(root, self.base) if self.base else root
-        module = submodule(base, self.path) if self.path and base is not None else base
-        if module is None or original_class(type(module)) is not self.kind:
+        module = submodule(root, self.base + self.path)
+        if module is None or original_class(type(module)) is not self.kind or not seen.is_same(self.number, module):
             return False
         if self.is_plain and not plain(module):
             return False
         for name, expected in self.reads:  # noqa: SIM110, a generator takes longer
-            if not expected.holds(find(module, name), base):
+            if not expected.holds(find(module, name), seen):
                 return False
         return True
 
@@ -85,10 +85,11 @@ class Form(NamedTuple):
         for argument in args:
             if not isinstance(argument, TracedValue | Tensor):
                 return False
-        for guard in (*self.guards, *self.outside):  # noqa: SIM110, a generator takes longer
-            if not guard.holds(module):
+        seen: dict[tuple[str, ...], Seen] = {}
+        for guard in self.guards:
+            if not guard.holds(module, seen.setdefault(guard.base, Seen())):
                 return False
-        return True
+        return all([name.holds(seen.setdefault((), Seen())) for name in self.outside])
 
 
 class TracedValue(Proxy):
@@ -108,13 +109,14 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def guard_part(root: torch.nn.Module, path: str, *names: str) -> Guard:
+def guard_part(snapshots: Snapshots, root: torch.nn.Module, path: str, *names: str) -> Guard:
     """A guard for a module about which the code makes assumptions: its class and forward(), and some attributes."""
-    module, snapshots = root.get_submodule(path), Snapshots(root, lambda *_: None)
+    module = root.get_submodule(path)
     if not type(module).__module__.startswith("bn_ext."):  # the forward() of this package's classes cannot be another
         names = (*names, "forward")
     reads = [(name, snapshots.of_attribute(module, name)) for name in names if find(module, name) is not ABSENT]
-    return Guard(tuple(path.split(".")), original_class(type(module)), True, tuple(reads))
+    place, kind = tuple(path.split(".")), original_class(type(module))
+    return Guard(place, kind, snapshots.number(module), True, tuple(reads))
 
 
 def _has_any_global_hook() -> bool:

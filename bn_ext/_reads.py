@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bn_ext._capture import NotFaithfulError, Snapshots, unwrapped
-from bn_ext._snapshots import ABSENT, is_library, original_class
+from bn_ext._snapshots import ABSENT, Seen, is_library, original_class
 from bn_ext._undo import Undo, Variable
 
 CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
@@ -25,12 +25,12 @@ class Global(NamedTuple):
     names: tuple[str, ...]
     expected: Any
 
-    def holds(self, root: torch.nn.Module) -> bool:
+    def holds(self, seen: Seen) -> bool:
         """Whether it still has the value that it had."""
         value: Any = sys.modules.get(self.module)
         for name in self.names:
             value = getattr(value, name, ABSENT)
-        return bool(self.expected.holds(value, root) or self.expected.holds(unwrapped(value), root))
+        return bool(self.expected.holds(value, seen) or self.expected.holds(unwrapped(value), seen))
 
 
 class OfClass(NamedTuple):
@@ -40,9 +40,9 @@ class OfClass(NamedTuple):
     name: str
     expected: Any
 
-    def holds(self, root: torch.nn.Module) -> bool:
+    def holds(self, seen: Seen) -> bool:
         """Whether it still has the value that it had."""
-        return bool(self.expected.holds(getattr(self.owner, self.name, ABSENT), root))
+        return bool(self.expected.holds(getattr(self.owner, self.name, ABSENT), seen))
 
 
 class Reads:
@@ -64,7 +64,7 @@ class Reads:
         self._undo = undo
         bases = {base: None for module in traced for base in original_class(type(module)).__mro__}
         self._classes = [base for base in bases if not is_library(base.__module__)]
-        self._snapshots = Snapshots(root, undo.watch)
+        self.snapshots = Snapshots(root, undo.watch)
         self._codes: set[types.CodeType] = set()
         self._nested: set[types.CodeType] = set()
 
@@ -80,14 +80,14 @@ class Reads:
 
     def attribute(self, module: torch.nn.Module, name: str) -> None:
         """Note that an attribute of a module is read."""
-        path = self._snapshots.paths.get(id(module))
+        path = self.snapshots.paths.get(id(module))
         if path is None:
             self.refuse(f"its forward reads {name!r} of a module that is not one of its submodules")
         reads = self.of_modules.setdefault(path or (), {})
         if name in reads or name == "__class__":
             return
         try:
-            reads[name] = self._snapshots.of_attribute(module, name)
+            reads[name] = self.snapshots.of_attribute(module, name)
         except NotFaithfulError as error:
             self.refuse(str(error))
 
@@ -96,6 +96,8 @@ class Reads:
         module, code, caller = _module_of(frame), frame.f_code, frame.f_back
         is_decorator = (module, code.co_name) in _DECORATORS
         is_called_by_user = caller is not None and not is_library(_module_of(caller))
+        if code.co_name in _SEEDS and module.partition(".")[0] == "torch":
+            self.refuse(CONTEXT)
         if is_library(module) and not is_called_by_user and not is_decorator:
             return
         if _is_importing(frame):
@@ -129,7 +131,7 @@ class Reads:
                 self._global(names, chain)
             for owner in self._classes:
                 for name in vars(owner).keys() & set(code.co_names):
-                    self.of_classes[owner, name] = self._snapshots.of_class(owner, name)
+                    self.of_classes[owner, name] = self.snapshots.of_class(owner, name)
         except NotFaithfulError as error:
             self.refuse(str(error))
         self._nested.update(_codes_within(code))
@@ -137,7 +139,7 @@ class Reads:
     def _require_visible_closure(self, code: types.CodeType) -> None:
         """A closure is visible to a snapshot of its function, or made while the trace goes on."""
         outer = set(code.co_freevars) - {"__class__"}
-        if outer and code not in self._nested and code not in self._snapshots.functions:
+        if outer and code not in self._nested and code not in self.snapshots.functions:
             raise NotFaithfulError(f"its forward calls {code.co_name}, whose closure cannot be seen")
 
     def _require_no_effects(self, code: types.CodeType, names: dict[str, Any]) -> None:
@@ -168,11 +170,11 @@ class Reads:
         key = module, chain[:depth]
         if key in self.of_globals:
             return
-        self.of_globals[key] = self._snapshots.of(unwrapped(value), ".".join(chain[:depth]))
+        self.of_globals[key] = self.snapshots.of(unwrapped(value), ".".join(chain[:depth]))
         if isinstance(value, type) and not is_library(value.__module__):
             for name, part in vars(value).items():
                 if _is_data(name, part):
-                    self.of_globals[module, (*chain[:depth], name)] = self._snapshots.of(
+                    self.of_globals[module, (*chain[:depth], name)] = self.snapshots.of(
                         part, f"{value.__name__}.{name}"
                     )
 
@@ -215,7 +217,8 @@ _QUESTIONS = {
         *(torch.get_float32_matmul_precision, torch.get_default_device),
     )
 }
-_SETTERS = ("set_", "manual_seed", "seed", "use_deterministic_algorithms")
+_SETTERS = ("set_", "use_deterministic_algorithms")
+_SEEDS = ("manual_seed", "seed")  # torch.compile puts functions of its own around some
 _EFFECTS = (print, open, input, exec, eval, compile, breakpoint, __import__, globals)
 
 

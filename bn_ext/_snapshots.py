@@ -23,12 +23,32 @@ class _Absent:
 ABSENT = _Absent()
 
 
+class Seen:
+    """The objects that one comparison has met, by the numbers that they had when they were recorded.
+
+    The same number must be the same object, and another number another one: forward() may ask for `a is b`.
+    torch.compile cannot guard that.
+    """
+
+    def __init__(self) -> None:
+        self._objects: dict[int, object] = {}
+        self._numbers: dict[int, int] = {}
+
+    def is_same(self, number: int, value: object) -> bool:
+        """Whether an object is the one of this number, so far as is known."""
+        if is_compiling():
+            return True
+        return (
+            self._objects.setdefault(number, value) is value and self._numbers.setdefault(id(value), number) == number
+        )
+
+
 class Same(NamedTuple):
     """The same object: None, functions, classes, members of an Enum, dtypes."""
 
     value: Any
 
-    def holds(self, now: object, root: torch.nn.Module) -> bool:
+    def holds(self, now: object, seen: Seen) -> bool:
         """Whether the value is still the same."""
         return now is self.value
 
@@ -40,7 +60,7 @@ class Property(NamedTuple):
     name: str
     value: Any
 
-    def holds(self, now: object, root: torch.nn.Module) -> bool:
+    def holds(self, now: object, seen: Seen) -> bool:
         """Whether the class still has the same property."""
         return now is self.value
 
@@ -58,7 +78,7 @@ class Constant(NamedTuple):
     kind: type
     value: Any
 
-    def holds(self, now: object, root: torch.nn.Module) -> bool:
+    def holds(self, now: object, seen: Seen) -> bool:
         """Whether the value is still the same; repr tells 0.0 from -0.0 and finds NaN equal to itself."""
         return now is self.value or (type(now) is self.kind and repr(now) == repr(self.value))
 
@@ -68,7 +88,7 @@ class Library(NamedTuple):
 
     name: str
 
-    def holds(self, now: object, root: torch.nn.Module) -> bool:
+    def holds(self, now: object, seen: Seen) -> bool:
         """Whether it still is that module."""
         return now is sys.modules.get(self.name)
 
@@ -76,7 +96,7 @@ class Library(NamedTuple):
 class AnyTensor(NamedTuple):
     """A parameter or buffer that the graph reads anew: it must be there."""
 
-    def holds(self, now: object, root: torch.nn.Module) -> bool:
+    def holds(self, now: object, seen: Seen) -> bool:
         """Whether there still is a tensor."""
         return isinstance(now, Tensor)
 
@@ -86,24 +106,22 @@ class TensorLike(NamedTuple):
 
     description: tuple[Any, ...]
 
-    def holds(self, now: object, root: torch.nn.Module) -> bool:
+    def holds(self, now: object, seen: Seen) -> bool:
         """Whether it still is a tensor of that description."""
         return isinstance(now, Tensor) and description(now) == self.description
 
 
 class Child(NamedTuple):
-    """A module of a certain class; `path` names it where it may not be the one at the place that is looked at."""
+    """A module of a certain class."""
 
     kind: type
-    path: tuple[str, ...] | None
+    number: int
 
-    def holds(self, now: object, root: torch.nn.Module) -> bool:
-        """Whether there still is a module of that class, and the one that was there if a path is known."""
-        if type(now) is self.kind and self.path is None:
-            return True
-        if not isinstance(now, torch.nn.Module) or original_class(type(now)) is not self.kind:
+    def holds(self, now: object, seen: Seen) -> bool:
+        """Whether it still is a module of that class, the same one as elsewhere."""
+        if type(now) is not self.kind and original_class(type(now)) is not self.kind:
             return False
-        return self.path is None or now is submodule(root, self.path)
+        return seen.is_same(self.number, now)
 
 
 class Children(NamedTuple):
@@ -112,9 +130,9 @@ class Children(NamedTuple):
     names: tuple[str, ...]
     children: tuple[Any, ...]
 
-    def holds(self, now: Any, root: torch.nn.Module) -> bool:
+    def holds(self, now: Any, seen: Seen) -> bool:
         """Whether it still has such children."""
-        return tuple(now) == self.names and _all_hold(self.children, tuple(now.values()), root)
+        return tuple(now) == self.names and _all_hold(self.children, tuple(now.values()), seen)
 
 
 class Function(NamedTuple):
@@ -123,34 +141,35 @@ class Function(NamedTuple):
     function: Any
     state: tuple[Any, ...]
 
-    def holds(self, now: object, root: torch.nn.Module) -> bool:
+    def holds(self, now: object, seen: Seen) -> bool:
         """Whether it still is that function, with such contents."""
         if now is not self.function or is_compiling():  # torch.compile guards a function's defaults
             return now is self.function
-        return _all_hold(self.state, state_of_function(self.function), root)
+        return _all_hold(self.state, state_of_function(self.function), seen)
 
 
 class Composite(NamedTuple):
     """A container or an object: its type, its parts, and its attributes."""
 
     kind: type
+    number: int
     parts: tuple[Any, ...]
     attributes: tuple[tuple[str, Any], ...]
 
-    def holds(self, now: object, root: torch.nn.Module) -> bool:
-        """Whether there still is one of this type with such contents; order counts."""
-        if type(now) is not self.kind or not _all_hold(self.parts, parts(now), root):
+    def holds(self, now: object, seen: Seen) -> bool:
+        """Whether there still is one of this type with such contents, the same one as elsewhere; order counts."""
+        if type(now) is not self.kind or not seen.is_same(self.number, now):
             return False
         found = attributes(now)
-        if len(found) != len(self.attributes):
+        if len(found) != len(self.attributes) or not _all_hold(self.parts, parts(now), seen):
             return False
-        return all([expected.holds(found.get(name, ABSENT), root) for name, expected in self.attributes])
+        return all([expected.holds(found.get(name, ABSENT), seen) for name, expected in self.attributes])
 
 
-def _all_hold(expected: tuple[Any, ...], now: tuple[Any, ...], root: torch.nn.Module) -> bool:
+def _all_hold(expected: tuple[Any, ...], now: tuple[Any, ...], seen: Seen) -> bool:
     if len(expected) != len(now):
         return False
-    return all([snapshot.holds(value, root) for snapshot, value in zip(expected, now, strict=True)])
+    return all([snapshot.holds(value, seen) for snapshot, value in zip(expected, now, strict=True)])
 
 
 def original_class(kind: type) -> type:
@@ -162,9 +181,9 @@ def original_class(kind: type) -> type:
 def submodule(root: Any, path: tuple[str, ...]) -> Any:
     """The module at a path, or None."""
     for name in path:
-        root = root._modules.get(name)
         if root is None:
             return None
+        root = root._modules.get(name)
     return root
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.fx.graph_module import _format_import_block
 from torch.package.importer import sys_importer
 
-from bn_ext._capture import NotFaithfulError
+from bn_ext._capture import NotFaithfulError, Snapshots
 from bn_ext._fused_class import Form, Forms, Guard, forms_of, fused_class, guard_part, restore_class
 from bn_ext._operations import called, plain
 from bn_ext._patterns import Found, Match, find, rewrite
@@ -212,14 +212,15 @@ def _form(
     for place, of_module in reads.of_modules.items():
         module = submodule(root, place)
         is_plain = module in inlined
-        guards.append(Guard(place, original_class(type(module)), is_plain, tuple(of_module.items())))
+        kind, number = original_class(type(module)), reads.snapshots.number(module)
+        guards.append(Guard(place, kind, number, is_plain, tuple(of_module.items())))
         forms = forms_of(module)
         inner = (forms.training if training else forms.evaluation) if is_plain else None
         if inner is not None:
             guards += [guard.within(place) for guard in inner.guards]
             outside += inner.outside
     for match in found.matches.values():
-        guards += _guards_of_parts(match, root)
+        guards += _guards_of_parts(match, root, reads.snapshots)
     rewrite(graph, found)
     graph.lint()
     code = graph.python_code("self")
@@ -235,11 +236,11 @@ def _form(
     )
 
 
-def _guards_of_parts(match: Match, root: torch.nn.Module) -> Iterator[Guard]:
+def _guards_of_parts(match: Match, root: torch.nn.Module, snapshots: Snapshots) -> Iterator[Guard]:
     for node in (match.norm, *match.nodes):
         module = called(node, root)
         if module is not None:
-            guard = guard_part(root, str(node.target), *_ASSUMED)
+            guard = guard_part(snapshots, root, str(node.target), *_ASSUMED)
             if getattr(module, "p", 0):  # a dropout that drops nothing because of its mode
                 guard = guard._replace(reads=(*guard.reads, ("training", Constant(bool, False))))
             yield guard
@@ -247,7 +248,7 @@ def _guards_of_parts(match: Match, root: torch.nn.Module) -> Iterator[Guard]:
         if node.op == "call_module":
             path = str(node.target)
             for inner, _ in root.get_submodule(path).named_modules(prefix=path):
-                yield guard_part(root, inner, "inplace", "_modules")
+                yield guard_part(snapshots, root, inner, "inplace", "_modules")
 
 
 _ASSUMED = ("activation", "negative_slope", "alpha", "approximate", "min_val", "max_val", "p")

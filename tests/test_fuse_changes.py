@@ -73,6 +73,10 @@ CHANGES: dict[str, Callable[[Net], Any]] = {
     "a ModuleDict that is reordered": reordered,
     "a tensor that is no parameter": lambda m: setattr(m, "plain", torch.ones(1, 3, 1, 1)),
     "a parameter of the batch norm": lambda m: m.bn.register_parameter("third", parameter(1.0)),
+    "two children that become one": lambda m: setattr(m, "right", m.left),
+    "one child of two names that becomes two": lambda m: setattr(m, "other", copy.deepcopy(m.leaf)),
+    "two lists that become one": lambda m: setattr(m, "two", m.one),
+    "one list of two names that becomes two": lambda m: setattr(m, "three", [1.0]),
     "the class of a child": lambda m: m.named.__setitem__("p", nn.Tanh()),
 }
 

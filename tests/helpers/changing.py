@@ -91,6 +91,9 @@ class Net(Base):
         self.register_parameter("gain", None)
         self.register_buffer("offset", None)
         self.plain = torch.full((3, 1, 1), 2.0)
+        self.left, self.right, self.other = nn.Identity(), nn.Identity(), self.leaf
+        self.one, self.two = [1.0], [1.0]
+        self.three = self.one
 
     @property
     def half(self) -> float:
@@ -123,6 +126,8 @@ class Net(Base):
         y = y * 3 if self.flag else y
         y = y * type(self).classwide * SETTINGS["scales"][0] * ELSEWHERE.scale
         y = y * self.plain if self.plain.dim() == 3 else y
+        y = y * (2 if self.left is self.right else 3) * (5 if self.other is self.leaf else 7)
+        y = y * (2 if self.one is self.two else 3) * (5 if self.one is self.three else 7)
         return self.post(y) + len(self.bn._parameters) - 2
 
 
