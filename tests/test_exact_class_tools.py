@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bn_ext
 
-# They are old, and so is what they use of torch.
+# Some of these tools use deprecated parts of torch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
