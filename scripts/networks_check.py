@@ -1,0 +1,217 @@
+"""Networks of timm, torchvision and MONAI, fused beside stock in float64: what is fused, and the largest difference.
+
+python scripts/networks_check.py --json FILE --markdown FILE   (a package that is not installed is left out)
+"""
+
+import argparse
+import copy
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import bn_ext
+
+# How many times as much as by one rounding of each value of its input a network may differ by being fused: that rounds
+# in another order at each of up to 226 batch norms, and the network multiplies every rounding, by up to 1e6.
+ROUNDINGS = 100
+STEPS, BATCH, SIZE = 3, 4, 64
+
+OURS = (bn_ext.BatchNorm1d, bn_ext.BatchNorm2d, bn_ext.BatchNorm3d)
+Make = Callable[[], nn.Module]
+
+
+@dataclass
+class Row:
+    """What became of one network; differences are shares of the largest value of what is compared."""
+
+    package: str
+    network: str
+    norms: int
+    converted: int
+    fused: int
+    outputs: float
+    gradients: float
+    state: float
+    one_rounding: float
+    """The largest of the three for stock beside stock with an input that differs by one rounding per value."""
+
+    def is_close(self) -> bool:
+        """Whether no difference is larger than roundings explain."""
+        return max(self.outputs, self.gradients, self.state) <= ROUNDINGS * self.one_rounding
+
+
+def of_timm() -> Iterator[tuple[str, Make]]:
+    """Twenty networks, of most families that have batch norms."""
+    timm = import_module("timm")
+    names = (
+        *("efficientnet_b0", "mobilenetv3_small_050", "regnetx_002", "densenet121", "repvgg_a0", "resnet18"),
+        *("mobilenetv2_050", "ghostnet_050", "cs3darknet_s", "rexnet_100", "dla34", "hrnet_w18_small", "dpn48b"),
+        *("ese_vovnet19b_dw", "skresnet18", "mobileone_s0", "fastvit_t8", "mobilenetv4_conv_small", "resnest14d"),
+    )
+    for name in names:
+        yield name, lambda name=name: timm.create_model(name, num_classes=10)
+    dropping = {"drop_rate": 0.2, "drop_path_rate": 0.2}
+    last = "tf_efficientnetv2_b0"
+    yield f"{last}, drop_path_rate=0.2", lambda: timm.create_model(last, num_classes=10, **dropping)
+
+
+def of_torchvision() -> Iterator[tuple[str, Make]]:
+    """Eight of its classifiers."""
+    models = import_module("torchvision").models
+    for name in (
+        *("resnet18", "densenet121", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x0_5"),
+        *("regnet_y_400mf", "mnasnet0_5"),
+    ):
+        yield name, lambda name=name: getattr(models, name)(num_classes=10)
+
+
+def of_monai() -> Iterator[tuple[str, Make]]:
+    """Six, with batch norms where the package has others unless asked; those with a dropout train with it."""
+    nets = import_module("monai.networks.nets")
+    images = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2}
+    unet = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2, "norm": "batch"}
+    basic, sizes = {"features": (8, 8, 16, 32, 64, 8), "norm": "batch"}, {"kernel_size": [3] * 3, "strides": [1, 2, 2]}
+    yield "UNet, act=relu", lambda: nets.UNet(**images, **unet, act="relu")
+    yield "UNet, act=prelu", lambda: nets.UNet(**images, **unet)
+    yield "BasicUNet", lambda: nets.BasicUNet(**images, **basic)
+    yield "BasicUNet, dropout=0.1", lambda: nets.BasicUNet(**images, **basic, dropout=0.1)
+    yield "DynUNet", lambda: nets.DynUNet(**images, **sizes, upsample_kernel_size=[2, 2], norm_name="batch")
+    yield "AttentionUnet", lambda: nets.AttentionUnet(**images, channels=(8, 16, 32), strides=(2, 2))
+
+
+PACKAGES = {"timm": of_timm, "torchvision": of_torchvision, "monai": of_monai}
+
+
+def check(package: str, name: str, make: Make) -> Row:
+    """Train and evaluate a network fused and stock, with the same weights, images and random numbers."""
+    torch.manual_seed(0)
+    stock = make().double()
+    for module in stock.modules():
+        if is_norm(module) and module.affine:  # some begin with weights of 0, which would hide what comes before
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    fused, rounded = copy.deepcopy(stock), copy.deepcopy(stock)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes that are left alone: the table counts them
+        bn_ext.convert(fused)
+        converted = sum(isinstance(module, OURS) for module in fused.modules())
+        fused, report = bn_ext.fuse(fused, report=True)
+    norms = sum(is_norm(module) for module in stock.modules())
+    assert len(report.rows) == norms
+    images = torch.randn(STEPS + 1, BATCH, 3, SIZE, SIZE, dtype=torch.float64)
+    expected = results_of(stock, images)
+    found = differences(results_of(fused, images), expected)
+    sensitive = differences(results_of(rounded, torch.nextafter(images, 9 * torch.randn_like(images).sign())), expected)
+    return Row(package, name, norms, converted, len(report.fused), **found, one_rounding=max(sensitive.values()))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm, of whatever class."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def results_of(model: nn.Module, images: Tensor) -> dict[str, list[Tensor]]:
+    """Outputs and gradients of steps of training, the state after them, and the output in evaluation then."""
+    # Small steps: large ones with random weights would multiply roundings, of stock too, by 1e8 and more.
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    outputs, gradients = [], []
+    for step, batch in enumerate(images):
+        torch.manual_seed(step)  # dropout, drop path
+        model.train(step < STEPS)
+        leaf = batch.clone().requires_grad_()
+        found = [value for value in tree_leaves(model(leaf)) if isinstance(value, Tensor)]
+        outputs += [value.detach().clone() for value in found]
+        optimizer.zero_grad()
+        sum((value * weights_like(value)).sum() for value in found).backward()
+        gradients += [leaf.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        if model.training:
+            optimizer.step()
+    return {"outputs": outputs, "gradients": gradients, "state": list(model.state_dict().values())}
+
+
+def weights_like(value: Tensor) -> Tensor:
+    """Of a loss that depends on all values, each in another way; its gradients are of the order of 1."""
+    return torch.arange(value.numel(), dtype=value.dtype).cos().view_as(value) / value.numel() ** 0.5
+
+
+def differences(actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> dict[str, float]:
+    """The largest in each list, as a share of the largest value in it; infinite where the lists do not match."""
+    found = {}
+    for name, values in expected.items():
+        scale = max(float(value.double().abs().max()) for value in values if value.numel())
+        pairs = zip(actual[name], values, strict=True)
+        found[name] = max(float((a.double() - e.double()).abs().max()) / scale for a, e in pairs if e.numel())
+    return {name: value if value == value else float("inf") for name, value in found.items()}
+
+
+def markdown(rows: list[Row], versions: dict[str, str]) -> str:
+    """The page of the table."""
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return PAGE.format(versions=named, **globals()) + "".join(f"{line_of(row)}\n" for row in rows)
+
+
+def line_of(row: Row) -> str:
+    """One of the table."""
+    numbers = (f"{value:.1e}" for value in (row.outputs, row.gradients, row.state, row.one_rounding))
+    cells = (f"{row.package}: {row.network}", row.norms, row.converted, row.fused, *numbers)
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+PAGE = """# Networks of timm, torchvision and MONAI
+
+Each network after `bn_ext.fuse` beside its stock twin, in float64: {STEPS} steps of training, one pass in evaluation,
+batches of {BATCH} images of {SIZE} x {SIZE}, random weights. Differences are shares of the largest value: of outputs,
+of all gradients (those of evaluation too), of the state after the steps. *One rounding* is the largest of these three
+between stock and stock whose input differs by one rounding of each value: how much the network multiplies a rounding.
+The script fails if a difference is more than {ROUNDINGS} times that. *Fused* batch norms do more than normalise, in
+training or in evaluation; `bn_ext.fuse(model, report=True)` gives the reason for each of the others.
+
+Made by `python scripts/networks_check.py --markdown docs/networks.md`, with
+{versions}.
+
+| network | batch norms | converted | fused | outputs | gradients | state | one rounding |
+|---|---:|---:|---:|---:|---:|---:|---:|
+"""
+
+
+def main() -> None:
+    """Check all networks of the packages that are there; exit with 1 if one differs by more than roundings."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="where to write the table as JSON")
+    parser.add_argument("--markdown", type=Path, help="where to write the page")
+    parser.add_argument("--only", default="", help="networks with this in their name, as `timm: resnet18`")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    versions = {"Python": platform.python_version(), "torch": str(torch.__version__)}
+    for package, networks in PACKAGES.items():
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            print(f"{package} is not installed: its networks are left out")
+            continue
+        for name, make in networks():
+            if options.only in f"{package}: {name}":
+                rows.append(check(package, name, make))
+                print(line_of(rows[-1]), flush=True)
+    if options.json:
+        found = {"versions": versions, "roundings": ROUNDINGS, "networks": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(markdown(rows, versions))
+    failed = [f"{row.package}: {row.network}" for row in rows if not row.is_close()]
+    if failed:
+        sys.exit(f"networks_check: differ from stock by more than {ROUNDINGS} roundings: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # so small networks gain nothing by more
+    main()
