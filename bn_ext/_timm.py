@@ -1,5 +1,6 @@
 """timm's BatchNormAct2d, a batch norm that holds a dropout and an activation, for `convert`; timm is not imported."""
 
+import copyreg
 import functools
 from typing import Any
 
@@ -71,15 +72,6 @@ class BatchNormAct(BatchNorm2d):
             )
         super().__setattr__(name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """By timm's class: ours cannot be imported."""
-        reduced: Any = super().__reduce_ex__(max(protocol, 2))
-        stock = stock_class(type(self))
-        if stock is None:  # a subclass
-            return reduced
-        _, (_, *arguments), *state = reduced
-        return _new, (stock, *arguments), *state
-
 
 NOTHING = (None, 0.0)
 """The activation of one that only normalises."""
@@ -104,18 +96,23 @@ def converted_class(kind: Any) -> type | None:
     return _converted_class(kind) if _is_known(kind) else None
 
 
+class _Made(type):
+    """The class of converted classes: these are pickled as what :func:`converted_class` makes of timm's."""
+
+
+def _loaded(kind: type) -> Any:
+    return converted_class(kind) or kind
+
+
+copyreg.pickle(_Made, lambda kind: (_loaded, (vars(kind)["_bn_ext_stock"],)))
+
+
 @functools.cache
 def _converted_class(kind: Any) -> type:
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__", "__init__")}
-    return type(kind.__name__, (BatchNormAct, kind), {**names, "_bn_ext_stock": kind})
+    return _Made(kind.__name__, (BatchNormAct, kind), {**names, "_bn_ext_stock": kind})
 
 
 def stock_class(kind: type) -> type | None:
     """The reverse of :func:`converted_class`."""
     return vars(kind).get("_bn_ext_stock")
-
-
-def _new(kind: type, *arguments: Any) -> Any:
-    """An empty module, for pickle."""
-    kind = converted_class(kind) or kind
-    return kind.__new__(kind, *arguments)

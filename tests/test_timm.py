@@ -316,3 +316,13 @@ def test_networks_of_timm(name: str, counts: dict[str, int]) -> None:
     assert {what: told.count(what) for what in told if what.startswith("batch_norm")} == counts
     # Roundings of float64, 1e-16 each, that up to 44 batch norms over four values each multiply.
     assert_same(fused, stock, (images(4, 3, 32, 32),), tolerance=1e-7)
+
+
+def test_a_fused_parent_comes_fused_from_a_file(kind: Any) -> None:
+    fused = bn_ext.fuse(Residual(kind(3, apply_act=False).double()))
+    loaded, x = pickle.loads(pickle.dumps(fused)), images()
+    assert type(loaded) is type(fused) is not Residual
+    torch.testing.assert_close(loaded(x), fused(x))
+    bn_ext.revert(loaded.norm)
+    assert type(loaded.norm) is kind
+    torch.testing.assert_close(loaded.eval()(x), fused.eval()(x))
