@@ -23,14 +23,15 @@ from cuda_on_cpu.batch_norm import KERNELS
 FOLDER = build.FOLDER / "suite"
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "*.so", "__pycache__", "*.egg-info")
 
-# These look at the build, at the CPU kernels, at what measures, or at the simulated device itself; or they are too
-# large for it.
+# These look at the build, at the CPU kernels, at what measures, at Python code that is the same for all devices, or at
+# the simulated device itself; or they are too large for it.
 WITHOUT = [
     "tests/cuda_on_cpu",
     *(f"tests/test_{name}.py" for name in ("build", "cuda_sources", "gpu_check", "large", "processor")),
     *(f"tests/test_{name}.py" for name in ("benchmarks", "benchmark_reports", "benchmark_runs", "cudnn_graph")),
     *(f"tests/test_{name}.py" for name in ("convergence_benchmark", "device_limits", "step_profile")),
-    *(f"tests/test_{name}.py" for name in ("training_benchmark", "training_report")),
+    *(f"tests/test_{name}.py" for name in ("training_benchmark", "training_report", "networks_check", "opacus")),
+    *(f"tests/test_{name}.py" for name in ("fuse_changes", "fuse_effects", "reverted", "exact_class_tools")),
 ]
 # Whether a mean with inf in it is inf or NaN depends on the order of sums; test_kernels.py has its own such test.
 EXCEPT = "not instruction_set and not 16_bit_value and not inf_and_nan"
