@@ -5,6 +5,7 @@ import contextlib
 import dis
 import os
 import sys
+import threading
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bn_ext._capture import NotFaithfulError, Snapshots, unwrapped
-from bn_ext._snapshots import ABSENT, Seen, is_library, original_class
+from bn_ext._snapshots import ABSENT, Seen, is_data, is_library, original_class
 from bn_ext._undo import Undo, Variable
 
 CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
@@ -107,7 +108,7 @@ class Reads:
             self.refuse(CONTEXT)
         if not is_library(module):
             self._code(code, frame.f_globals)
-        elif module.partition(".")[0] not in _HARMLESS_MODULES:
+        elif module.partition(".")[0] not in _HARMLESS_MODULES or module.startswith(_EFFECTFUL_MODULES):
             self.refuse(f"its forward calls {code.co_name} of {module}, which may do more than return a value")
 
     def call_of_builtin(self, frame: types.FrameType, function: Any) -> None:
@@ -130,7 +131,7 @@ class Reads:
             for chain in _global_names(code):
                 self._global(names, chain)
             for owner in self._classes:
-                for name in vars(owner).keys() & set(code.co_names):
+                for name in filter(vars(owner).__contains__, code.co_names):
                     self.of_classes[owner, name] = self.snapshots.of_class(owner, name)
         except NotFaithfulError as error:
             self.refuse(str(error))
@@ -173,10 +174,9 @@ class Reads:
         self.of_globals[key] = self.snapshots.of(unwrapped(value), ".".join(chain[:depth]))
         if isinstance(value, type) and not is_library(value.__module__):
             for name, part in vars(value).items():
-                if _is_data(name, part):
-                    self.of_globals[module, (*chain[:depth], name)] = self.snapshots.of(
-                        part, f"{value.__name__}.{name}"
-                    )
+                if is_data(name, part):
+                    place, called = (*chain[:depth], name), f"{value.__name__}.{name}"
+                    self.of_globals[module, place] = self.snapshots.of(part, called)
 
 
 _OWN_FILES = os.path.dirname(__file__) + os.sep
@@ -194,16 +194,16 @@ def _is_importing(frame: types.FrameType | None) -> bool:
     return frame is not None
 
 
-def _is_data(name: str, value: object) -> bool:
-    return not (callable(value) or hasattr(value, "__get__") or name.startswith("_"))
-
-
 _WITH = ("BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "SETUP_ASYNC_WITH", "LOAD_SPECIAL")
 _DECORATORS = {("contextlib", "inner"), ("torch.utils._contextlib", "decorate_context")}
 _HARMLESS_MODULES = {
     *("torch", "bn_ext", "numpy", "functorch", "abc", "collections", "_collections_abc", "copy", "dataclasses", "enum"),
     *("functools", "inspect", "itertools", "math", "numbers", "operator", "types", "typing", "weakref"),
 }
+_EFFECTFUL_MODULES = (
+    *("torch.accelerator", "torch.autograd.profiler", "torch.backends", "torch.cuda", "torch.distributed", "torch.hub"),
+    *("torch.mps", "torch.multiprocessing", "torch.profiler", "torch.serialization", "torch.xpu"),
+)
 _HARMLESS_BUILTINS = {"builtins", "_operator", "math", "cmath", "_functools", "itertools", "_collections", "_abc"}
 _BUILTIN_QUESTIONS = (
     *(torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled, torch.get_default_dtype),
@@ -228,7 +228,9 @@ def _is_harmless(function: Any) -> bool:
         return False
     owner, module = getattr(function, "__self__", None), getattr(function, "__module__", None)
     if owner is not None and not isinstance(owner, types.ModuleType):
-        is_of_builtin = hasattr(builtins, function.__qualname__.partition(".")[0])  # list.append, also of a subclass
+        is_of_builtin = hasattr(
+            builtins, str(function.__qualname__).partition(".")[0]
+        )  # list.append, also of a subclass
         module = "builtins" if is_of_builtin else type(owner).__module__
     name = str(module or "torch").partition(".")[0]
     return name in _HARMLESS_BUILTINS or name in _HARMLESS_MODULES
@@ -271,10 +273,11 @@ def _is_read_by_forward(frame: types.FrameType | None, name: str) -> bool:
 
 @contextlib.contextmanager
 def recorded(reads: Reads) -> Iterator[None]:
-    """Record what all code reads of modules, and which functions run. For all threads: fuse() says so."""
+    """Record what code of this thread reads of modules, and which functions run."""
+    thread = threading.get_ident()
 
     def read(module: torch.nn.Module, name: str) -> Any:
-        if _is_read_by_forward(sys._getframe(1), name):
+        if threading.get_ident() == thread and _is_read_by_forward(sys._getframe(1), name):
             reads.attribute(module, name)
         return object.__getattribute__(module, name)
 

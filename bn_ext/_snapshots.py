@@ -302,12 +302,13 @@ def attributes(value: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if not is_library(base.__module__):
-            found.update({name: part for name, part in vars(base).items() if _is_data(name, part)})
+            found.update({name: part for name, part in vars(base).items() if is_data(name, part)})
     for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
         found[name] = getattr(value, name, ABSENT)
     return {**found, **getattr(value, "__dict__", {})}
 
 
-def _is_data(name: str, value: object) -> bool:
+def is_data(name: str, value: object) -> bool:
+    """Whether an entry of a class is data, not a method or the like."""
     described = callable(value) or hasattr(value, "__get__")
     return not described and not (name.startswith("__") and name.endswith("__")) and not name.startswith("_abc_")

@@ -115,6 +115,14 @@ EFFECTS: dict[str, tuple[Callable[..., Any], str]] = {
     "a file": (before(lambda x: open("seen", "w").close()), "its forward calls open"),
     "the time": (before(lambda x: time.time()), "its forward calls time"),
     "the environment": (before(lambda x: os.getenv("HOME")), "its forward calls getenv of os"),
+    "a query of a device": (
+        before(lambda x: torch.cuda.is_available()),
+        "its forward calls is_available of torch.cuda",
+    ),
+    "a process group": (
+        before(lambda x: torch.distributed.is_initialized()),
+        "its forward calls is_initialized of torch.distributed",
+    ),
     "a list elsewhere": (before(lambda x: FEATURES.append(x)), "its forward sets FEATURES"),
     "a dict elsewhere": (before(lambda x: BY_NAME.update(x=x)), "its forward sets BY_NAME"),
     "an object elsewhere": (before(lambda x: setattr(HOLDER, "last", 1)), "its forward sets HOLDER"),
