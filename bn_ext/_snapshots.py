@@ -27,7 +27,6 @@ class Seen:
     """The objects that one comparison has met, by the numbers that they had when they were recorded.
 
     The same number must be the same object, and another number another one: forward() may ask for `a is b`.
-    torch.compile cannot guard that.
     """
 
     def __init__(self) -> None:
@@ -36,8 +35,6 @@ class Seen:
 
     def is_same(self, number: int, value: object) -> bool:
         """Whether an object is the one of this number, so far as is known."""
-        if is_compiling():
-            return True
         return (
             self._objects.setdefault(number, value) is value and self._numbers.setdefault(id(value), number) == number
         )

@@ -126,6 +126,7 @@ COMPILED = [
     *("an attribute that was missing", "a class default that is overridden", "a buffer of a missing name"),
     *("an attribute of a child", "an empty ModuleList", "a parameter that was None", "a child that was None"),
     *("an activation function", "an attribute of an object", "a closure", "a numpy scalar"),
+    *("two children that become one", "one child of two names that becomes two", "two lists that become one"),
 ]
 
 
