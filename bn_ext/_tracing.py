@@ -1,11 +1,9 @@
 """Graphs of forward(), by torch.fx, that are refused where they would not be faithful."""
 
-import contextlib
 import inspect
-import random
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -18,17 +16,8 @@ from bn_ext._capture import NotFaithfulError
 from bn_ext._fused_class import TracedValue
 from bn_ext._operations import IN_PLACE, in_place
 from bn_ext._reads import CONTEXT, Reads, recorded
+from bn_ext._surroundings import RefusedError, generators_kept, in_mode, no_questions, surroundings
 from bn_ext._undo import Undo
-
-
-class _RefusedError(NotFaithfulError):
-    """One in the middle of forward(), which may catch it: the last is remembered, so that it counts all the same."""
-
-    last = ""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        _RefusedError.last = reason
 
 
 class Trace(NamedTuple):
@@ -57,49 +46,42 @@ def trace(
         NotFaithfulError: forward() cannot be traced, or does more than its graph says.
     """
     members = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    flags = [m.training for m in members]
-    generators, surroundings = _generators(), _surroundings()
-    undo = Undo()
     traced = [member for member in members if member is module or member in inlined]
+    undo, before = Undo(), surroundings()
     reads = Reads(module, traced, undo)
-    graph = None
-    try:
-        for member in members:
-            member.training = training
+    with in_mode(members, training), generators_kept() as drawn:
         _watch(members, undo)
-        for member in traced:
-            reads.attribute(member, "forward")
-        tracer = _FaithfulTracer(inlined, [] if functions else _functions(traced))
         try:
-            _RefusedError.last = ""
-            with torch.enable_grad(), _NoArithmetic(), _no_questions(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with recorded(reads):
-                    graph = tracer.trace(module)
-            reads.refused = _RefusedError.last or reads.refused
-        except Exception as error:
-            raise NotFaithfulError(_RefusedError.last or reads.refused or _reason(error)) from error
+            for member in traced:
+                reads.attribute(member, "forward")
+            graph = _trace(module, _FaithfulTracer(inlined, [] if functions else _functions(traced)), reads)
         finally:
             changed = undo.restore()
-    finally:
-        for member, flag in zip(members, flags, strict=True):
-            member.training = flag
-        drawn = [values for _, _, values in generators] != [values for _, _, values in _generators()]
-        for set_state, value, _ in generators:
-            set_state(value)
-    if "_tensor_constant" in changed:
-        raise NotFaithfulError("its forward uses tensors from elsewhere")
-    if changed:
-        raise NotFaithfulError(f"its forward sets {changed}")
+            if "_tensor_constant" in changed:
+                raise NotFaithfulError("its forward uses tensors from elsewhere")
+            if changed:
+                raise NotFaithfulError(f"its forward sets {changed}")
     if drawn:
         raise NotFaithfulError("its forward draws random numbers")
-    if reads.refused:
-        raise NotFaithfulError(reads.refused)
-    if _surroundings() != surroundings:
+    if surroundings() != before:
         raise NotFaithfulError(CONTEXT)
     for node in graph.nodes:
         node.type = None  # annotations: names that the code would have to import
     return Trace(graph, reads)
+
+
+def _trace(module: torch.nn.Module, tracer: "_FaithfulTracer", reads: Reads) -> Graph:
+    RefusedError.last = ""
+    try:
+        with torch.enable_grad(), _NoArithmetic(), no_questions(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with recorded(reads):
+                graph = tracer.trace(module)
+    except Exception as error:
+        raise NotFaithfulError(RefusedError.last or reads.refused or _reason(error)) from error
+    if RefusedError.last or reads.refused:
+        raise NotFaithfulError(RefusedError.last or reads.refused)
+    return graph
 
 
 def _watch(modules: Iterable[torch.nn.Module], undo: Undo) -> None:
@@ -108,46 +90,6 @@ def _watch(modules: Iterable[torch.nn.Module], undo: Undo) -> None:
         undo.watch(vars(module), "")
         for name, value in vars(module).items():
             undo.watch(value, name)
-
-
-def _generators() -> list[tuple[Any, Any, Any]]:
-    """The random number generators that a forward may use: how to set their state, it, and its values."""
-    numpy = sys.modules.get("numpy")
-    state = torch.get_rng_state()
-    found: list[Any] = [(torch.set_rng_state, state, state.tolist()), (random.setstate, *[random.getstate()] * 2)]
-    if numpy is not None:
-        kind, key, *rest = numpy.random.get_state()
-        found.append((numpy.random.set_state, (kind, key, *rest), [key.tolist(), *rest]))
-    return found
-
-
-@contextlib.contextmanager
-def _no_questions() -> Iterator[None]:
-    """No looking at what may be another when the code runs: contexts, and the values of tensors."""
-    asked: list[tuple[Any, str]] = [
-        (torch, name) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-    ]
-    asked += [(torch.compiler, "is_compiling"), *((torch.Tensor, name) for name in ("tolist", "numpy", "data_ptr"))]
-    functions: list[tuple[Any, str, Any]] = [(owner, name, vars(owner).get(name)) for owner, name in asked]
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise _RefusedError(CONTEXT)
-
-    torch.overrides.get_overridable_functions()  # torch.fx asks for this table, which torch makes once
-    try:
-        for owner, name, _ in functions:
-            setattr(owner, name, refuse)
-        yield
-    finally:
-        for owner, name, function in functions:
-            if function is None:  # a base class has it
-                delattr(owner, name)
-            else:
-                setattr(owner, name, function)
-
-
-_GRAD_MODES = torch.is_grad_enabled, torch.is_inference_mode_enabled
-_autocast_is_enabled = torch.is_autocast_enabled
 
 
 def _functions(modules: Iterable[torch.nn.Module]) -> list[Callable[..., Any]]:
@@ -173,29 +115,7 @@ class _NoArithmetic(TorchDispatchMode):
     """No operation on real tensors: its result, as it is today, would become part of the graph."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise _RefusedError(f"its forward computes with other tensors than its input ({func})")
-
-
-_SETTINGS = (
-    *("are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled", "is_anomaly_enabled"),
-    *("get_float32_matmul_precision", "get_default_dtype", "get_num_threads", "_get_cudnn_enabled"),
-    *("_get_cudnn_benchmark", "_get_cudnn_deterministic", "_get_cudnn_allow_tf32", "_get_mkldnn_enabled"),
-    *("_get_flash_sdp_enabled", "_get_math_sdp_enabled", "_get_mem_efficient_sdp_enabled"),
-)
-_settings = [function for name in _SETTINGS if (function := getattr(torch, name, getattr(torch._C, name, None)))]
-
-
-def _surroundings() -> tuple[Any, ...]:
-    """The settings around an operation that a graph does not have."""
-    autocast = [(_autocast_is_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
-    return (
-        *(enabled() for enabled in _GRAD_MODES),
-        *(setting() for setting in _settings),
-        *autocast,
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-    )
+        raise RefusedError(f"its forward computes with other tensors than its input ({func})")
 
 
 class _FaithfulTracer(Tracer):
@@ -209,7 +129,7 @@ class _FaithfulTracer(Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """As the base class, from where grad mode, autocast and so on are as they are now."""
-        self._surroundings = _surroundings()
+        self._surroundings = surroundings()
         return super().trace(root, concrete_args)
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
@@ -223,17 +143,17 @@ class _FaithfulTracer(Tracer):
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
-        if _surroundings() != self._surroundings:
-            raise _RefusedError(CONTEXT)
+        if surroundings() != self._surroundings:
+            raise RefusedError(CONTEXT)
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         if a is self.root:
-            raise _RefusedError("its forward gives itself to a function")
+            raise RefusedError("its forward gives itself to a function")
         if isinstance(a, Proxy):
             return a.node
         if isinstance(a, tuple | list | dict) and type(a) not in (tuple, list, dict) and not hasattr(a, "_fields"):
-            raise _RefusedError(f"its forward makes a {type(a).__name__}, which torch.fx takes for a plain one")
+            raise RefusedError(f"its forward makes a {type(a).__name__}, which torch.fx takes for a plain one")
         return super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
@@ -272,7 +192,7 @@ class _Value(TracedValue):
     def __class__(self) -> Any:
         if sys._getframe(1).f_globals.get("__name__", "").startswith(_ANSWERED):
             return type(self)
-        raise _RefusedError("its forward asks for the type of a value")
+        raise RefusedError("its forward asks for the type of a value")
 
     @__class__.setter
     def __class__(self, value: Any) -> None:
@@ -281,13 +201,13 @@ class _Value(TracedValue):
     def __getattr__(self, name: str) -> Any:
         """As the base class, which has all names; a Tensor has not."""
         if not hasattr(torch.Tensor, name) and not name.startswith("__torch"):
-            raise _RefusedError(f"its forward asks a value for {name!r}")
+            raise RefusedError(f"its forward asks a value for {name!r}")
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what a graph cannot hold."""
         if name not in ("tracer", "node"):
-            raise _RefusedError(f"its forward sets {name!r} of a value")
+            raise RefusedError(f"its forward sets {name!r} of a value")
         super().__setattr__(name, value)
 
 

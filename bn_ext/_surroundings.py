@@ -1,0 +1,111 @@
+"""What lies around a trace: settings of torch, random number generators, modes of modules; held, and put back."""
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bn_ext._capture import NotFaithfulError
+from bn_ext._reads import CONTEXT
+
+
+class RefusedError(NotFaithfulError):
+    """One in the middle of forward(), which may catch it: the last is remembered, so that it counts all the same."""
+
+    last = ""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        RefusedError.last = reason
+
+
+@contextlib.contextmanager
+def in_mode(modules: list[torch.nn.Module], training: bool) -> Iterator[None]:
+    """With the training flag of all modules set."""
+    flags = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = training
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[list[Any]]:
+    """Put the states of random number generators back; the list then has those that were used."""
+    before, used = _generators(), list[Any]()
+    try:
+        yield used
+    finally:
+        after = _generators()
+        for (set_state, state, values), (_, _, values_after) in zip(before, after, strict=False):  # numpy may come
+            if values != values_after:
+                used.append(set_state)
+                set_state(state)
+
+
+def _generators() -> list[tuple[Any, Any, Any]]:
+    """The random number generators that a forward may use: how to set their state, it, and its values."""
+    numpy = sys.modules.get("numpy")
+    state = torch.get_rng_state()
+    found: list[Any] = [(torch.set_rng_state, state, state.tolist()), (random.setstate, *[random.getstate()] * 2)]
+    if numpy is not None:
+        kind, key, *rest = numpy.random.get_state()
+        found.append((numpy.random.set_state, (kind, key, *rest), [key.tolist(), *rest]))
+    return found
+
+
+@contextlib.contextmanager
+def no_questions() -> Iterator[None]:
+    """No looking at what may be another when the code runs: contexts, and the values of tensors."""
+    asked: list[tuple[Any, str]] = [
+        (torch, name) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
+    ]
+    asked += [(torch.compiler, "is_compiling"), *((torch.Tensor, name) for name in ("tolist", "numpy", "data_ptr"))]
+    functions: list[tuple[Any, str, Any]] = [(owner, name, vars(owner).get(name)) for owner, name in asked]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RefusedError(CONTEXT)
+
+    torch.overrides.get_overridable_functions()  # torch.fx asks for this table, which torch makes once
+    try:
+        for owner, name, _ in functions:
+            setattr(owner, name, refuse)
+        yield
+    finally:
+        for owner, name, function in functions:
+            if function is None:  # a base class has it
+                delattr(owner, name)
+            else:
+                setattr(owner, name, function)
+
+
+_GRAD_MODES = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_autocast_is_enabled = torch.is_autocast_enabled
+
+
+_SETTINGS = (
+    *("are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled", "is_anomaly_enabled"),
+    *("get_float32_matmul_precision", "get_default_dtype", "get_num_threads", "_get_cudnn_enabled"),
+    *("_get_cudnn_benchmark", "_get_cudnn_deterministic", "_get_cudnn_allow_tf32", "_get_mkldnn_enabled"),
+    *("_get_flash_sdp_enabled", "_get_math_sdp_enabled", "_get_mem_efficient_sdp_enabled"),
+)
+_settings = [function for name in _SETTINGS if (function := getattr(torch, name, getattr(torch._C, name, None)))]
+
+
+def surroundings() -> tuple[Any, ...]:
+    """The settings around an operation that a graph does not have."""
+    autocast = [(_autocast_is_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return (
+        *(enabled() for enabled in _GRAD_MODES),
+        *(setting() for setting in _settings),
+        *autocast,
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
