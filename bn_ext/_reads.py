@@ -97,14 +97,15 @@ class Reads:
         module, code, caller = _module_of(frame), frame.f_code, frame.f_back
         is_decorator = (module, code.co_name) in _DECORATORS
         is_called_by_user = caller is not None and not is_library(_module_of(caller))
-        if code.co_name in _SEEDS and module.partition(".")[0] == "torch":
+        is_question = code in _QUESTIONS and caller is not None and _may_ask(_module_of(caller))
+        if is_question or (code.co_name in _SEEDS and module.partition(".")[0] == "torch"):
             self.refuse(CONTEXT)
         if is_library(module) and not is_called_by_user and not is_decorator:
             return
         if _is_importing(frame):
             return
         sets = module.partition(".")[0] == "torch" and code.co_name.startswith(_SETTERS)
-        if is_decorator or sets or code in _QUESTIONS or code.co_name in ("__enter__", "__exit__"):
+        if is_decorator or sets or code.co_name in ("__enter__", "__exit__", "__array__"):
             self.refuse(CONTEXT)
         if not is_library(module):
             self._code(code, frame.f_globals)
@@ -113,11 +114,14 @@ class Reads:
 
     def call_of_builtin(self, frame: types.FrameType, function: Any) -> None:
         """Note that a function written in C runs."""
-        if is_library(_module_of(frame)):
-            return
-        if function in _BUILTIN_QUESTIONS:
+        module = _module_of(frame)
+        if function in _BUILTIN_QUESTIONS and _may_ask(module):
             self.refuse(CONTEXT)
-        elif not _is_harmless(function) and not _is_importing(frame):
+        if is_library(module):
+            return
+        if isinstance(getattr(function, "__self__", None), torch.Tensor) and function.__name__ in _VALUES:
+            self.refuse(f"its forward reads the values of a tensor by {function.__name__}()")
+        if not _is_harmless(function) and not _is_importing(frame):
             name = getattr(function, "__qualname__", str(function))
             self.refuse(f"its forward calls {name}, which may do more than return a value")
 
@@ -202,7 +206,8 @@ _HARMLESS_MODULES = {
 }
 _EFFECTFUL_MODULES = (
     *("torch.accelerator", "torch.autograd.profiler", "torch.backends", "torch.cuda", "torch.distributed", "torch.hub"),
-    *("torch.mps", "torch.multiprocessing", "torch.profiler", "torch.serialization", "torch.xpu"),
+    *("torch.mps", "torch.multiprocessing", "torch.profiler", "torch.serialization", "torch.utils.checkpoint"),
+    *("torch.xpu",),
 )
 _HARMLESS_BUILTINS = {"builtins", "_operator", "math", "cmath", "_functools", "itertools", "_collections", "_abc"}
 _BUILTIN_QUESTIONS = (
@@ -217,6 +222,7 @@ _QUESTIONS = {
         *(torch.get_float32_matmul_precision, torch.get_default_device),
     )
 }
+_VALUES = ("tolist", "numpy", "data_ptr")  # without an operator of torch
 _SETTERS = ("set_", "use_deterministic_algorithms")
 _SEEDS = ("manual_seed", "seed")  # torch.compile puts functions of its own around some
 _EFFECTS = (print, open, input, exec, eval, compile, breakpoint, __import__, globals)
@@ -256,6 +262,11 @@ def _global_names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
         chain = (str(instruction.argval),) if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ()
     if chain:
         yield chain
+
+
+def _may_ask(module: str) -> bool:
+    """Whether code of a Python module decides what a forward does: not that by which torch calls modules."""
+    return not is_library(module) or (module.startswith("torch.nn.") and module not in _MACHINERY)
 
 
 _MACHINERY = ("torch.nn.modules.module", "torch.nn.parameter")

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bn_ext._capture import NotFaithfulError
-from bn_ext._reads import CONTEXT
 
 
 class RefusedError(NotFaithfulError):
@@ -60,35 +59,7 @@ def _generators() -> list[tuple[Any, Any, Any]]:
     return found
 
 
-@contextlib.contextmanager
-def no_questions() -> Iterator[None]:
-    """No looking at what may be another when the code runs: contexts, and the values of tensors."""
-    asked: list[tuple[Any, str]] = [
-        (torch, name) for name in ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-    ]
-    asked += [(torch.compiler, "is_compiling"), *((torch.Tensor, name) for name in ("tolist", "numpy", "data_ptr"))]
-    functions: list[tuple[Any, str, Any]] = [(owner, name, vars(owner).get(name)) for owner, name in asked]
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RefusedError(CONTEXT)
-
-    torch.overrides.get_overridable_functions()  # torch.fx asks for this table, which torch makes once
-    try:
-        for owner, name, _ in functions:
-            setattr(owner, name, refuse)
-        yield
-    finally:
-        for owner, name, function in functions:
-            if function is None:  # a base class has it
-                delattr(owner, name)
-            else:
-                setattr(owner, name, function)
-
-
 _GRAD_MODES = torch.is_grad_enabled, torch.is_inference_mode_enabled
-_autocast_is_enabled = torch.is_autocast_enabled
-
-
 _SETTINGS = (
     *("are_deterministic_algorithms_enabled", "is_deterministic_algorithms_warn_only_enabled", "is_anomaly_enabled"),
     *("get_float32_matmul_precision", "get_default_dtype", "get_num_threads", "_get_cudnn_enabled"),
@@ -100,7 +71,7 @@ _settings = [function for name in _SETTINGS if (function := getattr(torch, name,
 
 def surroundings() -> tuple[Any, ...]:
     """The settings around an operation that a graph does not have."""
-    autocast = [(_autocast_is_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
         *(enabled() for enabled in _GRAD_MODES),
         *(setting() for setting in _settings),

@@ -16,7 +16,7 @@ from bn_ext._capture import NotFaithfulError
 from bn_ext._fused_class import TracedValue
 from bn_ext._operations import IN_PLACE, in_place
 from bn_ext._reads import CONTEXT, Reads, recorded
-from bn_ext._surroundings import RefusedError, generators_kept, in_mode, no_questions, surroundings
+from bn_ext._surroundings import RefusedError, generators_kept, in_mode, surroundings
 from bn_ext._undo import Undo
 
 
@@ -73,7 +73,7 @@ def trace(
 def _trace(module: torch.nn.Module, tracer: "_FaithfulTracer", reads: Reads) -> Graph:
     RefusedError.last = ""
     try:
-        with torch.enable_grad(), _NoArithmetic(), no_questions(), warnings.catch_warnings():
+        with torch.enable_grad(), _NoArithmetic(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with recorded(reads):
                 graph = tracer.trace(module)

@@ -123,6 +123,10 @@ EFFECTS: dict[str, tuple[Callable[..., Any], str]] = {
         before(lambda x: torch.distributed.is_initialized()),
         "its forward calls is_initialized of torch.distributed",
     ),
+    "values of a tensor": (
+        lambda self, x: self.act(self.bn(x)) * self.sizes.tolist()[0],
+        "its forward reads the values of a tensor by tolist()",
+    ),
     "a list elsewhere": (before(lambda x: FEATURES.append(x)), "its forward sets FEATURES"),
     "a dict elsewhere": (before(lambda x: BY_NAME.update(x=x)), "its forward sets BY_NAME"),
     "an object elsewhere": (before(lambda x: setattr(HOLDER, "last", 1)), "its forward sets HOLDER"),
@@ -140,7 +144,9 @@ def test_a_forward_with_effects_is_left_alone(
     body, reason = EFFECTS[name]
     settings = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     caplog.clear()
-    model, report = bn_ext.fuse(Small(body), report=True)
+    model = Small(body)
+    model.sizes = torch.ones(2)
+    model, report = bn_ext.fuse(model, report=True)
     assert [row.reason[: len(reason)] for row in report.rows] == [reason]
     assert type(model) is Small
     assert FEATURES == []
