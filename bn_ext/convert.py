@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bn_ext import _timm
+from bn_ext import _frozen, _timm
 from bn_ext._fused_class import restore_class
 from bn_ext.modules import (
     OPTIONS,
@@ -35,7 +35,8 @@ _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed: bool | None = None) -> Model:
     """Make every torch.nn.BatchNorm1d, 2d and 3d in a model this package's, in place; lazy ones too.
 
-    So are timm's BatchNormAct2d, which keep their children `drop` and `act` (docs/fusing.md).
+    So are timm's BatchNormAct2d and FrozenBatchNormAct2d, which keep their children `drop` and `act`, and torchvision's
+    FrozenBatchNorm2d (docs/fusing.md).
 
     The modules stay the same objects, of another class: parameters, buffers, hooks, training flag, device,
     requires_grad and references from elsewhere stay as they are. Converting twice does nothing more.
@@ -57,7 +58,7 @@ def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed
     given = {name: value for name, value in options.items() if value is not None}
     left_alone = []
     for name, module in model.named_modules():
-        kind = _FUSED.get(type(module)) or _timm.converted_class(type(module))
+        kind = _FUSED.get(type(module)) or _timm.converted_class(type(module)) or _frozen.converted_class(type(module))
         if kind is not None:
             module.__class__ = kind
         elif isinstance(module, tuple(_FUSED)) and not isinstance(module, tuple(_STOCK)):
@@ -92,7 +93,7 @@ def revert(model: Model) -> Model:
     _require_module(model)
     stock = {name: _STOCK.get(type(m)) or _timm.stock_class(type(m)) for name, m in model.named_modules()}
     ours = {name: module for name, module in model.named_modules() if stock[name]}
-    active = [name or "the model" for name, module in ours.items() if module.activation is not None]
+    active = [name or "the model" for name, module in ours.items() if getattr(module, "activation", None) is not None]
     if active:
         raise ValueError(
             "bn_ext.revert would lose the activation inside "
