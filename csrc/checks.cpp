@@ -151,10 +151,6 @@ void check_not_differentiable(const OptionalTensor& tensor, const char* name) {
               "'. This input cannot have requires_grad True.");
 }
 
-void check_can_have_gradient(const OptionalTensor& parameter, const char* name) {
-  if (is_defined(parameter) && parameter->requires_grad() && parameter->dim() > 1) check_is_vector(parameter, name);
-}
-
 void check_can_be_raised(const OptionalTensor& count) {
   TORCH_CHECK(!is_defined(count) || !count->requires_grad() || !count->is_leaf(),
               "a leaf Variable that requires grad is being used in an in-place operation. (num_batches_tracked)");

@@ -11,9 +11,6 @@ void check_arguments(const BatchNormArguments& args);
 // Throws for a running statistic that requires a gradient: there is none.
 void check_not_differentiable(const OptionalTensor& tensor, const char* name);
 
-// Throws for weight or bias of several dimensions that requires a gradient: without one, torch takes them.
-void check_can_have_gradient(const OptionalTensor& parameter, const char* name);
-
 // Throws for a num_batches_tracked that cannot be changed in place.
 void check_can_be_raised(const OptionalTensor& count);
 

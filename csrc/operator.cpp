@@ -52,8 +52,6 @@ TensorAndSaved run_alike(const BatchNormArguments& a) {
   if (at::GradMode::is_enabled()) {
     check_not_differentiable(a.running_mean, "running_mean");
     check_not_differentiable(a.running_var, "running_var");
-    check_can_have_gradient(a.weight, "weight");
-    check_can_have_gradient(a.bias, "bias");
     if (a.training) check_can_be_raised(a.num_batches_tracked);
   }
   TensorAndSaved result;
@@ -79,9 +77,17 @@ bool is_of(at::ScalarType type, const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() && tensor->scalar_type() == type;
 }
 
+bool has_another_shape(const OptionalTensor& parameter) { return is_defined(parameter) && parameter->dim() > 1; }
+
 // The kernels' (C,) vectors share one dtype. FSDP's mixed precision makes parameters 16-bit, but not buffers: then it
-// is that of the statistics, float32.
+// is that of the statistics, float32. Weight and bias of several dimensions become vectors, their gradients theirs.
 TensorAndSaved run(const BatchNormArguments& a) {
+  if (has_another_shape(a.weight) || has_another_shape(a.bias)) {
+    const auto flat = [](const OptionalTensor& parameter) {
+      return has_another_shape(parameter) ? parameter->flatten() : parameter;
+    };
+    return run(with_parameters(a, flat(a.weight), flat(a.bias)));
+  }
   const at::ScalarType type = a.input.scalar_type();
   const bool is_narrow = (type == at::kHalf || type == at::kBFloat16) && is_of(at::kFloat, a.running_mean);
   const auto widened = [&](const OptionalTensor& tensor) {

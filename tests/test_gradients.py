@@ -278,13 +278,14 @@ def test_half_input_with_float32_parameters(dtype: torch.dtype, mode: str, layou
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
-def test_weight_of_another_shape(shape: tuple[int, int], mode: str) -> None:
-    x, w = leaf(normal(4, 3, 2, 2)), normal(3)
+def test_weight_and_bias_of_another_shape(shape: tuple[int, int], mode: str) -> None:
+    x, values = leaf(normal(4, 3, 2, 2)), (normal(3), normal(3))
     ours, stock = functions(3, mode)
-    actual, expected = leaf(w.view(shape)), leaf(w)
+    actual, expected = [leaf(v.view(shape)) for v in values], [leaf(v) for v in values]
     for create_graph in (False, True):
-        value = grad(loss(ours(x, actual, None)), actual, create_graph=create_graph)[0]
-        torch.testing.assert_close(value, grad(loss(stock(x, expected, None)), expected)[0].view(shape))
+        gradients = grad(loss(ours(x, *actual)), actual, create_graph=create_graph)
+        for value, model in zip(gradients, grad(loss(stock(x, *expected)), expected), strict=True):
+            torch.testing.assert_close(value, model.view(shape))
 
 
 @pytest.mark.parametrize("training", [True, False])
