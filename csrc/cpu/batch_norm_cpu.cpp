@@ -223,6 +223,7 @@ void backward(const BackwardParams& p, const P& partition) {
     for_each_block(c_begin, c_end, [&](int64_t begin, int64_t n) {
       A slope[kChannelBlock], shift[kChannelBlock];
       save_gradients<A>(p, begin, n, sums + begin, slope, shift);
+      if (!p.training) return;
       vectors.set(0, begin, n, slope);
       vectors.set(1, begin, n, shift);
     });

@@ -154,6 +154,8 @@ void save_gradients(const BackwardParams& p, int64_t begin, int64_t n, const Gra
   for (int64_t i = 0; i < n; ++i) {
     dweight[i] = sums[i].dy_centred * rstd[i];
     dbias[i] = sums[i].dy;
+  }
+  for (int64_t i = 0; p.training && i < n; ++i) {
     slope[i] = static_cast<A>(-double(scale[i]) * rstd[i] * dweight[i] / count);
     shift[i] = static_cast<A>(-double(scale[i]) * dbias[i] / count);
   }

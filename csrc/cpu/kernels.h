@@ -58,6 +58,7 @@ struct RowRange {
 constexpr int64_t kPageBytes = 4096;  // how far ahead values are fetched: a page of most systems
 
 constexpr int64_t kMaxRun = 2048;      // adjacent values that go together: float sums stay short, buffers in L1
+constexpr int64_t kFewValues = 512;    // of a channel: they can do without several sums in float
 constexpr int64_t kMaxColumns = 1024;  // of a RowRange: the accumulators of one range stay in L1
 
 // Mean and sum of squared deviations from it, of a number of values that the range tells.
@@ -68,8 +69,9 @@ struct Moments {
 
 // From the sums of `count` values' deviations from a shift, and of their squares.
 inline Moments moments_around(double shift, double sum, double squares, double count) {
-  const double m2 = squares - sum * (sum / count);
-  return {shift + sum / count, m2 < 0 ? 0 : m2};  // below zero by rounding only; NaN stays
+  const double distance = sum * (1 / count);  // of many channels, one division
+  const double m2 = squares - sum * distance;
+  return {shift + distance, m2 < 0 ? 0 : m2};  // below zero by rounding only; NaN stays
 }
 
 // Whether the shift was so far from the mean that the squares around it have lost digits of m2: the values it was taken

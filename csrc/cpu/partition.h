@@ -12,7 +12,8 @@ namespace bn_ext::cpu {
 
 constexpr int64_t kPlaneSegment = 1 << 16;  // values of a channel
 constexpr int64_t kRowSegment = 1 << 18;    // values of a block of columns, at most
-constexpr int64_t kRowUnits = 8;            // of a sum over rows, at least, if they are not smaller than kUnitValues
+constexpr int64_t kRowUnits = 8;            // of a sum over rows, at least, if they are not smaller than kSummedValues
+constexpr int64_t kSummedValues = 1 << 15;  // fewer, and a segment's arithmetic per column outweighs its values
 constexpr int64_t kUnitValues = 1 << 13;    // of a pass without sums, which walks the memory from end to end
 constexpr int64_t kNarrowPlane = 16;        // planes of fewer values do not fill a vector
 constexpr int64_t kManyImages = 16;         // from here on, coefficients per column are little beside the tensor
@@ -113,8 +114,9 @@ struct RowPartition : Partition {
     const int64_t widest = std::max(run, (has_sums ? kMaxColumns : 2 * kMaxColumns) / run * run);  // whole channels
     group_columns = joined ? columns : std::min(columns, widest);
     groups = ceil_div(columns, group_columns);
-    const int64_t segment_values = has_sums ? std::min(shape.numel() / kRowUnits, kRowSegment) : kUnitValues;
-    segments = ceil_div(rows * group_columns, std::max(segment_values, kUnitValues));
+    const int64_t segment_values =
+        has_sums ? std::clamp(shape.numel() / kRowUnits, kSummedValues, kRowSegment) : kUnitValues;
+    segments = ceil_div(rows * group_columns, segment_values);
     segment_rows = ceil_div(rows, segments);
     segments = ceil_div(rows, segment_rows);
     cached = rows * group_columns * item_bytes <= kCachedBytes;

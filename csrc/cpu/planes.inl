@@ -118,8 +118,30 @@ BN_EXT_INLINE auto plane_u(const Affine<acc_t<T>>& affine, int64_t c, const T* x
              BN_EXT_LAMBDA { return affine_of<A>(load(x + i, lanes), mean, scale, offset); };
 }
 
+// Plain batch norm of a tensor that stays in cache: nothing has to be asked about a run. Of planes of a few values
+// there are so many that the questions take as long as the work.
+template <typename T>
+BN_EXT_INLINE bool is_simple(const PlaneRange& r, const ApplyArguments<T>& a) {
+  return a.activation.kind == ActivationKind::kNone && a.z == nullptr && r.ahead == 0 && !a.streams;
+}
+template <typename T>
+BN_EXT_INLINE bool is_simple(const PlaneRange& r, const GradArguments<T>& a) {
+  return a.activation.kind == ActivationKind::kNone && a.dz == nullptr && r.ahead == 0 && !a.streams && !a.dy_repeats;
+}
+
+template <typename T>
+static void simple_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
+  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
+    const auto u_at = plane_u(a.affine, c, a.x + offset);
+    for_each_vector<acc_t<T>>(length, [=, y = a.y + offset](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+      store(y + i, u_at(i, lanes), lanes);
+    });
+  });
+}
+
 template <typename T>
 static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
+  if (is_simple(r, a)) return simple_apply(r, a);
   Buffer<acc_t<T>> b;
   with_form(a, [&](auto form, auto has_residual) BN_EXT_LAMBDA {
     for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
@@ -139,9 +161,29 @@ BN_EXT_INLINE auto plane_gradient(
              BN_EXT_LAMBDA { return gradient_at<kForm>(a, dy, offset, u, u_at, i, lanes); };
 }
 
+// Of channels of at most kFewValues: one vector takes each sum without losing digits.
+template <typename T>
+static void simple_grad_sums(const PlaneRange& r, const GradArguments<T>& a, GradSums* out) {
+  using A = acc_t<T>;
+  for (int64_t c = r.c_begin; c < r.c_end; ++c) {
+    const Vec<A> mean = broadcast(a.affine.mean[c]);
+    Vec<A> s = {};
+    Vec<A> q = {};
+    for_each_run_of(r, c, [&](int64_t offset, int64_t length) BN_EXT_LAMBDA {
+      for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+        const Vec<A> g = load(a.dy + offset + i, lanes);
+        s += keep(g, lanes);
+        q += keep(g * (load(a.x + offset + i, lanes) - mean), lanes);
+      });
+    });
+    out[c - r.c_begin] = {double(add_lanes<A>(s)), double(add_lanes<A>(q))};
+  }
+}
+
 template <typename T>
 static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, GradSums* out) {
   using A = acc_t<T>;
+  if (is_simple(r, a) && r.m_end - r.m_begin <= kFewValues) return simple_grad_sums(r, a, out);
   Buffer<A> b;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : r.ahead;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
@@ -165,9 +207,29 @@ static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Grad
   });
 }
 
+template <bool kTraining, typename T>
+static void simple_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
+  using A = acc_t<T>;
+  for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
+    const Vec<A> scale = broadcast(a.affine.scale[c]);
+    const Vec<A> mean = broadcast(kTraining ? a.affine.mean[c] : A(0));
+    const Vec<A> slope = broadcast(kTraining ? a.slope[c] : A(0));
+    const Vec<A> shift = broadcast(kTraining ? a.shift[c] : A(0));
+    const T* x = a.x + offset;
+    const T* dy = a.dy + offset;
+    T* dx = a.dx + offset;
+    for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
+      Vec<A> result = load(dy + i, lanes) * scale;
+      if constexpr (kTraining) result += (load(x + i, lanes) - mean) * slope + shift;
+      store(dx + i, result, lanes);
+    });
+  });
+}
+
 template <typename T>
 static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
   using A = acc_t<T>;
+  if (is_simple(r, a)) return a.training ? simple_grad_input<true>(r, a) : simple_grad_input<false>(r, a);
   Buffer<A> b;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
     for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {

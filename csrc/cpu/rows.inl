@@ -124,7 +124,7 @@ static void row_moments(const RowRange& r, const T* x, Moments* out) {
   });
   add_runs(head, sums.first);
   const double count = double((head.row_end - head.row_begin) * r.run);
-  for (int64_t i = 0; i < r.runs(); ++i) shift[i] = finite_or_zero(A(sums.first[i] / count));
+  for (int64_t i = 0; i < r.runs(); ++i) shift[i] = finite_or_zero(A(sums.first[i] * (1 / count)));
   repeat_runs(r, shift);
   if (!row_moments_around(r, x, shift, out)) return;
   for (int64_t i = 0; i < r.runs(); ++i) shift[i] = finite_or_zero(A(out[i].mean));
