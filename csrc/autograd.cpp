@@ -24,6 +24,7 @@ OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? Op
 
 FourTensors dispatch_backward(const at::Tensor& dy, const SavedForBackward& s, std::array<bool, 4> output_mask) {
   static const auto op = operator_handle<decltype(batch_norm_backward)>("bn_ext::batch_norm_backward");
+  at::AutoDispatchBelowADInplaceOrView guard;  // or torch's boxed fallback looks for gradients, in vain
   return op.call(dy,
                  s.input,
                  optional(s.weight),
@@ -78,6 +79,25 @@ OptionalFormat mask_format_of(const BatchNormArguments& args) {
   return memory_format_of(args.input);
 }
 
+// What is saved beside tensors and activation, as one number: every entry of saved_data takes time to make and to find.
+// Saved-tensor hooks may bring input back in another memory format.
+struct Flags {
+  bool training;
+  bool has_bias;
+  bool has_residual;
+  OptionalFormat mask_format;
+
+  int64_t packed() const {
+    const int64_t format = mask_format.has_value() ? static_cast<int64_t>(*mask_format) + 1 : 0;
+    return int64_t(training) | int64_t(has_bias) << 1 | int64_t(has_residual) << 2 | format << 3;
+  }
+  static Flags of(int64_t packed) {
+    const int64_t format = packed >> 3;
+    const auto mask_format = format == 0 ? std::nullopt : OptionalFormat(static_cast<at::MemoryFormat>(format - 1));
+    return {(packed & 1) != 0, (packed & 2) != 0, (packed & 4) != 0, mask_format};
+  }
+};
+
 // Saved for backward: input, weight and vectors of statistics; behind an activation, bias, for derivatives of higher
 // order; and of a residual the mask, or else the residual itself.
 void save(AutogradContext* ctx,
@@ -90,18 +110,16 @@ void save(AutogradContext* ctx,
   const auto if_needed = [](bool needed, const OptionalTensor& tensor) {
     return needed ? tensor.value_or(at::Tensor()) : at::Tensor();
   };
-  ctx->save_for_backward({args.input,
-                          args.weight.value_or(at::Tensor()),
-                          if_needed(has_activation && !has_mask, args.bias),
-                          if_needed(has_activation && !has_mask, args.residual),
-                          saved,
-                          has_mask ? mask : at::Tensor()});
-  ctx->saved_data["training"] = args.training;
-  ctx->saved_data["eps"] = args.eps;
-  ctx->saved_data["has_bias"] = is_defined(args.bias);
-  ctx->saved_data["has_residual"] = is_defined(args.residual);
-  // Saved-tensor hooks may bring input back in another memory format.
-  if (has_mask) ctx->saved_data["mask_format"] = static_cast<int64_t>(*mask_format);
+  variable_list tensors{args.input, args.weight.value_or(at::Tensor()), saved};
+  if (has_activation) {
+    tensors.push_back(if_needed(!has_mask, args.bias));
+    tensors.push_back(if_needed(!has_mask, args.residual));
+    tensors.push_back(has_mask ? mask : at::Tensor());
+  }
+  ctx->save_for_backward(std::move(tensors));
+  const Flags flags{args.training, is_defined(args.bias), is_defined(args.residual), mask_format};
+  ctx->saved_data["flags"] = flags.packed();
+  if (args.training) ctx->saved_data["eps"] = args.eps;
   if (has_activation) {
     ctx->saved_data["activation"] = std::string(*args.activation.name);
     ctx->saved_data["activation_parameter"] = args.activation.parameter;
@@ -113,24 +131,24 @@ void save(AutogradContext* ctx,
 variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size_t arguments) {
   variable_list result(arguments);
   if (!dy.defined()) return result;
-  const variable_list saved = ctx->get_saved_variables();
+  variable_list saved = ctx->get_saved_variables();
+  const Flags flags = Flags::of(ctx->saved_data["flags"].toInt());
   std::string name;
   NamedActivation activation{std::nullopt, 0};
   if (ctx->saved_data.count("activation") > 0) {
     name = ctx->saved_data["activation"].toStringRef();
     activation = {name, ctx->saved_data["activation_parameter"].toDouble()};
   }
-  OptionalFormat mask_format;
-  if (saved[5].defined()) mask_format = static_cast<at::MemoryFormat>(ctx->saved_data["mask_format"].toInt());
-  const SavedForBackward s{saved[0],
-                           saved[1],
-                           saved[2],
-                           saved[3],
-                           saved[4],
-                           saved[5],
-                           mask_format,
-                           ctx->saved_data["training"].toBool(),
-                           ctx->saved_data["eps"].toDouble(),
+  saved.resize(6);  // without an activation the last three are not there
+  const SavedForBackward s{std::move(saved[0]),
+                           std::move(saved[1]),
+                           std::move(saved[3]),
+                           std::move(saved[4]),
+                           std::move(saved[2]),
+                           std::move(saved[5]),
+                           flags.mask_format,
+                           flags.training,
+                           flags.training ? ctx->saved_data["eps"].toDouble() : 0,
                            activation};
   // Absent tensors have no edge.
   size_t edge = 0;
@@ -138,8 +156,8 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
   std::array<bool, 4> wanted{};
   wanted[0] = is_wanted(true);
   wanted[1] = is_wanted(s.weight.defined());
-  wanted[2] = is_wanted(ctx->saved_data["has_bias"].toBool());
-  wanted[3] = is_wanted(ctx->saved_data["has_residual"].toBool());
+  wanted[2] = is_wanted(flags.has_bias);
+  wanted[3] = is_wanted(flags.has_residual);
   std::array<bool, 4> computed = wanted;
   if (!activation.name.has_value()) computed[3] = false;  // it is dy
   if (computed != std::array<bool, 4>{}) {
@@ -158,75 +176,51 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
 }
 
 // Returns y. What else there is goes to `saved_out`, what batch_norm_repeat needs: outputs marked as not differentiable
-// are more than compiled autograd takes.
+// are more than compiled autograd takes. The tensors that may have gradients are arguments of their own, which the
+// Function looks for; what it knows of each argument costs time.
 struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
   static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& input,
-                            const OptionalTensor& weight,
-                            const OptionalTensor& bias,
-                            const OptionalTensor& residual,
-                            const OptionalTensor& running_mean,
-                            const OptionalTensor& running_var,
-                            const OptionalTensor& num_batches_tracked,
-                            bool training,
-                            std::optional<double> momentum,
-                            double eps,
-                            NamedActivation activation,
-                            Skip skip,
+                            const at::Tensor& /*input*/,
+                            const OptionalTensor& /*weight*/,
+                            const OptionalTensor& /*bias*/,
+                            const OptionalTensor& /*residual*/,
+                            const BatchNormArguments* args,
                             at::Tensor* saved_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const BatchNormArguments args{input,
-                                  running_mean,
-                                  running_var,
-                                  weight,
-                                  bias,
-                                  training,
-                                  momentum,
-                                  eps,
-                                  num_batches_tracked,
-                                  residual,
-                                  activation,
-                                  skip};
-    const OptionalFormat mask_format = mask_format_of(args);
-    const auto [y, saved, mask] = dispatch_forward(args, mask_format);
-    save(ctx, args, saved, mask, mask_format);
+    const OptionalFormat mask_format = mask_format_of(*args);
+    const auto [y, saved, mask] = dispatch_forward(*args, mask_format);
+    save(ctx, *args, saved, mask, mask_format);
     *saved_out = saved;
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return backward_of_saved(ctx, grads[0], 13);
+    return backward_of_saved(ctx, grads[0], 6);
   }
 };
 
 // The inner operator of eval, where it is called as such: in an exported and decomposed model.
 struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
   static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& input,
-                            const OptionalTensor& weight,
-                            const OptionalTensor& bias,
-                            const OptionalTensor& residual,
-                            const at::Tensor& running_mean,
-                            const at::Tensor& running_var,
-                            double eps,
-                            NamedActivation activation,
+                            const at::Tensor& /*input*/,
+                            const OptionalTensor& /*weight*/,
+                            const OptionalTensor& /*bias*/,
+                            const OptionalTensor& /*residual*/,
+                            const BatchNormArguments* args,
                             OptionalFormat mask_format,
                             at::Tensor* saved_out,
                             at::Tensor* mask_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const OptionalTensor mean_given(running_mean), var_given(running_var), no_count;
-    const BatchNormArguments args{
-        input, mean_given, var_given, weight, bias, false, 0.0, eps, no_count, residual, activation, {}};
-    const OptionalFormat own = mask_format_of(args), chosen = mask_format.has_value() ? mask_format : own;
-    const auto [y, saved, mask] = dispatch_forward(args, chosen);
-    save(ctx, args, saved, mask, own.has_value() ? chosen : own);
+    const OptionalFormat own = mask_format_of(*args), chosen = mask_format.has_value() ? mask_format : own;
+    const auto [y, saved, mask] = dispatch_forward(*args, chosen);
+    save(ctx, *args, saved, mask, own.has_value() ? chosen : own);
     *saved_out = saved;
     *mask_out = mask_format.has_value() ? mask : at::empty({0}, mask.options());
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    return backward_of_saved(ctx, grads[0], 11);
+    return backward_of_saved(ctx, grads[0], 8);
   }
 };
 
@@ -240,18 +234,11 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
                                       OptionalName activation,
                                       double activation_parameter,
                                       OptionalFormat mask_format) {
+  const OptionalTensor mean(running_mean), var(running_var), no_count;
+  const NamedActivation named{activation, activation_parameter};
+  const BatchNormArguments args{input, mean, var, weight, bias, false, 0.0, eps, no_count, residual, named, {}};
   at::Tensor saved, mask;
-  const at::Tensor y = InferenceFunction::apply(input,
-                                                weight,
-                                                bias,
-                                                residual,
-                                                running_mean,
-                                                running_var,
-                                                eps,
-                                                NamedActivation{activation, activation_parameter},
-                                                mask_format,
-                                                &saved,
-                                                &mask);
+  const at::Tensor y = InferenceFunction::apply(input, weight, bias, residual, &args, mask_format, &saved, &mask);
   return {y, saved, mask};
 }
 
@@ -287,19 +274,7 @@ ThreeTensors dispatch_forward(const BatchNormArguments& a, OptionalFormat mask_f
 
 TensorAndSaved differentiable_batch_norm(const BatchNormArguments& a) {
   at::Tensor saved;
-  const at::Tensor y = BatchNormFunction::apply(a.input,
-                                                a.weight,
-                                                a.bias,
-                                                a.residual,
-                                                a.running_mean,
-                                                a.running_var,
-                                                a.num_batches_tracked,
-                                                a.training,
-                                                a.momentum,
-                                                a.eps,
-                                                a.activation,
-                                                a.skip,
-                                                &saved);
+  const at::Tensor y = BatchNormFunction::apply(a.input, a.weight, a.bias, a.residual, &a, &saved);
   return {y, saved};
 }
 
