@@ -326,3 +326,12 @@ def test_a_fused_parent_comes_fused_from_a_file(kind: Any) -> None:
     bn_ext.revert(loaded.norm)
     assert type(loaded.norm) is kind
     torch.testing.assert_close(loaded.eval()(x), fused.eval()(x))
+
+
+def test_reverted_gives_the_class_back_for_a_while(kind: Any) -> None:
+    converted, stock = pair(kind)
+    ours = type(converted)
+    with bn_ext.reverted(converted):
+        assert type(converted) is kind
+    assert type(converted) is ours is not kind
+    assert_same(converted, stock, (images(),))
