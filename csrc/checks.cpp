@@ -125,15 +125,7 @@ void check_channel_vector(const at::Tensor& input,
   shared = dtype;
 }
 
-}  // namespace
-
-void check_arguments(const BatchNormArguments& args) {
-  if (!is_empty(args.input)) check_dimensions(args.input);
-  if (args.training) check_values_per_channel(args.input);
-  check_eps(args.eps, args.training);
-  check_residual(args.input, args.residual);
-  parse(args.activation);
-  if (is_empty(args.input)) return;
+void check_vectors(const BatchNormArguments& args) {
   check_sizes(args);
   check_running_statistics(args);
   check_input_dtype(args.input);
@@ -142,6 +134,17 @@ void check_arguments(const BatchNormArguments& args) {
   check_channel_vector(args.input, args.running_var, "running_var", shared);
   check_channel_vector(args.input, args.weight, "weight", shared);
   check_channel_vector(args.input, args.bias, "bias", shared);
+}
+
+}  // namespace
+
+void check_arguments(const BatchNormArguments& args) {
+  if (!is_empty(args.input)) check_dimensions(args.input);
+  if (args.training) check_values_per_channel(args.input);
+  check_eps(args.eps, args.training);
+  if (!is_empty(args.input)) check_vectors(args);
+  check_residual(args.input, args.residual);
+  parse(args.activation);
 }
 
 void check_not_differentiable(const OptionalTensor& tensor, const char* name) {

@@ -161,7 +161,8 @@ BN_EXT_INLINE auto plane_gradient(
              BN_EXT_LAMBDA { return gradient_at<kForm>(a, dy, offset, u, u_at, i, lanes); };
 }
 
-// Of channels of at most kFewValues: one vector takes each sum without losing digits.
+// Of channels of at most kFewValues: one vector takes each sum without losing digits. Whether this is done depends on
+// the shape and the activation only, so that sums are the same to the bit whatever the cache.
 template <typename T>
 static void simple_grad_sums(const PlaneRange& r, const GradArguments<T>& a, GradSums* out) {
   using A = acc_t<T>;
@@ -170,8 +171,9 @@ static void simple_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Gra
     Vec<A> s = {};
     Vec<A> q = {};
     for_each_run_of(r, c, [&](int64_t offset, int64_t length) BN_EXT_LAMBDA {
+      const T* dy = a.dy + (a.dy_repeats ? 0 : offset);
       for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
-        const Vec<A> g = load(a.dy + offset + i, lanes);
+        const Vec<A> g = load(dy + i, lanes);
         s += keep(g, lanes);
         q += keep(g * (load(a.x + offset + i, lanes) - mean), lanes);
       });
@@ -183,7 +185,8 @@ static void simple_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Gra
 template <typename T>
 static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, GradSums* out) {
   using A = acc_t<T>;
-  if (is_simple(r, a) && r.m_end - r.m_begin <= kFewValues) return simple_grad_sums(r, a, out);
+  const bool is_plain = a.activation.kind == ActivationKind::kNone;
+  if (is_plain && r.m_end - r.m_begin <= kFewValues) return simple_grad_sums(r, a, out);
   Buffer<A> b;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : r.ahead;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
@@ -219,9 +222,12 @@ static void simple_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
     const T* dy = a.dy + offset;
     T* dx = a.dx + offset;
     for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
-      Vec<A> result = load(dy + i, lanes) * scale;
-      if constexpr (kTraining) result += (load(x + i, lanes) - mean) * slope + shift;
-      store(dx + i, result, lanes);
+      const Vec<A> g = load(dy + i, lanes);
+      if constexpr (kTraining) {
+        store(dx + i, g * scale + ((load(x + i, lanes) - mean) * slope + shift), lanes);
+      } else {
+        store(dx + i, g * scale, lanes);
+      }
     });
   });
 }
