@@ -77,7 +77,11 @@ class Constant(NamedTuple):
 
     def holds(self, now: object, seen: Seen) -> bool:
         """Whether the value is still the same; repr tells 0.0 from -0.0 and finds NaN equal to itself."""
-        return now is self.value or (type(now) is self.kind and repr(now) == repr(self.value))
+        if now is self.value:
+            return True
+        if is_compiling():  # which knows no repr of numbers
+            return bool(type(now) is self.kind and now == self.value)
+        return type(now) is self.kind and repr(now) == repr(self.value)
 
 
 class Library(NamedTuple):

@@ -131,6 +131,37 @@ class Net(Base):
         return self.post(y) + len(self.bn._parameters) - 2
 
 
+class Simple(nn.Module):
+    """Reads only what torch.compile can compare: no closures, objects or arrays."""
+
+    flag = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.mode, self.depths, self.nested, self.table = Mode.A, [0], {"a": [0]}, {"x": 1.0, "y": 2.0}
+        self.pair, self.activation = (1.0, [1.0]), F.relu
+        self.extra, self.leaf, self.optional = nn.ModuleList(), Leaf(), None
+        self.register_parameter("gain", None)
+        self.left, self.right, self.other = nn.Identity(), nn.Identity(), self.leaf
+        self.one, self.two = [1.0], [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(self.bn(x))
+        y = y * 2 if self.mode is Mode.B else y
+        for _ in range(self.depths[0] + self.nested["a"][0]):
+            y = y + 1
+        y = y * next(iter(self.table.values())) * self.pair[0] * self.pair[1][0] * self.leaf.scale
+        for module in self.extra:
+            y = module(y)
+        y = y if self.optional is None else self.optional(y)
+        y = y if self.gain is None else y * self.gain
+        y = y * getattr(self, "missing", 1.0)
+        y = y * 3 if self.flag else y
+        y = y * (2 if self.left is self.right else 3) * (5 if self.other is self.leaf else 7)
+        return y * (2 if self.one is self.two else 3) * GLOBAL
+
+
 def doubling(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A decorator that does not name its inner function after the outer one."""
 
