@@ -135,6 +135,10 @@ def batch_norm(
         raise (_type_error((*positional, *named)) or error) from None
 
 
+# torch.jit.script calls the operator, as it calls torch's for torch.nn.functional.batch_norm.
+torch.jit._builtins._register_builtin(batch_norm, "bn_ext::batch_norm")
+
+
 def _run(positional: tuple[Any, ...], named: tuple[Any, ...]) -> Tensor:
     """Call the extension, and let recompute() know of the output."""
     outputs = _recompute.current()

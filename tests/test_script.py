@@ -1,5 +1,6 @@
 """torch.jit.script: the scripted model is torch.nn's in numbers, names and flags."""
 
+import copy
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -132,6 +133,29 @@ def test_inside_a_module_that_is_scripted() -> None:
         return results, state(scripted)
 
     both(run)
+
+
+class Functional(nn.Module):
+    """Calls batch_norm as a function, as torch.nn.functional.batch_norm is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = filled(nn.BatchNorm2d(3).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return bn_ext.batch_norm(
+            *(x, norm.running_mean, norm.running_var, norm.weight, norm.bias),
+            *(self.training, 0.1, norm.eps),
+            activation="relu",
+        )
+
+
+def test_function_is_scripted_as_the_operator() -> None:
+    eager = Functional()
+    scripted = torch.jit.script(copy.deepcopy(eager))
+    assert "bn_ext::batch_norm" in str(scripted.graph)
+    torch.testing.assert_close(steps(scripted, images()), steps(eager, images()))
 
 
 def test_errors_of_a_scripted_module() -> None:
