@@ -1,7 +1,6 @@
 """Graphs of forward(), by torch.fx, that are refused where they would not be faithful."""
 
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from types import FunctionType
@@ -13,11 +12,11 @@ from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bn_ext._capture import NotFaithfulError
-from bn_ext._fused_class import TracedValue
-from bn_ext._operations import IN_PLACE, in_place
 from bn_ext._reads import CONTEXT, Reads, recorded
+from bn_ext._snapshots import is_library
 from bn_ext._surroundings import RefusedError, generators_kept, in_mode, surroundings
 from bn_ext._undo import Undo
+from bn_ext._values import Value
 
 
 class Trace(NamedTuple):
@@ -106,9 +105,12 @@ def _reason(error: Exception) -> str:
     if isinstance(error, NotFaithfulError):
         return str(error)
     if isinstance(error, TraceError) and ("control flow" in str(error) or "iterated" in str(error)):
-        return "its forward branches or loops on values"
+        return BRANCHES
     lines = str(error).strip().splitlines() or [""]
     return f"torch.fx cannot trace it: {type(error).__name__}: {lines[0][:100]}"
+
+
+BRANCHES = "its forward branches or loops on values"
 
 
 class _NoArithmetic(TorchDispatchMode):
@@ -131,6 +133,27 @@ class _FaithfulTracer(Tracer):
         """As the base class, from where grad mode, autocast and so on are as they are now."""
         self._surroundings = surroundings()
         return super().trace(root, concrete_args)
+
+    def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """As the base class, but not for what another __call__ than torch.nn.Module's does around forward()."""
+        if any("__call__" in vars(base) for base in type(m).__mro__ if not is_library(base.__module__)):
+            raise RefusedError(f"its forward calls a {type(m).__name__}, whose class has a __call__ of its own")
+        return super().call_module(m, forward, args, kwargs)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """Refuse, also where forward() catches the error."""
+        raise RefusedError(BRANCHES)
+
+    def iter(self, obj: Proxy) -> Any:
+        """Refuse, except for torch.fx itself, which unpacks tuples of a known length."""
+        try:
+            return super().iter(obj)
+        except TraceError:
+            raise RefusedError(BRANCHES) from None
+
+    def keys(self, obj: Proxy) -> Any:
+        """Refuse: a Tensor has none."""
+        raise RefusedError(BRANCHES)
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         return m not in self._inlined
@@ -157,7 +180,7 @@ class _FaithfulTracer(Tracer):
         return super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
-        return _Value(node, self)
+        return Value(node, self)
 
 
 def required_arguments(module: torch.nn.Module) -> list[str]:
@@ -175,48 +198,3 @@ def required_arguments(module: torch.nn.Module) -> list[str]:
     if not names or inspect.Parameter.KEYWORD_ONLY in kinds:
         raise NotFaithfulError("its forward has no required argument" if not names else "its forward requires keywords")
     return names
-
-
-_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", "torch.nn.parameter")
-
-
-class _Value(TracedValue):
-    """A proxy that refuses to say of what type it is, except to torch.fx.
-
-    Claiming to be a Tensor is no way out: C++ code, as that of torch.autograd.Function, would believe it and crash.
-    """
-
-    _is_param = False  # asked by isinstance(value, torch.nn.Parameter)
-
-    @property
-    def __class__(self) -> Any:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(_ANSWERED):
-            return type(self)
-        raise RefusedError("its forward asks for the type of a value")
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise TypeError("a traced value keeps its class")
-
-    def __getattr__(self, name: str) -> Any:
-        """As the base class, which has all names; a Tensor has not."""
-        if not hasattr(torch.Tensor, name) and not name.startswith("__torch"):
-            raise RefusedError(f"its forward asks a value for {name!r}")
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse what a graph cannot hold."""
-        if name not in ("tracer", "node"):
-            raise RefusedError(f"its forward sets {name!r} of a value")
-        super().__setattr__(name, value)
-
-
-def _in_place_operator(name: str) -> Callable[[Proxy, Any], Proxy]:
-    def record(self: Proxy, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", in_place, (name, self, other), {})
-
-    return record
-
-
-for _name in IN_PLACE:  # torch.fx has x += y without its effect on x
-    setattr(_Value, f"__{_name}__", _in_place_operator(_name))

@@ -1,0 +1,90 @@
+"""The values of a trace: they record operations, and refuse questions that the graph would answer once for all."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Proxy
+from torch.fx.proxy import Attribute
+
+from bn_ext._fused_class import TracedValue
+from bn_ext._operations import IN_PLACE, in_place
+from bn_ext._surroundings import RefusedError
+
+_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", "torch.nn.parameter")
+
+
+def _is_answered() -> bool:
+    """Whether torch itself asks: it knows what a proxy is."""
+    return str(sys._getframe(2).f_globals.get("__name__")).startswith(_ANSWERED)
+
+
+class _Silent:
+    """Refuses to say of what type it is, and to become a key, a number or a string, except to torch.fx.
+
+    Claiming to be a Tensor is no way out: C++ code, as that of torch.autograd.Function, would believe it and crash.
+    """
+
+    _is_param = False  # asked by isinstance(value, torch.nn.Parameter)
+
+    @property
+    def __class__(self) -> Any:
+        if _is_answered():
+            return type(self)
+        raise RefusedError("its forward asks for the type of a value")
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        raise TypeError("a traced value keeps its class")
+
+    def __getattr__(self, name: str) -> Any:
+        """As a proxy, which has all names; a Tensor has not."""
+        if not hasattr(torch.Tensor, name) and not name.startswith("__torch"):
+            raise RefusedError(f"its forward asks a value for {name!r}")
+        return _ValueAttribute(self, name)  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        if _is_answered():
+            return id(self)
+        raise RefusedError("its forward uses a value as a key")
+
+    def __repr__(self) -> str:
+        if _is_answered():
+            return object.__repr__(self)
+        raise RefusedError("its forward makes a string of a value")
+
+    __str__ = __repr__
+
+    def __format__(self, specification: str) -> str:
+        raise RefusedError("its forward makes a string of a value")
+
+    def _refuse_number(self) -> Any:
+        raise RefusedError("its forward makes a number of a value")
+
+    __int__ = __float__ = __complex__ = __index__ = __len__ = _refuse_number
+
+
+class Value(_Silent, TracedValue):
+    """What an operation returns."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what a graph cannot hold."""
+        if name not in ("tracer", "node"):
+            raise RefusedError(f"its forward sets {name!r} of a value")
+        super().__setattr__(name, value)
+
+
+class _ValueAttribute(_Silent, Attribute, TracedValue):
+    """An attribute of a value, or a method that is about to be called."""
+
+
+def _in_place_operator(name: str) -> Callable[[Proxy, Any], Proxy]:
+    def record(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", in_place, (name, self, other), {})
+
+    return record
+
+
+for _name in IN_PLACE:  # torch.fx has x += y without its effect on x
+    setattr(Value, f"__{_name}__", _in_place_operator(_name))
