@@ -2,7 +2,6 @@
 
 import builtins
 import contextlib
-import dis
 import os
 import sys
 import threading
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bn_ext import _bytecode
 from bn_ext._capture import NotFaithfulError, Snapshots, unwrapped
 from bn_ext._snapshots import ABSENT, Seen, is_data, is_library, original_class
 from bn_ext._undo import Undo, Variable
@@ -66,6 +66,9 @@ class Reads:
         bases = {base: None for module in traced for base in original_class(type(module)).__mro__}
         self._classes = [base for base in bases if not is_library(base.__module__)]
         self.snapshots = Snapshots(root, undo.watch)
+        kinds = {base for module in root.modules() for base in type(module).__mro__ if not is_library(base.__module__)}
+        if any("__getattribute__" in vars(kind) for kind in kinds):
+            raise NotFaithfulError("its reads cannot be recorded, because a class has a __getattribute__ of its own")
         self._codes: set[types.CodeType] = set()
         self._nested: set[types.CodeType] = set()
 
@@ -97,30 +100,33 @@ class Reads:
         module, code, caller = _module_of(frame), frame.f_code, frame.f_back
         is_decorator = (module, code.co_name) in _DECORATORS
         is_called_by_user = caller is not None and not is_library(_module_of(caller))
-        is_question = code in _QUESTIONS and caller is not None and _may_ask(_module_of(caller))
+        is_question = caller is not None and _asks(_module_of(caller), module, code.co_name)
         if is_question or (code.co_name in _SEEDS and module.partition(".")[0] == "torch"):
             self.refuse(CONTEXT)
         if is_library(module) and not is_called_by_user and not is_decorator:
             return
         if _is_importing(frame):
             return
-        sets = module.partition(".")[0] == "torch" and code.co_name.startswith(_SETTERS)
-        if is_decorator or sets or code.co_name in ("__enter__", "__exit__", "__array__"):
+        if is_decorator or code.co_name in ("__enter__", "__exit__", "__array__"):
             self.refuse(CONTEXT)
         if not is_library(module):
             self._code(code, frame.f_globals)
+        elif module in _MACHINERY and code.co_name.startswith(("register_", "zero_grad", "requires_grad_")):
+            self.refuse(f"its forward calls {code.co_name}() of a module")
         elif module.partition(".")[0] not in _HARMLESS_MODULES or module.startswith(_EFFECTFUL_MODULES):
             self.refuse(f"its forward calls {code.co_name} of {module}, which may do more than return a value")
 
     def call_of_builtin(self, frame: types.FrameType, function: Any) -> None:
         """Note that a function written in C runs."""
         module = _module_of(frame)
-        if function in _BUILTIN_QUESTIONS and _may_ask(module):
+        owner = getattr(function, "__self__", None)
+        is_of_torch = owner is None or isinstance(owner, types.ModuleType)
+        if is_of_torch and _asks(module, "torch", function.__name__):
             self.refuse(CONTEXT)
         if is_library(module):
             return
-        if isinstance(getattr(function, "__self__", None), torch.Tensor) and function.__name__ in _VALUES:
-            self.refuse(f"its forward reads the values of a tensor by {function.__name__}()")
+        if isinstance(owner, torch.Tensor) and (function.__name__ in _VALUES or function.__name__.endswith("_")):
+            self.refuse(f"its forward calls {function.__name__}() of a tensor that is not one of its values")
         if not _is_harmless(function) and not _is_importing(frame):
             name = getattr(function, "__qualname__", str(function))
             self.refuse(f"its forward calls {name}, which may do more than return a value")
@@ -132,14 +138,14 @@ class Reads:
         try:
             self._require_visible_closure(code)
             self._require_no_effects(code, names)
-            for chain in _global_names(code):
+            for chain in _bytecode.global_names(code):
                 self._global(names, chain)
             for owner in self._classes:
                 for name in filter(vars(owner).__contains__, code.co_names):
                     self.of_classes[owner, name] = self.snapshots.of_class(owner, name)
         except NotFaithfulError as error:
             self.refuse(str(error))
-        self._nested.update(_codes_within(code))
+        self._nested.update(_bytecode.codes_within(code))
 
     def _require_visible_closure(self, code: types.CodeType) -> None:
         """A closure is visible to a snapshot of its function, or made while the trace goes on."""
@@ -148,26 +154,23 @@ class Reads:
             raise NotFaithfulError(f"its forward calls {code.co_name}, whose closure cannot be seen")
 
     def _require_no_effects(self, code: types.CodeType, names: dict[str, Any]) -> None:
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in _WITH:
-                raise NotFaithfulError(CONTEXT)
-            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                self._undo.watch(Variable(names, instruction.argval), instruction.argval)
-                raise NotFaithfulError(f"its forward sets {instruction.argval}")
-            if instruction.opname == "IMPORT_NAME":
-                raise NotFaithfulError(f"its forward imports {instruction.argval}")
+        for name in _bytecode.globals_set(code):
+            self._undo.watch(Variable(names, name), name)
+        reason = _bytecode.reason_against(code)
+        if reason:
+            raise NotFaithfulError(f"its forward {reason}")
 
     def _watch_namespace(self, value: Any) -> None:
         if isinstance(value, types.ModuleType | type) and not is_library(getattr(value, "__module__", value.__name__)):
             self._undo.watch(value, "")
 
     def _global(self, names: dict[str, Any], chain: tuple[str, ...]) -> None:
-        if chain[0] not in names and hasattr(builtins, chain[0]):
-            return
         module = str(names.get("__name__"))
         if vars(sys.modules.get(module, builtins)) is not names:
             raise NotFaithfulError(f"its forward uses {chain[0]} of {module}, which is no imported module")
         value, depth = names.get(chain[0], ABSENT), 1
+        if value is ABSENT:  # a builtin, until the module has a name like it
+            chain = chain[:1]
         self._watch_namespace(value)
         while depth < len(chain) and isinstance(value, types.ModuleType | type):
             value, depth = getattr(value, chain[depth], ABSENT), depth + 1
@@ -175,6 +178,8 @@ class Reads:
         key = module, chain[:depth]
         if key in self.of_globals:
             return
+        if str(getattr(value, "__module__", "")).startswith(_OF_TRACING):
+            raise NotFaithfulError(f"its forward asks whether it is traced ({'.'.join(chain[:depth])})")
         self.of_globals[key] = self.snapshots.of(unwrapped(value), ".".join(chain[:depth]))
         if isinstance(value, type) and not is_library(value.__module__):
             for name, part in vars(value).items():
@@ -198,32 +203,30 @@ def _is_importing(frame: types.FrameType | None) -> bool:
     return frame is not None
 
 
-_WITH = ("BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "SETUP_ASYNC_WITH", "LOAD_SPECIAL")
 _DECORATORS = {("contextlib", "inner"), ("torch.utils._contextlib", "decorate_context")}
 _HARMLESS_MODULES = {
     *("torch", "bn_ext", "numpy", "functorch", "abc", "collections", "_collections_abc", "copy", "dataclasses", "enum"),
     *("functools", "inspect", "itertools", "math", "numbers", "operator", "types", "typing", "weakref"),
 }
+_OF_TRACING = ("torch.fx", "torch.overrides", "torch.utils._python_dispatch")
 _EFFECTFUL_MODULES = (
+    *("torch.autograd.anomaly_mode", "torch.autograd.grad_mode", "torch.utils._python_dispatch"),
     *("torch.accelerator", "torch.autograd.profiler", "torch.backends", "torch.cuda", "torch.distributed", "torch.hub"),
     *("torch.mps", "torch.multiprocessing", "torch.profiler", "torch.serialization", "torch.utils.checkpoint"),
     *("torch.xpu",),
 )
 _HARMLESS_BUILTINS = {"builtins", "_operator", "math", "cmath", "_functools", "itertools", "_collections", "_abc"}
-_BUILTIN_QUESTIONS = (
-    *(torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled, torch.get_default_dtype),
-    *(torch.get_num_threads, torch.get_autocast_dtype, torch._C._get_tracing_state, torch._C._is_tracing),
+_OF_TENSORS = (
+    "is_tensor",
+    "is_floating_point",
+    "is_complex",
+    "is_nonzero",
+    "is_signed",
+    "is_same_size",
+    "is_conj",
+    "is_neg",
 )
-_QUESTIONS = {
-    function.__code__
-    for function in (
-        *(torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch.compiler.is_exporting),
-        *(torch.jit._trace.is_tracing, torch.onnx.is_in_onnx_export, torch.are_deterministic_algorithms_enabled),
-        *(torch.get_float32_matmul_precision, torch.get_default_device),
-    )
-}
-_VALUES = ("tolist", "numpy", "data_ptr")  # without an operator of torch
-_SETTERS = ("set_", "use_deterministic_algorithms")
+_VALUES = ("tolist", "numpy", "data_ptr", "register_hook", "backward")  # without an operator of torch
 _SEEDS = ("manual_seed", "seed")  # torch.compile puts functions of its own around some
 _EFFECTS = (print, open, input, exec, eval, compile, breakpoint, __import__, globals)
 
@@ -242,31 +245,22 @@ def _is_harmless(function: Any) -> bool:
     return name in _HARMLESS_BUILTINS or name in _HARMLESS_MODULES
 
 
-def _codes_within(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The functions, classes and comprehensions that are defined in a function."""
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield constant
-            yield from _codes_within(constant)
+def _asks(caller: str, module: str, name: str) -> bool:
+    """Whether a function of torch returns or sets something that a graph does not have: a mode, a default, a flag."""
+    if module.partition(".")[0] != "torch" or f"{module}.".startswith(_OBSERVERS):
+        return False
+    if is_library(caller):
+        return caller.startswith("torch.nn.") and caller not in _MACHINERY and name in _QUESTIONS_OF_TORCH
+    is_question = name.lstrip("_").startswith(
+        ("is_", "get_", "set_", "has_torch_function", "are_", "use_deterministic")
+    )
+    return is_question and not module.startswith("torch.nn") and name not in (*_OF_TENSORS, "is_scripting")
 
 
-def _global_names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
-    """The global names that a function reads, each with the attributes that it reads at once: torch.nn.functional."""
-    chain: tuple[str, ...] = ()
-    for instruction in dis.get_instructions(code):
-        if chain and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            chain = (*chain, str(instruction.argval))
-            continue
-        if chain:
-            yield chain
-        chain = (str(instruction.argval),) if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") else ()
-    if chain:
-        yield chain
-
-
-def _may_ask(module: str) -> bool:
-    """Whether code of a Python module decides what a forward does: not that by which torch calls modules."""
-    return not is_library(module) or (module.startswith("torch.nn.") and module not in _MACHINERY)
+_QUESTIONS_OF_TORCH = (
+    *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_compiling", "is_tracing"),
+    *("is_in_onnx_export", "get_autocast_dtype", "_get_tracing_state"),
+)
 
 
 _MACHINERY = ("torch.nn.modules.module", "torch.nn.parameter")
@@ -298,7 +292,7 @@ def recorded(reads: Reads) -> Iterator[None]:
         elif event == "c_call":
             reads.call_of_builtin(frame, argument)
 
-    profiler = sys.getprofile()
+    profiler, before = sys.getprofile(), vars(torch.nn.Module).get("__getattribute__")
     torch.nn.Module.__getattribute__ = read  # type: ignore[assignment,method-assign]
     sys.setprofile(profile)
     try:
@@ -306,3 +300,5 @@ def recorded(reads: Reads) -> Iterator[None]:
     finally:
         sys.setprofile(profiler)
         del torch.nn.Module.__getattribute__
+        if before is not None:
+            torch.nn.Module.__getattribute__ = before  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """What lies around a trace: settings of torch, random number generators, modes of modules; held, and put back."""
 
 import contextlib
+import gc
 import random
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,18 @@ def generators_kept() -> Iterator[list[Any]]:
             if values != values_after:
                 used.append(set_state)
                 set_state(state)
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Without the garbage collector, which runs callbacks of others in the middle of forward()."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
 
 
 def _generators() -> list[tuple[Any, Any, Any]]:

@@ -1,6 +1,7 @@
 """Graphs of forward(), by torch.fx, that are refused where they would not be faithful."""
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from types import FunctionType
@@ -14,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bn_ext._capture import NotFaithfulError
 from bn_ext._reads import CONTEXT, Reads, recorded
 from bn_ext._snapshots import is_library
-from bn_ext._surroundings import RefusedError, generators_kept, in_mode, surroundings
+from bn_ext._surroundings import RefusedError, generators_kept, in_mode, no_collection, surroundings
 from bn_ext._undo import Undo
 from bn_ext._values import Value
+
+_LOCK = threading.RLock()  # torch.fx replaces methods of torch.nn.Module while it traces
 
 
 class Trace(NamedTuple):
@@ -48,7 +51,7 @@ def trace(
     traced = [member for member in members if member is module or member in inlined]
     undo, before = Undo(), surroundings()
     reads = Reads(module, traced, undo)
-    with in_mode(members, training), generators_kept() as drawn:
+    with _LOCK, in_mode(members, training), generators_kept() as drawn, no_collection():
         _watch(members, undo)
         try:
             for member in traced:

@@ -117,15 +117,15 @@ EFFECTS: dict[str, tuple[Callable[..., Any], str]] = {
     "the environment": (before(lambda x: os.getenv("HOME")), "its forward calls getenv of os"),
     "a query of a device": (
         before(lambda x: torch.cuda.is_available()),
-        "its forward calls is_available of torch.cuda",
+        CONTEXT,
     ),
     "a process group": (
         before(lambda x: torch.distributed.is_initialized()),
-        "its forward calls is_initialized of torch.distributed",
+        CONTEXT,
     ),
     "values of a tensor": (
         lambda self, x: self.act(self.bn(x)) * self.sizes.tolist()[0],
-        "its forward reads the values of a tensor by tolist()",
+        "its forward calls tolist() of a tensor that is not one of its values",
     ),
     "a list elsewhere": (before(lambda x: FEATURES.append(x)), "its forward sets FEATURES"),
     "a dict elsewhere": (before(lambda x: BY_NAME.update(x=x)), "its forward sets BY_NAME"),
