@@ -54,21 +54,21 @@ def reason_against(code: types.CodeType) -> str:
             return f"imports {instruction.argval}"
         if instruction.argval in _PAST_RECORDS and code.co_name != "__getattribute__":  # as configurations have it
             return f"reads attributes by {instruction.argval}"
-        if name == "IS_OP" and not _compares_state(instructions[:position], code):
+        if name == "IS_OP" and not _compares_state(instructions[:position]):
             return "asks whether a value is the same object as another"
-        if name in _GLOBAL and instruction.argval == "type" and not _is_self(instructions[position + 1], code):
+        if name in _GLOBAL and instruction.argval == "type" and not _is_self(instructions[position + 1]):
             return "asks for the type of a value"
     return ""
 
 
-def _compares_state(before: list[dis.Instruction], code: types.CodeType) -> bool:
+def _compares_state(before: list[dis.Instruction]) -> bool:
     """Whether `is` compares with None, or what the left side reads of self or of a global."""
     if before[-1].opname == "LOAD_CONST" and before[-1].argval is None:
         return True
     rest = _without_operand(before)
     while rest and rest[-1].opname in _ATTRIBUTE:
         rest = rest[:-1]
-    return bool(rest) and rest is not before and (rest[-1].opname in _GLOBAL or _is_self(rest[-1], code))
+    return bool(rest) and rest is not before and (rest[-1].opname in _GLOBAL or _is_self(rest[-1]))
 
 
 def _without_operand(instructions: list[dis.Instruction]) -> list[dis.Instruction]:
@@ -80,9 +80,6 @@ def _without_operand(instructions: list[dis.Instruction]) -> list[dis.Instructio
     return instructions[:position] if is_name else []
 
 
-def _is_self(instruction: dis.Instruction, code: types.CodeType) -> bool:
-    first = code.co_varnames[:1] if code.co_argcount else ()
-    return instruction.opname in ("LOAD_FAST", "LOAD_DEREF", "LOAD_FAST_BORROW") and instruction.argval in (
-        *first,
-        "self",
-    )
+def _is_self(instruction: dis.Instruction) -> bool:
+    is_local = instruction.opname in ("LOAD_FAST", "LOAD_DEREF", "LOAD_FAST_BORROW")
+    return is_local and instruction.argval == "self"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bn_ext._snapshots import (
+    ABSENT,
     AnyTensor,
     Child,
     Children,
@@ -22,10 +23,12 @@ from bn_ext._snapshots import (
     Property,
     Same,
     TensorLike,
+    UserClass,
     _Absent,
     attributes,
     description,
     find,
+    is_data,
     is_library,
     is_of_numpy,
     kind_of_parts,
@@ -39,7 +42,7 @@ class NotFaithfulError(Exception):
     """Why the graph of a forward() would not do all that it does."""
 
 
-_LIMIT = 2000  # values within values, of one attribute
+_LIMIT = 1000  # values within values, of one attribute: they are compared at each call
 _CONSTANTS = (bool, int, float, complex, str, bytes, range, torch.Size, torch.device)
 _BY_IDENTITY = (
     *(type(None), type(...), type(NotImplemented), _Absent, type, enum.Enum, re.Pattern, logging.Logger),
@@ -88,6 +91,8 @@ class Snapshots:
         """
         self._count = self._count + 1 if self._open else 0
         kind = type(value)
+        if self._count > _LIMIT:
+            raise NotFaithfulError(f"its forward reads {name}, which holds more than {_LIMIT} values")
         if kind in _CONSTANTS:
             return Constant(kind, value)
         if isinstance(value, torch.nn.Module):
@@ -96,6 +101,9 @@ class Snapshots:
             return TensorLike(description(value))
         if isinstance(value, types.FunctionType):
             return self._of_function(unwrapped(value), name)
+        if isinstance(value, type) and not is_library(value.__module__) and id(value) not in self._open:
+            data = {key: part for key, part in vars(value).items() if is_data(key, part)}
+            return UserClass(value, tuple(zip(data, self._nested(value, (*data.values(),), name), strict=True)))
         if (
             isinstance(value, _BY_IDENTITY)
             or kind is object
@@ -106,7 +114,7 @@ class Snapshots:
         if isinstance(value, types.ModuleType) and is_library(value.__name__):
             return Library(value.__name__)
         is_namespace = isinstance(value, dict) and "__builtins__" in value
-        if self._count > _LIMIT or id(value) in self._open or is_namespace or not _has_visible_state(value):
+        if id(value) in self._open or is_namespace or not _has_visible_state(value):
             raise NotFaithfulError(f"its forward reads {name}, whose state cannot be compared ({kind.__qualname__})")
         return self._of_parts(value, name)
 
@@ -123,9 +131,9 @@ class Snapshots:
 
     def of_class(self, owner: type, name: str) -> Any:
         """The snapshot of an attribute of a class."""
-        value = getattr(owner, name)
+        value = getattr(owner, name, ABSENT)
         snapshot = self.of(value, f"{owner.__name__}.{name}")
-        has_state = isinstance(value, property) and isinstance(snapshot.parts[0], Function)
+        has_state = isinstance(value, property) and bool(getattr(snapshot.parts[0], "state", ()))
         return Property(owner, name, value) if isinstance(value, property) and not has_state else snapshot
 
     def _of_module(self, module: torch.nn.Module, name: str) -> Child:
@@ -140,7 +148,8 @@ class Snapshots:
         state = self._nested(function, state_of_function(function), name)
         for cell in function.__closure__ or ():
             self._watch(cell, name)
-        return Function(function, state) if state else Same(function)
+        self._watch(vars(function), name)
+        return Function(function, function.__code__, state)
 
     def _of_parts(self, value: Any, name: str) -> Composite:
         own = attributes(value)

@@ -85,6 +85,8 @@ class Form(NamedTuple):
         for argument in args:
             if not isinstance(argument, TracedValue | Tensor):
                 return False
+        if not is_compiling() and len(vars(type(module))) != getattr(type(module), "_bn_ext_members", None):
+            return False  # type(module).name = value, which forward() may read by type(self)
         seen: dict[tuple[str, ...], Seen] = {}
         for guard in self.guards:
             if not guard.holds(module, seen.setdefault(guard.base, Seen())):
@@ -152,7 +154,13 @@ def forms_of(module: torch.nn.Module) -> Forms:
 
 def fused_class(original: type, forms: Forms) -> type:
     """A subclass of the same name that runs the forms; always the same one."""
-    return original if forms == Forms() else _fused_class(original, forms)
+    if forms == Forms():
+        return original
+    kind = _fused_class(original, forms)
+    if len(vars(kind)) != vars(kind)["_bn_ext_members"]:  # type(model).name = value: not for other models
+        _fused_class.cache_clear()
+        kind = _fused_class(original, forms)
+    return kind
 
 
 @functools.cache
@@ -188,8 +196,10 @@ def _fused_class(original: Any, forms: Forms) -> type:
             "_bn_ext_forms": forms,
             "forward": _in_the_place_of(original.forward, recomputing_forward if recomputes else forward),
             "__reduce_ex__": reduce,
+            "_bn_ext_members": 0,
         },
     )
+    kind._bn_ext_members = len(vars(kind))  # type: ignore[attr-defined]
     return kind
 
 

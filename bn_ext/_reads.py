@@ -13,7 +13,7 @@ import torch
 
 from bn_ext import _bytecode
 from bn_ext._capture import NotFaithfulError, Snapshots, unwrapped
-from bn_ext._snapshots import ABSENT, Seen, is_data, is_library, original_class
+from bn_ext._snapshots import ABSENT, Seen, is_library, original_class
 from bn_ext._undo import Undo, Variable
 
 CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
@@ -110,7 +110,7 @@ class Reads:
         if is_decorator or code.co_name in ("__enter__", "__exit__", "__array__"):
             self.refuse(CONTEXT)
         if not is_library(module):
-            self._code(code, frame.f_globals)
+            self._code(frame)
         elif module in _MACHINERY and code.co_name.startswith(("register_", "zero_grad", "requires_grad_")):
             self.refuse(f"its forward calls {code.co_name}() of a module")
         elif module.partition(".")[0] not in _HARMLESS_MODULES or module.startswith(_EFFECTFUL_MODULES):
@@ -131,21 +131,37 @@ class Reads:
             name = getattr(function, "__qualname__", str(function))
             self.refuse(f"its forward calls {name}, which may do more than return a value")
 
-    def _code(self, code: types.CodeType, names: dict[str, Any]) -> None:
+    def _code(self, frame: types.FrameType) -> None:
+        code, names = frame.f_code, frame.f_globals
         if code in self._codes:
             return
         self._codes.add(code)
         try:
             self._require_visible_closure(code)
             self._require_no_effects(code, names)
+            self._method(frame)
             for chain in _bytecode.global_names(code):
                 self._global(names, chain)
-            for owner in self._classes:
-                for name in filter(vars(owner).__contains__, code.co_names):
-                    self.of_classes[owner, name] = self.snapshots.of_class(owner, name)
+            for name in code.co_names:
+                if any(name in vars(owner) for owner in self._classes):
+                    for owner in self._classes:  # each, because one between may get the name later
+                        self.of_classes[owner, name] = self.snapshots.of_class(owner, name)
         except NotFaithfulError as error:
             self.refuse(str(error))
         self._nested.update(_bytecode.codes_within(code))
+
+    def _method(self, frame: types.FrameType) -> None:
+        """Note where the class of an object has the method that runs: it may get another."""
+        code = frame.f_code
+        if not code.co_argcount:
+            return
+        kind = type(frame.f_locals.get(code.co_varnames[0]))
+        owners = [base for base in kind.__mro__ if not is_library(base.__module__)]
+        functions = [(n, getattr(value, "fget", value)) for base in owners for n, value in vars(base).items()]
+        names = [n for n, function in functions if getattr(function, "__code__", None) is code]
+        for name in names:
+            for owner in owners:
+                self.of_classes[owner, name] = self.snapshots.of_class(owner, name)
 
     def _require_visible_closure(self, code: types.CodeType) -> None:
         """A closure is visible to a snapshot of its function, or made while the trace goes on."""
@@ -181,11 +197,6 @@ class Reads:
         if str(getattr(value, "__module__", "")).startswith(_OF_TRACING):
             raise NotFaithfulError(f"its forward asks whether it is traced ({'.'.join(chain[:depth])})")
         self.of_globals[key] = self.snapshots.of(unwrapped(value), ".".join(chain[:depth]))
-        if isinstance(value, type) and not is_library(value.__module__):
-            for name, part in vars(value).items():
-                if is_data(name, part):
-                    place, called = (*chain[:depth], name), f"{value.__name__}.{name}"
-                    self.of_globals[module, place] = self.snapshots.of(part, called)
 
 
 _OWN_FILES = os.path.dirname(__file__) + os.sep

@@ -137,16 +137,39 @@ class Children(NamedTuple):
 
 
 class Function(NamedTuple):
-    """A Python function, with the contents of its closure and its defaults."""
+    """A Python function, with its code, the contents of its closure, its defaults and its attributes."""
 
     function: Any
+    code: types.CodeType
     state: tuple[Any, ...]
 
     def holds(self, now: object, seen: Seen) -> bool:
         """Whether it still is that function, with such contents."""
         if now is not self.function or is_compiling():  # torch.compile guards a function's defaults
             return now is self.function
+        if getattr(now, "__code__", None) is not self.code:
+            return False
         return _all_hold(self.state, state_of_function(self.function), seen)
+
+    def __reduce__(self) -> Any:
+        return _function, (self.function, self.state)
+
+
+class UserClass(NamedTuple):
+    """A class, with its data."""
+
+    kind: type
+    attributes: tuple[tuple[str, Any], ...]
+
+    def holds(self, now: object, seen: Seen) -> bool:
+        """Whether it still is that class, with such data."""
+        if now is not self.kind:
+            return False
+        return all([expected.holds(getattr(now, name, ABSENT), seen) for name, expected in self.attributes])
+
+
+def _function(function: Any, state: tuple[Any, ...]) -> Function:
+    return Function(function, function.__code__, state)
 
 
 class Composite(NamedTuple):
@@ -199,7 +222,8 @@ def find(module: torch.nn.Module, name: str) -> Any:
         return own["_parameters"][name]
     if name in own["_buffers"]:
         return own["_buffers"][name]
-    value = getattr(original_class(type(module)), name, ABSENT)
+    kind = type(module)  # a fused class has the attributes of the original one, and those that a user gave it since
+    value = getattr(original_class(kind) if name == "forward" else kind, name, ABSENT)
     if is_compiling() and not isinstance(value, property):
         getattr(module, name, ABSENT)  # torch.compile guards this, but not that a name is missing in a __dict__
     return value
@@ -226,7 +250,18 @@ def is_library(name: str | None) -> bool:
 
 
 def description(tensor: Tensor) -> tuple[Any, ...]:
-    return type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.shape, tensor.requires_grad
+    strides = tensor.stride() if tensor.layout == torch.strided else ()
+    has_grad = tensor.is_leaf and tensor.grad is not None
+    return (
+        type(tensor),
+        tensor.dtype,
+        tensor.device,
+        tensor.layout,
+        tensor.shape,
+        strides,
+        tensor.requires_grad,
+        has_grad,
+    )
 
 
 def is_of_numpy(kind: type, name: str) -> bool:
@@ -238,7 +273,8 @@ def state_of_function(function: Any) -> tuple[Any, ...]:
     """What a function reads besides its arguments and globals: but the cell of super(), which never changes."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     contents = [_content(cell) for name, cell in cells if name != "__class__"]
-    return (*contents, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    own = [value for name, value in vars(function).items() if name != "__wrapped__"]
+    return (*contents, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *own)
 
 
 def _content(cell: Any) -> Any:

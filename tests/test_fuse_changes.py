@@ -200,6 +200,9 @@ GLOBALS: dict[str, tuple[Any, str, Any]] = {
     "an attribute of the base class": (state.Base, "base_scale", 2.0),
     "a method": (Net, "post", lambda self, y: y * 7),
     "a method that super() calls": (state.Base, "post", lambda self, y: y * 7),
+    "a method of an object": (state.Helper, "run", lambda self, y: y * 7),
+    "a property of an object": (state.Helper, "scale", property(lambda self: 7.0)),
+    "an attribute of a class that is an attribute": (state.Block, "expansion", 7),
     "a property": (Net, "half", property(lambda self: 3.0)),
     "the forward of the class": (Net, "forward", lambda self, x: self.bn(x)),
     "the forward of a child that is called": (nn.Sequential, "forward", lambda self, x: x * 3),
@@ -216,6 +219,19 @@ def test_a_change_of_classes_and_globals_voids_the_fusion(name: str) -> None:
         torch.testing.assert_close(fused(x), stock(x))
         assert name == "a global function" or not torch.equal(stock(x), before)
     assert seen_of(fused, x) == FUSED
+
+
+def test_a_change_of_code_in_place_voids_the_fusion() -> None:
+    """As tools that reload notebooks make it."""
+    fused, stock = fused_and_stock()
+    code, x = state.scaled.__code__, x_of()
+    before = stock(x)
+    try:
+        state.scaled.__code__ = (lambda y: y * 7).__code__
+        torch.testing.assert_close(fused(x), stock(x))
+        assert not torch.equal(stock(x), before)
+    finally:
+        state.scaled.__code__ = code
 
 
 def test_a_list_in_a_global_voids_the_fusion() -> None:
@@ -239,6 +255,26 @@ def test_an_attribute_that_is_deleted_raises_what_the_original_raises(name: str)
     else:
         x = x_of()
         torch.testing.assert_close(fused(x), stock(x))
+
+
+@pytest.mark.parametrize("name", ["flag", "classwide", "post"])
+def test_a_change_of_the_class_of_a_model_concerns_that_model_only(name: str) -> None:
+    value = (lambda self, y: y * 7) if name == "post" else 7.0
+    fused, stock = fused_and_stock()
+    setattr(type(fused), name, value)
+    stock.__class__ = type("Net", (Net,), {name: value})
+    x = x_of()
+    torch.testing.assert_close(fused(x), stock(x))
+    another, unchanged = fused_and_stock()
+    torch.testing.assert_close(another(x), unchanged(x))
+
+
+def test_a_subclass_of_the_class_of_a_model_is_heeded() -> None:
+    fused, stock = fused_and_stock()
+    members = {"post": lambda self, y: y * 7}
+    fused.__class__, stock.__class__ = type("Net", (type(fused),), members), type("Net", (Net,), members)
+    x = x_of()
+    torch.testing.assert_close(fused(x), stock(x))
 
 
 class Between(nn.Module):

@@ -34,6 +34,17 @@ class Config:
         self.scale, self.inner = 1.0, SimpleNamespace(scales=[1.0])
 
 
+class Helper:
+    """An object with a method."""
+
+    def run(self, y: Tensor) -> Tensor:
+        return y * 1.0
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+
 class Slotted:
     """An object without a dictionary."""
 
@@ -64,6 +75,12 @@ class Leaf(nn.Module):
         return x
 
 
+class Block:
+    """A class that is an attribute, as those of residual networks."""
+
+    expansion = 1
+
+
 class Base(nn.Module):
     """What a subclass reads by super()."""
 
@@ -85,9 +102,11 @@ class Net(Base):
         self.mode, self.number, self.array, self.device = Mode.A, np.float32(1), np.ones(2), torch.device("cpu")
         self.depths, self.nested, self.choices, self.table = [0], {"a": [0, {"b": 0}]}, {1, 2}, {"x": 1.0, "y": 2.0}
         self.config, self.slotted, self.pair = Config(), Slotted(), (1.0, [1.0])
+        self.helper = Helper()
         self.function, self.closure, self.activation = scaled, with_closure([1.0]), F.relu
         self.extra, self.steps, self.named = nn.ModuleList(), nn.Sequential(), nn.ModuleDict({"p": Leaf(), "q": Leaf()})
         self.leaf, self.optional = Leaf(), None
+        self.block = Block
         self.register_parameter("gain", None)
         self.register_buffer("offset", None)
         self.plain = torch.full((3, 1, 1), 2.0)
@@ -112,6 +131,7 @@ class Net(Base):
         y = y * next(iter(self.table.values())) * self.pair[0] * self.pair[1][0]
         y = y * self.config.scale * self.config.inner.scales[0] * self.slotted.scale + self.config.shift
         y = self.closure(self.function(y)) * self.half * 2
+        y = self.helper.run(y) * self.helper.scale * self.block.expansion
         for module in self.extra:
             y = module(y)
         y = self.steps(y)

@@ -1,0 +1,121 @@
+"""bn_ext.fuse: questions whose answer a graph would hold for good are refused; the numbers stay stock's."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.fusing import Small, fused_and_stock, seen_of, x_of
+from torch import Tensor, nn
+
+
+def length(y: Tensor) -> int:
+    try:
+        return len(y)
+    except Exception:
+        return 1
+
+
+def size(y: Tensor) -> int:
+    try:
+        return int(y.shape[0])
+    except Exception:
+        return 1
+
+
+def branch(y: Tensor) -> int:
+    try:
+        return 2 if y.sum() > -1e9 else 1
+    except Exception:
+        return 1
+
+
+QUESTIONS: dict[str, Callable[[Tensor], float]] = {
+    "a string": lambda y: 2 if str(y.device) == "cpu" else 1,
+    "a formatted string": lambda y: 2 if f"{y.dtype}" == "torch.float64" else 1,
+    "a key": lambda y: {torch.float64: 2.0}.get(y.dtype, 1.0),
+    "an element": lambda y: 2 if y.dtype in {torch.float64} else 1,
+    "the type of an attribute": lambda y: 2 if isinstance(y.shape, tuple) else 1,
+    "identity of an attribute": lambda y: 2 if y.dtype is torch.float64 else 1,
+    "identity of a flag": lambda y: 2 if y.is_cuda is False else 1,
+    "type()": lambda y: 2 if type(y) is Tensor else 1,
+    "the name of the type": lambda y: len(type(y).__name__),
+    "whether it is traced": lambda y: 1 if isinstance(y, torch.fx.Proxy) else 2,
+    "whether a trace goes on": lambda y: 1 if torch.fx._symbolic_trace.is_fx_tracing() else 2,
+    "a torch function": lambda y: 1 if torch.overrides.has_torch_function((y,)) else 2,
+    "the length, and the error is caught": length,
+    "the size, and the error is caught": size,
+    "a value, and the error is caught": branch,
+    "anomaly detection": lambda y: 1 if torch.is_anomaly_enabled() else 2,
+    "autocast": lambda y: 1 if torch.is_autocast_cpu_enabled() else 2,
+    "cuDNN": lambda y: 1 if torch._C._get_cudnn_benchmark() else 2,
+    "deterministic mode": lambda y: 1 if torch.get_deterministic_debug_mode() else 2,
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_are_refused(name: str) -> None:
+    fused, stock, [told] = fused_and_stock(
+        Small(lambda self, x: (y := F.relu(self.bn(x))) * QUESTIONS[name](y)).double()
+    )
+    assert told.startswith(("its forward", "torch.fx cannot trace it"))
+    x = x_of()
+    torch.testing.assert_close(fused(x), stock(x))
+
+
+def test_identity_of_values_is_refused() -> None:
+    def body(self: Small, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(x))
+        z = self.act(y) if self.act.inplace else y.contiguous()
+        return y if z is y else z + 1
+
+    fused, stock, [told] = fused_and_stock(Small(body).double())
+    assert told == "its forward asks whether a value is the same object as another"
+    x = x_of()
+    torch.testing.assert_close(fused(x), stock(x))
+
+
+class Called(nn.Module):
+    """Its class does something around forward()."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+def test_a_module_with_a_call_of_its_own_is_called_once() -> None:
+    model = Small(lambda self, x: self.child(F.relu(self.bn(x))))
+    model.child = Called()
+    fused, stock, [told] = fused_and_stock(model.double())
+    assert told == "its forward calls a Called, whose class has a __call__ of its own"
+    x = x_of()
+    torch.testing.assert_close(fused(x), stock(x))
+
+
+class Unseen(Small):
+    """Reads past what is recorded."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return object.__getattribute__(self, name)
+
+
+def test_reads_past_the_record_are_refused() -> None:
+    for model in (Unseen(), Small(lambda self, x: self.act(self.bn(x)) * object.__getattribute__(self, "training"))):
+        _, _, [told] = fused_and_stock(model.double())
+        assert "__getattribute__" in told
+
+
+def test_threads_fuse_at_the_same_time() -> None:
+    calls = vars(nn.Module)["__call__"], vars(nn.Module)["__getattr__"]
+    models = [Small() for _ in range(8)]
+    threads = [threading.Thread(target=fused_and_stock, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (vars(nn.Module)["__call__"], vars(nn.Module)["__getattr__"]) == calls
+    assert all(seen_of(model, x_of(dtype=torch.float32)) == [("relu", False)] for model in models)
