@@ -1,5 +1,6 @@
 """Taking snapshots: what of a value can be compared later, and what cannot."""
 
+import copyreg
 import enum
 import functools
 import logging
@@ -36,6 +37,7 @@ from bn_ext._snapshots import (
     parts,
     state_of_function,
 )
+from bn_ext._undo import Slots
 
 
 class NotFaithfulError(Exception):
@@ -153,7 +155,8 @@ class Snapshots:
 
     def _of_parts(self, value: Any, name: str) -> Composite:
         own = attributes(value)
-        for container in (value, getattr(value, "__dict__", None)):
+        slots = Slots(value, tuple(copyreg._slotnames(type(value))))  # type: ignore[attr-defined]
+        for container in (value, getattr(value, "__dict__", None), slots):
             self._watch(container, name)
         number, values = self.number(value), self._nested(value, parts(value), name)
         attributes_now = self._nested(value, (*own.values(),), name)

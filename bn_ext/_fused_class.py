@@ -79,7 +79,15 @@ class Form(NamedTuple):
         return all(map(is_traceable, [*snapshots, *(guard.expected for guard in self.outside)]))
 
     def holds(self, module: torch.nn.Module, args: tuple[Any, ...]) -> bool:
-        """Whether it does for these arguments what the original forward() of a module would do."""
+        """Whether it does for these arguments what the original forward() of a module would do; not after an error."""
+        if is_compiling():
+            return self._holds(module, args)
+        try:
+            return self._holds(module, args)
+        except Exception:  # of an object that forward() reads, as a __repr__ that raises
+            return False
+
+    def _holds(self, module: torch.nn.Module, args: tuple[Any, ...]) -> bool:
         if len(args) != self.arguments or _has_any_global_hook():
             return False
         for argument in args:

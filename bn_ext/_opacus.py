@@ -20,7 +20,12 @@ def register_when_imported() -> None:
     """Register with Opacus: now if it is loaded, otherwise as soon as it is, so that neither imports the other."""
     if "opacus" in sys.modules:
         _register()
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_own(finder)]  # of a bn_ext that is reloaded
     sys.meta_path.insert(0, _AfterImport())
+
+
+def _is_own(finder: object) -> bool:
+    return type(finder).__qualname__ == "_AfterImport" and type(finder).__module__ == __name__
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -34,7 +39,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "opacus":
             return None
-        found = (f.find_spec(fullname, path, target) for f in sys.meta_path if f is not self)
+        found = (f.find_spec(fullname, path, target) for f in sys.meta_path if not _is_own(f))
         spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module

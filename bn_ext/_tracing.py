@@ -90,6 +90,8 @@ def _watch(modules: Iterable[torch.nn.Module], undo: Undo) -> None:
     """All attributes of modules, and the contents of those that are containers."""
     for module in modules:
         undo.watch(vars(module), "")
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            undo.watch(tensor, name)
         for name, value in vars(module).items():
             undo.watch(value, name)
 

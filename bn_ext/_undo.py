@@ -1,8 +1,11 @@
 """What a forward changes while it is traced, and putting it back."""
 
 import collections
+import contextlib
 import types
 from typing import Any, NamedTuple
+
+import torch
 
 Contents = dict[Any, Any] | list[Any]
 
@@ -14,6 +17,13 @@ class Variable(NamedTuple):
     name: str
 
 
+class Slots(NamedTuple):
+    """The attributes of an object that has no dictionary for them."""
+
+    owner: Any
+    names: tuple[str, ...]
+
+
 class Undo:
     """Contents of containers and variables, and attributes of classes and Python modules, as they were at first."""
 
@@ -21,10 +31,12 @@ class Undo:
         self._watched: dict[Any, tuple[Any, str, Contents]] = {}
 
     def watch(self, container: Any, name: str) -> None:
-        """Remember the contents; a change is reported as one of `name`, or of the keys if that is empty."""
-        key = (id(container.names), container.name) if isinstance(container, Variable) else id(container)
-        if isinstance(container, _KINDS) and key not in self._watched:
-            self._watched[key] = container, name, _contents(container)
+        """Remember the contents; a change is reported as one of `name`, or of the keys if `name` is empty."""
+        key: Any = (id(container.names), container.name) if isinstance(container, Variable) else id(container)
+        if isinstance(container, (*_KINDS, Slots)) or _is_array(container):
+            key = ("slots", id(container.owner)) if isinstance(container, Slots) else key
+            with contextlib.suppress(Exception):  # a container of the user's that refuses to be read
+                self._watched.setdefault(key, (container, name, _contents(container)))
 
     def restore(self) -> str:
         """Put back what was changed; the names of it, or an empty string."""
@@ -37,10 +49,17 @@ class Undo:
         return ", ".join(sorted(set(changed)))
 
 
-_KINDS = (dict, list, set, collections.deque, types.CellType, Variable, type, types.ModuleType)
+_KINDS = (dict, list, set, collections.deque, types.CellType, Variable, type, types.ModuleType, torch.Tensor)
+_OF_TENSORS = ("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def _contents(container: Any) -> Contents:
+    if isinstance(container, torch.Tensor):
+        return {name: getattr(container, name) for name in _OF_TENSORS if container.is_leaf}
+    if _is_array(container):
+        return [container.tobytes()]
+    if isinstance(container, Slots):
+        return {name: getattr(container.owner, name, None) for name in container.names}
     if isinstance(container, types.CellType):
         try:
             return [container.cell_contents]
@@ -59,12 +78,26 @@ def _different(before: Contents, now: Contents, name: str) -> list[str]:
         keys = [key for key in {**before, **now} if before.get(key, before) is not now.get(key, before)]
         is_same = not keys and list(before) == list(now)
         return [] if is_same else [name] if name else [str(key) for key in keys]
-    is_same = len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+    is_same = len(before) == len(now) and all(a is b or _are_bytes(a, b) for a, b in zip(before, now, strict=True))
     return [] if is_same else [name]
 
 
+def _are_bytes(left: object, right: object) -> bool:
+    return isinstance(left, bytes) and left == right
+
+
+def _is_array(value: object) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "tobytes") and hasattr(value, "flat")
+
+
 def _put_back(container: Any, contents: Any) -> None:
-    if isinstance(container, types.CellType):
+    if isinstance(container, torch.Tensor | Slots):
+        owner = container.owner if isinstance(container, Slots) else container
+        for name, value in contents.items():
+            setattr(owner, name, value)
+    elif _is_array(container):
+        container.flat[:] = type(container)(container.shape, container.dtype, contents[0]).flat
+    elif isinstance(container, types.CellType):
         container.cell_contents = contents[0]
     elif isinstance(container, Variable):
         container.names.pop(container.name, None)

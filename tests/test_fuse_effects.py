@@ -6,9 +6,11 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.fusing import Small, seen_of, x_of
@@ -192,3 +194,46 @@ def test_lists_of_forward_itself_are_no_effect() -> None:
 
     model = bn_ext.fuse(Small(body))
     assert seen_of(model, x_of(dtype=torch.float32)) == [("relu", False)]
+
+
+@dataclass
+class Slotted:
+    """A counter without a dictionary."""
+
+    __slots__ = ("count",)
+    count: int
+
+
+ON_STATE: dict[str, Callable[[Any, Any], Any]] = {
+    "an object with slots": lambda self, x: setattr(self.counter, "count", self.counter.count + 1),
+    "a NumPy array": lambda self, x: self.array.__setitem__(0, self.array[0] + 1),
+    "an attribute of a function": lambda self, x: setattr(closure_that_counts, "calls", 1),
+    "requires_grad of a parameter": lambda self, x: [setattr(p, "requires_grad", False) for p in self.parameters()],
+    "requires_grad_() of a parameter": lambda self, x: self.bn.weight.requires_grad_(False),
+    "requires_grad_() of a module": lambda self, x: self.bn.requires_grad_(False),
+    "zero_grad()": lambda self, x: self.zero_grad(),
+    "a hook on a parameter": lambda self, x: next(self.parameters()).register_hook(lambda g: g * 2),
+    "anomaly detection": lambda self, x: torch.autograd.set_detect_anomaly(True),
+    "threads": lambda self, x: torch.set_num_threads(torch.get_num_threads() + 1),
+    "autocast": lambda self, x: torch.set_autocast_enabled("cpu", True),
+}
+
+
+@pytest.mark.parametrize("name", ON_STATE)
+def test_a_forward_that_changes_state_is_left_alone_and_the_state_too(name: str) -> None:
+    def body(self: Small, x: Tensor) -> Tensor:
+        ON_STATE[name](self, x)
+        return self.act(self.bn(x))
+
+    model = Small(body)
+    model.counter, model.array = Slotted(0), np.zeros(2)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    settings = torch.is_anomaly_enabled(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+    _, report = bn_ext.fuse(model, report=True)
+    assert report.rows[0].reason
+    assert (torch.is_anomaly_enabled(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")) == settings
+    assert (model.counter.count, model.array.tolist(), vars(closure_that_counts)) == (0, [0.0, 0.0], {})
+    assert all(
+        p.requires_grad and torch.equal(p.grad, torch.ones(3)) and not p._backward_hooks for p in model.parameters()
+    )
