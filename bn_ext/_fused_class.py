@@ -93,7 +93,8 @@ class Form(NamedTuple):
         for argument in args:
             if not isinstance(argument, TracedValue | Tensor):
                 return False
-        if not is_compiling() and len(vars(type(module))) != getattr(type(module), "_bn_ext_members", None):
+        kind: Any = getattr(type(module), "_bn_ext_fused", None)  # type(module), or FSDP's subclass of it
+        if not is_compiling() and (kind is None or len(vars(kind)) != kind._bn_ext_members):
             return False  # type(module).name = value, which forward() may read by type(self)
         seen: dict[tuple[str, ...], Seen] = {}
         for guard in self.guards:
@@ -207,6 +208,7 @@ def _fused_class(original: Any, forms: Forms) -> type:
             "_bn_ext_members": 0,
         },
     )
+    kind._bn_ext_fused = kind  # type: ignore[attr-defined]
     kind._bn_ext_members = len(vars(kind))  # type: ignore[attr-defined]
     return kind
 
