@@ -35,9 +35,15 @@ class Seen:
 
     def is_same(self, number: int, value: object) -> bool:
         """Whether an object is the one of this number, so far as is known."""
-        return (
-            self._objects.setdefault(number, value) is value and self._numbers.setdefault(id(value), number) == number
-        )
+        if self._objects.setdefault(number, value) is not value:
+            return False
+        if _HAS_NO_ID and is_compiling():
+            return not any([other is value for key, other in self._objects.items() if key != number])
+        return self._numbers.setdefault(id(value), number) == number
+
+
+_HAS_NO_ID = torch.__version__ < "2.13"
+"""Whether torch.compile may know no id() of lists."""
 
 
 class Same(NamedTuple):
