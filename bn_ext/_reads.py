@@ -52,7 +52,7 @@ class Reads:
     Args:
         root: The module that is traced.
         traced: The modules whose forward() runs: it, and those that are inlined.
-        undo: Told of all containers that are read.
+        undo: Receives every container that is read.
     """
 
     def __init__(self, root: torch.nn.Module, traced: Iterable[torch.nn.Module], undo: Undo) -> None:

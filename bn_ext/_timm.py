@@ -31,7 +31,7 @@ class BatchNormAct(BatchNorm2d):
         activation: str | tuple[str, float] | None = None,
         unlike: str | None = None,
     ) -> Tensor:
-        """As timm's; `fuse` passes besides what it found behind the module, which comes after `drop` and `act`."""
+        """As timm's. A residual or activation that `fuse` found behind the module comes after `drop` and `act`."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             assert residual is None, "a scripted BatchNormAct2d takes no residual"
             assert activation is None, "a scripted BatchNormAct2d takes no activation"

@@ -177,7 +177,7 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
 
 // Returns y. What else there is goes to `saved_out`, what batch_norm_repeat needs: outputs marked as not differentiable
 // are more than compiled autograd takes. The tensors that may have gradients are arguments of their own, which the
-// Function looks for; what it knows of each argument costs time.
+// Function looks for; its records of each argument cost time.
 struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
   static at::Tensor forward(AutogradContext* ctx,
                             const at::Tensor& /*input*/,
