@@ -74,7 +74,7 @@ def fuse(model: Model, *, recompute: bool = False, report: bool = False) -> Mode
 
     Left alone, with the reason in the report: a batch norm whose result is used elsewhere too, that is called twice
     or has hooks, whose input or summand may be changed in place meanwhile; a module whose forward() cannot be traced
-    (values decide what it does), has effects beyond its result (attributes, contexts, output, random numbers), or reads
+    (it branches on values), has effects beyond its result (attributes, contexts, output, random numbers), or reads
     state that cannot be compared later. docs/fusing.md has the exact guarantee.
 
     Args:
