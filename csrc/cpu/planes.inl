@@ -119,7 +119,8 @@ BN_EXT_INLINE auto plane_u(const Affine<acc_t<T>>& affine, int64_t c, const T* x
 }
 
 // Plain batch norm of a tensor that stays in cache: nothing has to be asked about a run. Of planes of a few values
-// there are so many that the questions take as long as the work.
+// there are so many that the questions take as long as the work. The arguments come by value: what a store cannot reach
+// stays in registers.
 template <typename T>
 BN_EXT_INLINE bool is_simple(const PlaneRange& r, const ApplyArguments<T>& a) {
   return a.activation.kind == ActivationKind::kNone && a.z == nullptr && r.ahead == 0 && !a.streams;
@@ -130,7 +131,7 @@ BN_EXT_INLINE bool is_simple(const PlaneRange& r, const GradArguments<T>& a) {
 }
 
 template <typename T>
-static void simple_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
+static void simple_apply(PlaneRange r, ApplyArguments<T> a) {
   for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
     const auto u_at = plane_u(a.affine, c, a.x + offset);
     for_each_vector<acc_t<T>>(length, [=, y = a.y + offset](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
@@ -164,7 +165,7 @@ BN_EXT_INLINE auto plane_gradient(
 // Of channels of at most kFewValues: one vector takes each sum without losing digits. Whether this is done depends on
 // the shape and the activation only, so that sums are the same to the bit whatever the cache.
 template <typename T>
-static void simple_grad_sums(const PlaneRange& r, const GradArguments<T>& a, GradSums* out) {
+static void simple_grad_sums(PlaneRange r, GradArguments<T> a, GradSums* out) {
   using A = acc_t<T>;
   for (int64_t c = r.c_begin; c < r.c_end; ++c) {
     const Vec<A> mean = broadcast(a.affine.mean[c]);
@@ -211,7 +212,7 @@ static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Grad
 }
 
 template <bool kTraining, typename T>
-static void simple_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
+static void simple_grad_input(PlaneRange r, GradArguments<T> a) {
   using A = acc_t<T>;
   for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
     const Vec<A> scale = broadcast(a.affine.scale[c]);
