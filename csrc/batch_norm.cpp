@@ -43,8 +43,9 @@ class ChannelVector {
   }
   bool defined() const { return contiguous_.defined(); }
   at::ScalarType scalar_type() const { return contiguous_.scalar_type(); }
-  void* data() const { return defined() ? contiguous_.data_ptr() : nullptr; }
-  // After the kernels wrote to data().
+  const void* data() const { return defined() ? contiguous_.const_data_ptr() : nullptr; }
+  void* mutable_data() const { return defined() ? contiguous_.mutable_data_ptr() : nullptr; }
+  // After the kernels wrote to mutable_data().
   void write_back() const {
     if (defined() && !contiguous_.is_same(original_)) original_.copy_(contiguous_);
   }
@@ -139,9 +140,13 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   p.training = a.training;
   p.weight = weight.data();
   p.bias = bias.data();
-  p.running_mean = running_mean.data();
-  p.running_var = running_var.data();
-  p.num_batches_tracked = is_tracked && !counted_by_torch ? a.num_batches_tracked->data_ptr<int64_t>() : nullptr;
+  // Memory that is only read stays shared with lazy copies of it.
+  const auto updated = [&](const ChannelVector& vector) {
+    return a.training ? vector.mutable_data() : const_cast<void*>(vector.data());
+  };
+  p.running_mean = updated(running_mean);
+  p.running_var = updated(running_var);
+  if (a.training && is_tracked && !counted_by_torch) p.num_batches_tracked = a.num_batches_tracked->data_ptr<int64_t>();
   p.cumulative = !momentum.has_value();
   p.momentum = momentum.value_or(0);
   p.skip_nonfinite = a.skip.nonfinite;

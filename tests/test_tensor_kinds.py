@@ -51,6 +51,27 @@ def test_lazily_negated(activation: Any, residual: bool, which: str, training: b
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("activation", "residual"), CASES)
+def test_lazy_copies_are_not_made_for_reading(activation: Any, residual: bool, training: bool) -> None:
+    module = norm("bn_ext", activation=activation).train(training)
+    values = [images(), module.weight, module.bias, *[images().cos()] * residual]
+    x, weight, bias, *z = [torch._lazy_clone(value.detach()).requires_grad_() for value in values]
+    statistics = [module.running_mean, module.running_var]
+    before, lazy = statistics[0].clone(), [torch._lazy_clone(statistic) for statistic in statistics]
+    y = bn_ext.batch_norm(x, *lazy, weight, bias, training, activation=activation, residual=z[0] if z else None)
+    dy = torch._lazy_clone(y.detach().cos())
+    gradients = grad(y, [x, weight, bias, *z], dy)
+    assert all(map(torch._C._is_cow_tensor, [x, weight, bias, *z, dy]))  # type: ignore[attr-defined]
+    assert [torch._C._is_cow_tensor(t) for t in lazy] == [not training] * 2  # type: ignore[attr-defined]
+    assert torch.equal(statistics[0], before)
+    expected = module(*(leaves := [images().requires_grad_(), *[images().cos().requires_grad_()] * residual]))
+    torch.testing.assert_close(y, expected)
+    wanted = [leaves[0], module.weight, module.bias, *leaves[1:]]
+    torch.testing.assert_close(gradients, grad(expected, wanted, expected.detach().cos()))
+    torch.testing.assert_close(lazy, statistics)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("activation", "residual"), CASES)
 def test_tensors_of_zeros_without_memory(activation: Any, residual: bool, training: bool) -> None:
     def run(library: str) -> Any:
         module = norm(library, activation=activation).train(training)
