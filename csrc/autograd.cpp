@@ -5,6 +5,7 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -20,22 +21,39 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// Whether the dispatcher would do no more than run the kernels: no mode, subclass, lazy bit or profiler is concerned.
+// Then they are called directly, because on a small tensor its work takes as long as theirs.
+template <typename... Tensors>
+bool goes_to_kernels(const Tensors&... tensors) {
+  static const c10::DispatchKeySet minded = c10::DispatchKeySet(c10::DispatchKeySet::FULL) -
+                                            c10::autocast_dispatch_keyset -
+                                            c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
+  const c10::DispatchKeySet all = c10::detail::multi_dispatch_key_set(tensors...);
+  const auto key = c10::impl::computeDispatchKeySet(all, minded).highestPriorityTypeId();
+  return (key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA) &&
+         !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
+}
+
 OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 FourTensors dispatch_backward(const at::Tensor& dy, const SavedForBackward& s, std::array<bool, 4> output_mask) {
-  static const auto op = operator_handle<decltype(batch_norm_backward)>("bn_ext::batch_norm_backward");
   at::AutoDispatchBelowADInplaceOrView guard;  // or torch's boxed fallback looks for gradients, in vain
-  return op.call(dy,
-                 s.input,
-                 optional(s.weight),
-                 s.saved,
-                 optional(s.residual),
-                 optional(s.mask),
-                 s.mask_format,
-                 s.training,
-                 s.activation.name,
-                 s.activation.parameter,
-                 output_mask);
+  const auto call = [&](const auto& function) {
+    return function(dy,
+                    s.input,
+                    optional(s.weight),
+                    s.saved,
+                    optional(s.residual),
+                    optional(s.mask),
+                    s.mask_format,
+                    s.training,
+                    s.activation.name,
+                    s.activation.parameter,
+                    output_mask);
+  };
+  if (goes_to_kernels(dy, s.input, s.weight, s.saved, s.residual, s.mask)) return call(batch_norm_backward);
+  static const auto op = operator_handle<decltype(batch_norm_backward)>("bn_ext::batch_norm_backward");
+  return call([](const auto&... arguments) { return op.call(arguments...); });
 }
 
 // Zero, as a function of every input of the node that runs. What relu and its kin pass on does not depend on how far a
@@ -237,6 +255,8 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
   const OptionalTensor mean(running_mean), var(running_var), no_count;
   const NamedActivation named{activation, activation_parameter};
   const BatchNormArguments args{input, mean, var, weight, bias, false, 0.0, eps, no_count, residual, named, {}};
+  check_arguments(args);
+  check_mask(args, mask_format);
   at::Tensor saved, mask;
   const at::Tensor y = InferenceFunction::apply(input, weight, bias, residual, &args, mask_format, &saved, &mask);
   return {y, saved, mask};
@@ -249,6 +269,9 @@ bool saves_u(const BatchNormArguments& args) {
 }
 
 ThreeTensors dispatch_forward(const BatchNormArguments& a, OptionalFormat mask_format) {
+  if (goes_to_kernels(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked, a.residual)) {
+    return batch_norm_of_checked(a, mask_format);
+  }
   const auto& [name, parameter] = a.activation;
   if (a.training) {
     static const auto op = operator_handle<decltype(batch_norm_forward)>("bn_ext::batch_norm_forward");

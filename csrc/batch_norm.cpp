@@ -1,6 +1,7 @@
 // From tensors to plain memory: memory formats, outputs, choice of back-end.
 #include "batch_norm.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -31,6 +32,11 @@ bool is_expanded_scalar(const at::Tensor& t) {
     if (t.size(i) != 1 && t.stride(i) != 0) return false;
   }
   return true;
+}
+
+// at::empty, which asks the dispatcher for what is known here: beside a small tensor that takes time.
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return options.device().is_cpu() ? at::Tensor(at::detail::empty_cpu(sizes, options)) : at::empty(sizes, options);
 }
 
 // A (C,) vector as the kernels read it. Contiguous copies live as long as this.
@@ -117,9 +123,9 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const at::Tensor x = a.input.contiguous(format);
   const at::Tensor z = contiguous_or_none(a.residual, format);
   const ChannelVector weight(a.weight), bias(a.bias), running_mean(a.running_mean), running_var(a.running_var);
-  const at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
-  const Saved saved{at::empty({4, x.size(1)}, x.options().dtype(accumulate_type_of(x.scalar_type())))};
-  const at::Tensor mask = at::empty({saves_mask ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
+  const at::Tensor y = empty(x.sizes(), x.options().memory_format(format));
+  const Saved saved{empty({4, x.size(1)}, x.options().dtype(accumulate_type_of(x.scalar_type())))};
+  const at::Tensor mask = empty({saves_mask ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
 
   const bool is_tracked = a.num_batches_tracked.has_value() && a.num_batches_tracked->defined();
   const bool counted_by_torch =
@@ -163,6 +169,10 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
 
 }  // namespace
 
+ThreeTensors batch_norm_of_checked(const BatchNormArguments& args, OptionalFormat mask_format) {
+  return forward(args.training && skips_this_pass(args.skip) ? without_updates(args) : args, mask_format);
+}
+
 ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 const OptionalTensor& weight,
                                 const OptionalTensor& bias,
@@ -192,7 +202,7 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 skip};
   check_arguments(args);
   check_mask(args, mask_format);
-  return forward(skips_this_pass(skip) ? without_updates(args) : args, mask_format);
+  return batch_norm_of_checked(args, mask_format);
 }
 
 ThreeTensors batch_norm_inference(const at::Tensor& input,
@@ -210,7 +220,7 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
       input, mean, var, weight, bias, false, 0.0, eps, no_count, residual, {activation, activation_parameter}, {}};
   check_arguments(args);
   check_mask(args, mask_format);
-  return forward(args, mask_format);
+  return batch_norm_of_checked(args, mask_format);
 }
 
 at::Tensor batch_norm_repeat(const at::Tensor& input,
@@ -224,7 +234,7 @@ at::Tensor batch_norm_repeat(const at::Tensor& input,
   const at::MemoryFormat format = memory_format_of(input);
   const at::Tensor x = input.contiguous(format);
   const at::Tensor z = contiguous_or_none(residual, format);
-  const at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
+  const at::Tensor y = empty(x.sizes(), x.options().memory_format(format));
   if (x.numel() == 0) return y;
   const Saved s{saved.contiguous()};  // kept until the kernels have read it
   ForwardParams p = forward_params(x, format, z, parse({activation, activation_parameter}), y, s);
@@ -253,9 +263,9 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
   const Saved s{saved.contiguous()};
   const ChannelVector w(weight);
   const auto options = x.options().dtype(w.defined() ? w.scalar_type() : saved.scalar_type());
-  const auto vector = [&](bool wanted) { return at::empty({wanted ? x.size(1) : 0}, options); };
+  const auto vector = [&](bool wanted) { return empty({wanted ? x.size(1) : 0}, options); };
   const auto like_x = [&](bool wanted) {
-    return wanted ? at::empty(x.sizes(), x.options().memory_format(format)) : at::empty({0}, x.options());
+    return wanted ? empty(x.sizes(), x.options().memory_format(format)) : empty({0}, x.options());
   };
   const at::Tensor dx = like_x(output_mask[0]);
   const at::Tensor dweight = vector(output_mask[1]);

@@ -53,6 +53,9 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   double activation_parameter,
                                   OptionalFormat mask_format);
 
+// The forward pass of the mode that `args` asks for, without the operators' checks.
+ThreeTensors batch_norm_of_checked(const BatchNormArguments& args, OptionalFormat mask_format);
+
 // y of either once more, bit-equal, from what it saved.
 at::Tensor batch_norm_repeat(const at::Tensor& input,
                              const at::Tensor& saved,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.ao.quantization import quantize_fx
 from torch.fx.experimental import optimization
 from torch.nn.utils import fusion, parametrizations, parametrize, prune, skip_init
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.mkldnn import to_mkldnn
 
 import bn_ext
@@ -27,6 +28,39 @@ def _old_tools() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Please use quant_min and quant_max", UserWarning)
         warnings.filterwarnings("ignore", "must run observer before calling calculate_qparams", UserWarning)
         yield
+
+
+class Names(TorchDispatchMode):
+    """The names of the operators that run within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("differentiates", [True, False])
+def test_profilers_and_modes_see_the_operators(differentiates: bool, training: bool) -> None:
+    module, x = bn_ext.BatchNorm2d(3, dtype=torch.float64).train(training), images()
+    expected = {"bn_ext::batch_norm_forward" if training else "bn_ext::batch_norm_inference"}
+
+    def run() -> None:
+        with torch.set_grad_enabled(differentiates):
+            y = module(x)
+        if differentiates:
+            expected.add("bn_ext::batch_norm_backward")
+            y.sum().backward()
+
+    with Names() as mode:
+        run()
+    with torch.profiler.profile() as profiler:
+        run()
+    assert expected <= mode.names
+    assert expected <= {event.name for event in profiler.events()}
 
 
 class Positive(nn.Module):
