@@ -73,6 +73,10 @@ TensorAndSaved run_alike(const BatchNormArguments& a) {
   return result;
 }
 
+bool is_plain_inference(const BatchNormArguments& a) {
+  return !a.training && !a.activation.name.has_value() && !is_defined(a.residual);
+}
+
 bool is_of(at::ScalarType type, const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() && tensor->scalar_type() == type;
 }
@@ -144,8 +148,25 @@ Result batch_norm_from_python(const at::Tensor& input,
                               double activation_parameter,
                               bool skip_nonfinite,
                               bool skip_recomputed) {
+  const BatchNormArguments args{input,
+                                running_mean,
+                                running_var,
+                                weight,
+                                bias,
+                                training,
+                                momentum,
+                                eps,
+                                num_batches_tracked,
+                                residual,
+                                {activation, activation_parameter},
+                                {skip_nonfinite, skip_recomputed}};
   TensorAndSaved result;
-  if (torch::jit::tracer::isTracing()) {  // it records what the dispatcher sees
+  if (!torch::jit::tracer::isTracing()) {
+    result = run(args);
+  } else if (is_plain_inference(args)) {  // torch.jit.freeze folds no operator but torch's into a convolution
+    check_arguments(args);
+    std::get<0>(result) = composed_batch_norm(args);
+  } else {  // it records what the dispatcher sees
     static const auto op = operator_handle<decltype(batch_norm)>("bn_ext::batch_norm");
     std::get<0>(result) = op.call(input,
                                   running_mean,
@@ -161,19 +182,6 @@ Result batch_norm_from_python(const at::Tensor& input,
                                   activation_parameter,
                                   skip_nonfinite,
                                   skip_recomputed);
-  } else {
-    result = run({input,
-                  running_mean,
-                  running_var,
-                  weight,
-                  bias,
-                  training,
-                  momentum,
-                  eps,
-                  num_batches_tracked,
-                  residual,
-                  {activation, activation_parameter},
-                  {skip_nonfinite, skip_recomputed}});
   }
   if constexpr (std::is_same_v<Result, at::Tensor>) {
     return std::get<0>(result);
@@ -185,7 +193,10 @@ Result batch_norm_from_python(const at::Tensor& input,
 template decltype(batch_norm_from_python<at::Tensor>) batch_norm_from_python<at::Tensor>;
 template decltype(batch_norm_from_python<TensorAndSaved>) batch_norm_from_python<TensorAndSaved>;
 
-TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) { m.impl("batch_norm", &batch_norm); }
+TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
+  m.impl("batch_norm", &batch_norm);
+  m.impl("scripted_batch_norm", &batch_norm);
+}
 
 // vmap and functionalize do not decompose operators that write to their arguments, unless told to.
 TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) { m.impl("batch_norm", &batch_norm); }

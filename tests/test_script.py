@@ -103,6 +103,15 @@ def test_frozen(how: str) -> None:
     both(run)
 
 
+@pytest.mark.parametrize("made_by", ["script", "trace"])
+def test_freezing_folds_it_into_a_convolution(made_by: str) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), bn_ext.BatchNorm2d(4)).double().eval()
+    program = torch.jit.script(module) if made_by == "script" else torch.jit.trace(module, (images(),))
+    frozen = torch.jit.freeze(program)
+    assert "batch_norm" not in str(frozen.graph)
+    torch.testing.assert_close(frozen(images(5)), module(images(5)))
+
+
 def test_frozen_in_float32() -> None:
     """optimize_for_inference may use other libraries."""
 
