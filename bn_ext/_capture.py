@@ -100,7 +100,7 @@ class Snapshots:
         if isinstance(value, torch.nn.Module):
             return self._of_module(value, name)
         if isinstance(value, Tensor):
-            return TensorLike(description(value))
+            return TensorLike(description(value), self.number(value))
         if isinstance(value, types.FunctionType):
             return self._of_function(unwrapped(value), name)
         if isinstance(value, type) and not is_library(value.__module__) and id(value) not in self._open:
@@ -126,7 +126,7 @@ class Snapshots:
         if name == "_modules":
             return Children(tuple(value), tuple([self.of(child, key) for key, child in value.items()]))
         if isinstance(value, Tensor) and name not in vars(module):
-            return AnyTensor()
+            return AnyTensor(self.number(value))
         if isinstance(value, property):
             return self.of_class(original_class(type(module)), name)
         return self.of(value, name)

@@ -91,11 +91,11 @@ class Form(NamedTuple):
         if len(args) != self.arguments or _has_any_global_hook():
             return False
         for argument in args:
-            if not isinstance(argument, TracedValue | Tensor):
+            if isinstance(argument, TracedValue):
+                if module not in argument.tracer.inlined:  # type: ignore[attr-defined]
+                    return False  # called by .forward(): what it reads must be recorded
+            elif not isinstance(argument, Tensor):
                 return False
-        kind: Any = getattr(type(module), "_bn_ext_fused", None)  # type(module), or FSDP's subclass of it
-        if not is_compiling() and (kind is None or len(vars(kind)) != kind._bn_ext_members):
-            return False  # type(module).name = value, which forward() may read by type(self)
         seen: dict[tuple[str, ...], Seen] = {}
         for guard in self.guards:
             if not guard.holds(module, seen.setdefault(guard.base, Seen())):
@@ -149,10 +149,17 @@ class Forms(NamedTuple):
     def __reduce__(self) -> Any:
         """Without the forms if these hold something that only this process has, as a decorator's inner function."""
         try:
-            pickle.dumps(tuple(self))
+            return _forms, (pickle.dumps(tuple(self)), self.recomputes)
         except Exception:
             return Forms, (None, None, self.recomputes)
-        return Forms, tuple(self)
+
+
+def _forms(pickled: bytes, recomputes: bool) -> Forms:
+    """Without the forms if what they refer to has gone from the program, as a function that was renamed."""
+    try:
+        return Forms(*pickle.loads(pickled))
+    except Exception:
+        return Forms(None, None, recomputes)
 
 
 def forms_of(module: torch.nn.Module) -> Forms:
@@ -163,13 +170,7 @@ def forms_of(module: torch.nn.Module) -> Forms:
 
 def fused_class(original: type, forms: Forms) -> type:
     """A subclass of the same name that runs the forms; always the same one."""
-    if forms == Forms():
-        return original
-    kind = _fused_class(original, forms)
-    if len(vars(kind)) != vars(kind)["_bn_ext_members"]:  # type(model).name = value: not for other models
-        _fused_class.cache_clear()
-        kind = _fused_class(original, forms)
-    return kind
+    return original if forms == Forms() else _fused_class(original, forms)
 
 
 @functools.cache
@@ -196,21 +197,52 @@ def _fused_class(original: Any, forms: Forms) -> type:
             return reduced
         return _new, (original, forms, *arguments[1:]), *state
 
-    kind = type(
+    metaclass: Any = _metaclass(type(original))  # type: ignore[arg-type]
+    kind: type = metaclass(
         original.__name__,
         (original,),
         {
             **{name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")},
             "_bn_ext_original": original,
             "_bn_ext_forms": forms,
+            "_bn_ext_replaced": {},
             "forward": _in_the_place_of(original.forward, recomputing_forward if recomputes else forward),
             "__reduce_ex__": reduce,
-            "_bn_ext_members": 0,
         },
     )
-    kind._bn_ext_fused = kind  # type: ignore[attr-defined]
-    kind._bn_ext_members = len(vars(kind))  # type: ignore[attr-defined]
+    type.__setattr__(kind, "_bn_ext_fused", kind)
     return kind
+
+
+@functools.cache
+def _metaclass(original: Any) -> Any:
+    """Of classes whose attributes are set and deleted in the original class: type(model).name = value changes that."""
+
+    class _Fused(original):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not _is_made(self):
+                super().__setattr__(name, value)
+                return
+            own: Any = vars(self._bn_ext_original)
+            if name in own:
+                self._bn_ext_replaced.setdefault(name, own[name])
+            setattr(self._bn_ext_original, name, value)
+
+        def __delattr__(self, name: str) -> None:
+            if not _is_made(self):
+                super().__delattr__(name)
+            elif name in self._bn_ext_replaced:
+                # unittest.mock.patch deletes what it has set, because it found the name in a base class only.
+                setattr(self._bn_ext_original, name, self._bn_ext_replaced.pop(name))
+            else:
+                delattr(self._bn_ext_original, name)
+
+    return _Fused
+
+
+def _is_made(kind: type) -> bool:
+    """Whether this is a fused class that is ready, and not a subclass of one."""
+    return "_bn_ext_fused" in vars(kind)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 
 from bn_ext import _bytecode
 from bn_ext._capture import NotFaithfulError, Snapshots, unwrapped
-from bn_ext._snapshots import ABSENT, Seen, is_library, original_class
+from bn_ext._snapshots import ABSENT, Seen, is_library, original_class, submodule
 from bn_ext._undo import Undo, Variable
 
 CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
@@ -62,7 +62,7 @@ class Reads:
         self.of_classes: dict[tuple[type, str], Any] = {}
         self.refused = ""
         """Why the graph cannot be used, if something was read or called that allows no comparison."""
-        self._undo = undo
+        self._root, self._undo = root, undo
         bases = {base: None for module in traced for base in original_class(type(module)).__mro__}
         self._classes = [base for base in bases if not is_library(base.__module__)]
         self.snapshots = Snapshots(root, undo.watch)
@@ -94,6 +94,18 @@ class Reads:
             reads[name] = self.snapshots.of_attribute(module, name)
         except NotFaithfulError as error:
             self.refuse(str(error))
+
+    def path(self, target: str) -> None:
+        """Note that the graph reads an attribute: by the first of its names, where forward() may read another."""
+        *parents, name = target.split(".")
+        for depth, parent in enumerate(parents):
+            self._step(tuple(parents[:depth]), parent)
+        self._step(tuple(parents), name)
+
+    def _step(self, place: tuple[str, ...], name: str) -> None:
+        reads = self.of_modules.setdefault(place, {})
+        if name not in reads and "_modules" not in reads:
+            reads[name] = self.snapshots.of_attribute(submodule(self._root, place), name)
 
     def call(self, frame: types.FrameType) -> None:
         """Note that a Python function runs."""

@@ -1,8 +1,10 @@
 """Values as they were when a forward was traced, to be compared with those that it would read now."""
 
 import collections
+import copy
 import copyreg
 import functools
+import hashlib
 import sys
 import types
 from collections.abc import Callable
@@ -37,6 +39,8 @@ class Seen:
         """Whether an object is the one of this number, so far as is known."""
         if self._objects.setdefault(number, value) is not value:
             return False
+        if is_compiling() and isinstance(value, Tensor):  # of which it may know no id()
+            return True
         if _HAS_NO_ID and is_compiling():
             return not any([other is value for key, other in self._objects.items() if key != number])
         return self._numbers.setdefault(id(value), number) == number
@@ -57,7 +61,7 @@ class Same(NamedTuple):
 
 
 class Property(NamedTuple):
-    """A property of a class: the same object. Pickled by its name, because its function has none."""
+    """A property of a class: the same object. Pickled by its name and a digest of its code."""
 
     owner: type
     name: str
@@ -67,12 +71,34 @@ class Property(NamedTuple):
         """Whether the class still has the same property."""
         return now is self.value
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Property":
+        return self
+
     def __reduce__(self) -> Any:
-        return _property, (self.owner, self.name)
+        return _property, (self.owner, self.name, digest(getattr(self.value.fget, "__code__", None)))
 
 
-def _property(owner: type, name: str) -> Property:
-    return Property(owner, name, getattr(owner, name, ABSENT))
+def _property(owner: type, name: str, digest_then: str) -> Property:
+    """The property, if a program that reads the pickle has the same; otherwise one that does not hold."""
+    now = getattr(owner, name, ABSENT)
+    is_same = isinstance(now, property) and digest(getattr(now.fget, "__code__", None)) == digest_then
+    return Property(owner, name, now if is_same else object())
+
+
+def digest(code: types.CodeType | None) -> str:
+    """The same for the same code in another process, as the value of a frozenset's repr is not."""
+    if code is None:
+        return ""
+    constants = [
+        digest(value)
+        if isinstance(value, types.CodeType)
+        else str(sorted(map(repr, value)))
+        if isinstance(value, frozenset)
+        else repr(value)
+        for value in code.co_consts
+    ]
+    names = (code.co_name, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags)
+    return hashlib.sha256(repr((code.co_code, names, code.co_argcount, constants)).encode()).hexdigest()
 
 
 class Constant(NamedTuple):
@@ -101,21 +127,24 @@ class Library(NamedTuple):
 
 
 class AnyTensor(NamedTuple):
-    """A parameter or buffer that the graph reads anew: it must be there."""
+    """A parameter or buffer that the graph reads anew: it must be there, the same one as elsewhere."""
+
+    number: int
 
     def holds(self, now: object, seen: Seen) -> bool:
         """Whether there still is a tensor."""
-        return isinstance(now, Tensor)
+        return isinstance(now, Tensor) and seen.is_same(self.number, now)
 
 
 class TensorLike(NamedTuple):
     """A tensor whose description, but not whose values, forward() could read."""
 
     description: tuple[Any, ...]
+    number: int
 
     def holds(self, now: object, seen: Seen) -> bool:
-        """Whether it still is a tensor of that description."""
-        return isinstance(now, Tensor) and description(now) == self.description
+        """Whether it still is a tensor of that description, the same one as elsewhere."""
+        return isinstance(now, Tensor) and description(now) == self.description and seen.is_same(self.number, now)
 
 
 class Child(NamedTuple):
@@ -157,8 +186,11 @@ class Function(NamedTuple):
             return False
         return _all_hold(self.state, state_of_function(self.function), seen)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Function":
+        return Function(self.function, self.code, copy.deepcopy(self.state, memo))
+
     def __reduce__(self) -> Any:
-        return _function, (self.function, self.state)
+        return _function, (self.function, digest(self.code), self.state)
 
 
 class UserClass(NamedTuple):
@@ -174,8 +206,10 @@ class UserClass(NamedTuple):
         return all([expected.holds(getattr(now, name, ABSENT), seen) for name, expected in self.attributes])
 
 
-def _function(function: Any, state: tuple[Any, ...]) -> Function:
-    return Function(function, function.__code__, state)
+def _function(function: Any, digest_then: str, state: tuple[Any, ...]) -> Function:
+    """The function, if a program that reads the pickle has the same; otherwise one that does not hold."""
+    is_same = digest(function.__code__) == digest_then
+    return Function(function if is_same else object(), function.__code__, state)
 
 
 class Composite(NamedTuple):
@@ -203,8 +237,11 @@ def _all_hold(expected: tuple[Any, ...], now: tuple[Any, ...], seen: Seen) -> bo
 
 
 def original_class(kind: type) -> type:
-    """The class that a fused module had."""
-    original: type = getattr(kind, "_bn_ext_original", kind)
+    """The class that a fused module had. A class that FSDP makes of a fused one counts as it, a user's does not."""
+    fused: Any = getattr(kind, "_bn_ext_fused", None)
+    if fused is None or (fused is not kind and not kind.__module__.startswith("torch.")):
+        return kind
+    original: type = fused._bn_ext_original
     return original
 
 
@@ -242,7 +279,7 @@ def is_traceable(snapshot: Any) -> bool:
     if isinstance(snapshot, Children):
         return True
     if isinstance(snapshot, Function):
-        return set(snapshot.function.__code__.co_freevars) <= {"__class__"}
+        return set(snapshot.code.co_freevars) <= {"__class__"}
     return not isinstance(snapshot, TensorLike)
 
 

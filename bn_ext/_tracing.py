@@ -132,7 +132,7 @@ class _FaithfulTracer(Tracer):
 
     def __init__(self, inlined: Iterable[torch.nn.Module], calls: Iterable[Callable[..., Any]]) -> None:
         super().__init__(autowrap_functions=tuple(calls))
-        self._inlined = set(inlined)
+        self.inlined = set(inlined)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """As the base class, from where grad mode, autocast and so on are as they are now."""
@@ -161,7 +161,7 @@ class _FaithfulTracer(Tracer):
         raise RefusedError(BRANCHES)
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return m not in self._inlined
+        return m not in self.inlined
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

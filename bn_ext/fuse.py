@@ -207,6 +207,9 @@ def _form(
     training: bool,
 ) -> Form:
     graph, reads = traced
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            reads.path(str(node.target))
     guards: list[Guard] = []
     outside = reads.outside_of_modules()
     for place, of_module in reads.of_modules.items():

@@ -181,6 +181,44 @@ def test_a_change_of_a_model_from_a_file_voids_the_fusion(name: str) -> None:
     assert_heeded(fused, stock, lambda: [CHANGES[name](model) for model in (fused, stock)])
 
 
+EDITED: dict[str, tuple[Any, str, Any]] = {
+    "forward": (state.Coded, "forward", lambda self, x: self.bn(x) * 7),
+    "a method": (state.Coded, "post", lambda self, y: y * 7),
+    "a function": (state, "scaled", lambda y: y * 7),
+    "a property": (state.Coded, "half", property(lambda self: 3.0)),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+@pytest.mark.parametrize("how", ["between", "before", "gone"])
+def test_a_file_holds_for_the_code_that_it_was_made_with(how: str, name: str) -> None:
+    """Edited between writing and reading, or in the process before it is written; or the name has gone."""
+    owner, attribute, value = EDITED[name]
+    stock = state.Coded().double().eval()
+    fused = bn_ext.fuse(copy.deepcopy(stock))
+    data, x = pickle.dumps(fused), x_of()
+    before = stock(x)
+    assert seen_of(pickle.loads(data), x) == FUSED
+    with mock.patch.object(owner, attribute, value):
+        if how == "gone":
+            delattr(owner, attribute)
+            pickle.loads(data)
+            setattr(owner, attribute, value)
+        loaded = pickle.loads(pickle.dumps(copy.deepcopy(fused)) if how == "before" else data)
+        torch.testing.assert_close(loaded(x), stock(x))
+        assert not torch.equal(loaded(x), before)
+
+
+def test_a_copy_holds_for_the_code_that_its_original_was_made_with() -> None:
+    fused, stock = fused_and_stock()
+    code, x = state.scaled.__code__, x_of()
+    try:
+        state.scaled.__code__ = (lambda y: y * 7).__code__
+        torch.testing.assert_close(copy.deepcopy(fused)(x), stock(x))
+    finally:
+        state.scaled.__code__ = code
+
+
 def test_a_model_with_a_decorated_forward_comes_from_a_file_unfused() -> None:
     """The decorator's inner function has no name to be found by; a deepcopy keeps it."""
     fused = bn_ext.fuse(state.Decorated().double())
@@ -258,15 +296,136 @@ def test_an_attribute_that_is_deleted_raises_what_the_original_raises(name: str)
 
 
 @pytest.mark.parametrize("name", ["flag", "classwide", "post"])
-def test_a_change_of_the_class_of_a_model_concerns_that_model_only(name: str) -> None:
+def test_a_change_of_type_of_a_model_concerns_all_of_the_class(name: str) -> None:
+    """Copies and other models too, as of a class that is not fused."""
     value = (lambda self, y: y * 7) if name == "post" else 7.0
     fused, stock = fused_and_stock()
-    setattr(type(fused), name, value)
-    stock.__class__ = type("Net", (Net,), {name: value})
+    x, before = x_of(), stock(x_of())
+    with mock.patch.object(type(fused), name, value):
+        assert vars(Net)[name] is value
+        for model in (fused, copy.deepcopy(fused), fused_and_stock()[0]):
+            torch.testing.assert_close(model(x), stock(x))
+        assert not torch.equal(stock(x_of()), before)
+    assert seen_of(fused, x) == FUSED
+
+
+class Tied(nn.Module):
+    """One tensor and one module under two names, of which the graph knows the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.act, self.first = nn.BatchNorm2d(3), nn.ReLU(), nn.Softplus()
+        self.second = self.first
+        self.a = self.b = parameter(2.0)
+        self.listed = [self.first]
+        self.register_buffer("c", torch.full((3, 1, 1), 3.0))
+        self.register_buffer("d", self.c)
+        self.plain = self.same = torch.full((3, 1, 1), 3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.act(self.bn(x))) * self.b + self.d * self.same.dim()
+        return self.listed[0](y) if self.plain is self.same else y
+
+
+UNTIED: dict[str, Callable[[Tied], Any]] = {
+    "a parameter": lambda m: setattr(m, "b", parameter(5.0)),
+    "a parameter, by its first name": lambda m: setattr(m, "a", parameter(5.0)),
+    "a buffer": lambda m: setattr(m, "d", torch.ones(3, 1, 1)),
+    "a module": lambda m: setattr(m, "second", nn.Softplus(beta=3.0)),
+    "a module, by its first name": lambda m: setattr(m, "first", nn.Softplus(beta=3.0)),
+    "a tensor that is no parameter": lambda m: setattr(m, "same", m.same.clone()),
+    "parameters that are assigned": lambda m: m.load_state_dict(
+        {name: tensor * (1 + 2 * (name == "b")) for name, tensor in m.state_dict().items()}, assign=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNTIED)
+def test_what_was_one_and_becomes_two_voids_the_fusion(name: str) -> None:
+    stock = Tied().double().eval()
+    fused = bn_ext.fuse(copy.deepcopy(stock))
     x = x_of()
+    assert seen_of(fused, x) == FUSED
+    before = stock(x)
+    for model in (fused, stock):
+        UNTIED[name](model)
     torch.testing.assert_close(fused(x), stock(x))
-    another, unchanged = fused_and_stock()
-    torch.testing.assert_close(another(x), unchanged(x))
+    assert "first name" in name or not torch.equal(stock(x), before)
+
+
+class Direct(nn.Module):
+    """forward() of a child, which is fused itself, without its hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.bn, self.act = Inner(), nn.BatchNorm2d(3), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(self.block.forward(x)))
+
+
+class Inner(nn.Module):
+    """What it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.act, self.scale = nn.BatchNorm2d(3), nn.ReLU(), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.bn(x)) * self.scale
+
+
+DIRECT: dict[str, Callable[[Direct], Any]] = {
+    "an attribute": lambda m: setattr(m.block, "scale", 3.0),
+    "an activation": lambda m: setattr(m.block, "act", nn.Tanh()),
+    "a hook": lambda m: m.block.act.register_forward_hook(lambda module, args, y: y * 3),
+    "a mode": lambda m: m.block.train(),
+}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_change_of_a_child_whose_forward_is_called_voids_the_fusion(name: str) -> None:
+    stock = Direct().double().eval()
+    fused = bn_ext.fuse(copy.deepcopy(stock))
+    x = x_of()
+    before = stock(x)
+    for model in (fused, stock):
+        DIRECT[name](model)
+    expected = stock(x)
+    torch.testing.assert_close(fused(x), expected)
+    torch.testing.assert_close(fused.state_dict(), stock.state_dict())
+    assert not torch.equal(expected, before)
+
+
+class Outer(nn.Module):
+    """An activation behind a child that is inlined, and fused itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.act = Half(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.block(x))
+
+
+class Half(nn.Module):
+    """Two batch norms, of which one is followed by an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(x)))
+
+
+def test_a_subclass_of_the_class_of_an_inlined_child_is_heeded() -> None:
+    stock = Outer().double().eval()
+    fused, x = bn_ext.fuse(copy.deepcopy(stock)), x_of()
+    assert seen_of(fused, x) == [("relu", False)] * 2
+    for model in (fused, stock):
+        model.block.__class__ = type("Half", (type(model.block),), {"forward": lambda self, x: x * 7})
+    torch.testing.assert_close(fused(x), stock(x))
 
 
 def test_a_subclass_of_the_class_of_a_model_is_heeded() -> None:

@@ -182,6 +182,24 @@ class Simple(nn.Module):
         return y * (2 if self.one is self.two else 3) * GLOBAL
 
 
+class Coded(nn.Module):
+    """Code of every kind that forward() runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    @property
+    def half(self) -> float:
+        return 0.5
+
+    def post(self, y: Tensor) -> Tensor:
+        return y * 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.post(scaled(F.relu(self.bn(x)))) * self.half
+
+
 def doubling(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A decorator that does not name its inner function after the outer one."""
 
