@@ -17,7 +17,7 @@ from bn_ext._capture import Snapshots
 from bn_ext._operations import plain
 from bn_ext._reads import Global, OfClass
 from bn_ext._recompute import recompute
-from bn_ext._snapshots import ABSENT, Seen, find, is_traceable, original_class, submodule
+from bn_ext._snapshots import ABSENT, Seen, SeenByCompiler, find, is_of, is_traceable, original_class, submodule
 
 
 class Guard(NamedTuple):
@@ -36,7 +36,7 @@ class Guard(NamedTuple):
     def holds(self, root: torch.nn.Module, seen: Seen) -> bool:
         """Whether it is still so."""
         module = submodule(root, self.base + self.path)
-        if module is None or original_class(type(module)) is not self.kind or not seen.is_same(self.number, module):
+        if module is None or not is_of(self.kind, module) or not seen.is_same(self.number, module):
             return False
         if self.is_plain and not plain(module):
             return False
@@ -96,11 +96,17 @@ class Form(NamedTuple):
                     return False  # called by .forward(): what it reads must be recorded
             elif not isinstance(argument, Tensor):
                 return False
-        seen: dict[tuple[str, ...], Seen] = {}
+        kind = SeenByCompiler if is_compiling() else Seen
+        seen: dict[tuple[str, ...], Seen] = {(): kind()}
         for guard in self.guards:
-            if not guard.holds(module, seen.setdefault(guard.base, Seen())):
+            if guard.base not in seen:
+                seen[guard.base] = kind()
+            if not guard.holds(module, seen[guard.base]):
                 return False
-        return all([name.holds(seen.setdefault((), Seen())) for name in self.outside])
+        for name in self.outside:  # noqa: SIM110, a generator takes longer
+            if not name.holds(seen[()]):
+                return False
+        return True
 
 
 class TracedValue(Proxy):

@@ -65,6 +65,7 @@ def plain(module: torch.nn.Module | None) -> bool:
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
         or "forward" in module.__dict__
+        or "_call_impl" in module.__dict__
     )
 
 

@@ -37,11 +37,22 @@ class Seen:
 
     def is_same(self, number: int, value: object) -> bool:
         """Whether an object is the one of this number, so far as is known."""
+        if number in self._objects:
+            return self._objects[number] is value
+        self._objects[number] = value
+        return self._numbers.setdefault(id(value), number) == number
+
+
+class SeenByCompiler(Seen):
+    """The same in words that torch.compile knows: it may have no id() of tensors and lists."""
+
+    def is_same(self, number: int, value: object) -> bool:
+        """Whether an object is the one of this number, so far as is known; tensors may have several."""
         if self._objects.setdefault(number, value) is not value:
             return False
-        if is_compiling() and isinstance(value, Tensor):  # of which it may know no id()
+        if isinstance(value, Tensor):
             return True
-        if _HAS_NO_ID and is_compiling():
+        if _HAS_NO_ID:
             return not any([other is value for key, other in self._objects.items() if key != number])
         return self._numbers.setdefault(id(value), number) == number
 
@@ -155,9 +166,7 @@ class Child(NamedTuple):
 
     def holds(self, now: object, seen: Seen) -> bool:
         """Whether it still is a module of that class, the same one as elsewhere."""
-        if type(now) is not self.kind and original_class(type(now)) is not self.kind:
-            return False
-        return seen.is_same(self.number, now)
+        return is_of(self.kind, now) and seen.is_same(self.number, now)
 
 
 class Children(NamedTuple):
@@ -243,6 +252,11 @@ def original_class(kind: type) -> type:
         return kind
     original: type = fused._bn_ext_original
     return original
+
+
+def is_of(kind: type, module: object) -> bool:
+    """Whether a module is of this class, or was before it was fused."""
+    return type(module) is kind or original_class(type(module)) is kind
 
 
 def submodule(root: Any, path: tuple[str, ...]) -> Any:

@@ -45,6 +45,7 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], Any], list[tuple[Any, bool]]]] = 
     "a hook on the sequence": (lambda m: m.inner.register_forward_hook(lambda m, i, o: o * 2), INNER_ONLY),
     "a hook on the parent": (lambda m: m.register_forward_hook(lambda m, i, o: o * 2), BOTH),
     "a forward of the child's own": (lambda m: setattr(m.inner[0], "forward", torch.exp), []),
+    "what a call of the child does": (lambda m: setattr(m.inner[0], "_call_impl", torch.exp), []),
     "another mode of the child": (lambda m: m.inner[0].eval(), INNER_ONLY),
     "an activation of the batch norm": (lambda m: setattr(m.inner[0].bn2, "activation", "silu"), None),
     "a compiled child": (lambda m: m.inner[0].compile(backend="eager"), INNER_ONLY),
