@@ -316,12 +316,19 @@ def recorded(reads: Reads) -> Iterator[None]:
             reads.call_of_builtin(frame, argument)
 
     profiler, before = sys.getprofile(), vars(torch.nn.Module).get("__getattribute__")
+    resume = getattr(profiler, "enable", None)  # cProfile's, written in C: sys.setprofile does not take it
+    if profiler is not None and not callable(profiler) and resume is None:
+        raise NotFaithfulError(f"it cannot be traced while a profiler runs ({type(profiler).__name__})")
     torch.nn.Module.__getattribute__ = read  # type: ignore[assignment,method-assign]
-    sys.setprofile(profile)
     try:
+        sys.setprofile(profile)
         yield
     finally:
-        sys.setprofile(profiler)
+        sys.setprofile(None)
         del torch.nn.Module.__getattribute__
         if before is not None:
             torch.nn.Module.__getattribute__ = before  # type: ignore[method-assign]
+        if callable(profiler):
+            sys.setprofile(profiler)
+        elif resume is not None:
+            resume()

@@ -25,14 +25,11 @@ class RefusedError(NotFaithfulError):
 @contextlib.contextmanager
 def in_mode(modules: list[torch.nn.Module], training: bool) -> Iterator[None]:
     """With the training flag of all modules set."""
-    flags = [module.training for module in modules]
-    try:
+    with contextlib.ExitStack() as flags:  # which puts all back, whatever one of them raises
         for module in modules:
-            module.training = training
+            flags.callback(object.__setattr__, module, "training", module.training)
+            object.__setattr__(module, "training", training)
         yield
-    finally:
-        for module, flag in zip(modules, flags, strict=True):
-            module.training = flag
 
 
 @contextlib.contextmanager

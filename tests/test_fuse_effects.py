@@ -1,8 +1,10 @@
 """bn_ext.fuse: forwards with contexts or effects are left alone, and the attempt has no effect."""
 
 import contextlib
+import cProfile
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.fusing import Small, seen_of, x_of
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bn_ext
@@ -237,3 +239,42 @@ def test_a_forward_that_changes_state_is_left_alone_and_the_state_too(name: str)
     assert all(
         p.requires_grad and torch.equal(p.grad, torch.ones(3)) and not p._backward_hooks for p in model.parameters()
     )
+
+
+class Rejecting(Small):
+    """Takes no attributes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if vars(self).get("is_frozen"):
+            raise RuntimeError(f"{name} is frozen")
+        super().__setattr__(name, value)
+
+
+def test_training_flags_are_put_back_whatever_modules_reject() -> None:
+    model = nn.Sequential(Small(), Rejecting(), Small()).eval()
+    vars(model[1])["is_frozen"] = True
+    bn_ext.fuse(model)
+    assert not any(module.training for module in model.modules())
+    assert seen_of(model, x_of(dtype=torch.float32)) == [("relu", False)] * 3
+
+
+def test_a_profiler_of_python_goes_on() -> None:
+    profiler, before = cProfile.Profile(), dict(vars(nn.Module))
+    with profiler:
+        model = bn_ext.fuse(Small())
+        time.monotonic()
+    assert any("monotonic" in str(entry.code) for entry in profiler.getstats())
+    assert dict(vars(nn.Module)) == before
+    assert sys.getprofile() is None
+    assert seen_of(model, x_of(dtype=torch.float32)) == [("relu", False)]
+
+
+def test_a_profiler_that_cannot_go_on_is_left_alone() -> None:
+    with torch.profiler.profile(with_stack=True):
+        before = sys.getprofile()
+        _, report = bn_ext.fuse(Small(), report=True)
+        assert sys.getprofile() is before
+    assert [row.reason for row in report.rows] == [
+        "it cannot be traced while a profiler runs (TraceContext)" if before is not None else ""
+    ]
+    assert "__getattribute__" not in vars(nn.Module)
