@@ -1,12 +1,14 @@
 """What a node of a torch.fx graph does, as far as fusing has to know: activation, addition, writing in place."""
 
 import operator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from bn_ext._snapshots import is_library
 from bn_ext.activations import resolve
 
 _INPLACE = "inplace"  # the argument
@@ -168,6 +170,22 @@ def writes(node: Node, root: torch.nn.Module) -> bool:
 _KNOWN_LIBRARIES = ("torch", "_operator", "operator", "math", "builtins", "bn_ext")
 
 
+def is_known(function: Any) -> bool:
+    """Whether a function is one of torch, Python or this package."""
+    library = getattr(function, "__module__", None) or ("" if isinstance(function, FunctionType) else "torch")
+    return library.partition(".")[0] in _KNOWN_LIBRARIES
+
+
+def is_of_torch(module: torch.nn.Module) -> bool:
+    """Whether a call of a module runs forward() of torch.nn or this package only: no class of others, and no hook."""
+    return all(
+        plain(m)
+        and type(m).__module__.startswith(("torch.nn.", "bn_ext."))
+        and all(is_library(base.__module__) for base in type(m).__mro__)  # parametrized classes say they are torch's
+        for m in module.modules()
+    )
+
+
 def _name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
@@ -178,12 +196,8 @@ def may_write(node: Node, root: torch.nn.Module) -> bool:
     if hasattr(type(module), "_bn_ext_stock"):  # a batch norm whose children work on its result
         return not all(plain(m) for m in module.modules())  # type: ignore[union-attr]
     if module is not None:
-        return any(
-            getattr(m, _INPLACE, False) or not plain(m) or not type(m).__module__.startswith(("torch.nn", "bn_ext"))
-            for m in module.modules()
-        )
-    library = getattr(node.target, "__module__", None) or "torch"
-    unknown = library.partition(".")[0] not in _KNOWN_LIBRARIES or library.startswith("torch._ops")
+        return not is_of_torch(module) or any(getattr(m, _INPLACE, False) for m in module.modules())
+    unknown = not is_known(node.target) or str(getattr(node.target, "__module__", "")).startswith("torch._ops")
     return writes(node, root) or (node.op == "call_function" and unknown)
 
 

@@ -7,7 +7,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -77,10 +77,14 @@ class Reads:
         names = [Global(module, names, expected) for (module, names), expected in self.of_globals.items()]
         return [*names, *(OfClass(owner, name, expected) for (owner, name), expected in self.of_classes.items())]
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str) -> NoReturn:
         """End the trace. forward() might catch the error: the first reason is remembered, and counts all the same."""
         self.refused = self.refused or reason
         raise NotFaithfulError(reason)
+
+    def is_state(self, container: object) -> bool:
+        """Whether a container is one that was read of the model, of globals or of closures."""
+        return self._undo.watches(container)
 
     def attribute(self, module: torch.nn.Module, name: str) -> None:
         """Note that an attribute of a module is read."""

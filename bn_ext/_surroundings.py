@@ -9,18 +9,6 @@ from typing import Any
 
 import torch
 
-from bn_ext._capture import NotFaithfulError
-
-
-class RefusedError(NotFaithfulError):
-    """One in the middle of forward(), which may catch it: the last is remembered, so that it counts all the same."""
-
-    last = ""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        RefusedError.last = reason
-
 
 @contextlib.contextmanager
 def in_mode(modules: list[torch.nn.Module], training: bool) -> Iterator[None]:

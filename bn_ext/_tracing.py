@@ -1,5 +1,6 @@
 """Graphs of forward(), by torch.fx, that are refused where they would not be faithful."""
 
+import enum
 import inspect
 import threading
 import warnings
@@ -13,9 +14,10 @@ from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bn_ext._capture import NotFaithfulError
+from bn_ext._operations import is_known, is_of_torch
 from bn_ext._reads import CONTEXT, Reads, recorded
 from bn_ext._snapshots import is_library
-from bn_ext._surroundings import RefusedError, generators_kept, in_mode, no_collection, surroundings
+from bn_ext._surroundings import generators_kept, in_mode, no_collection, surroundings
 from bn_ext._undo import Undo
 from bn_ext._values import Value
 
@@ -56,7 +58,8 @@ def trace(
         try:
             for member in traced:
                 reads.attribute(member, "forward")
-            graph = _trace(module, _FaithfulTracer(inlined, [] if functions else _functions(traced)), reads)
+            tracer = _FaithfulTracer(reads, inlined, [] if functions else _functions(traced))
+            graph = _trace(module, tracer, reads)
         finally:
             changed = undo.restore()
             if "_tensor_constant" in changed:
@@ -73,16 +76,15 @@ def trace(
 
 
 def _trace(module: torch.nn.Module, tracer: "_FaithfulTracer", reads: Reads) -> Graph:
-    RefusedError.last = ""
     try:
-        with torch.enable_grad(), _NoArithmetic(), warnings.catch_warnings():
+        with torch.enable_grad(), _NoArithmetic(reads), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with recorded(reads):
                 graph = tracer.trace(module)
     except Exception as error:
-        raise NotFaithfulError(RefusedError.last or reads.refused or _reason(error)) from error
-    if RefusedError.last or reads.refused:
-        raise NotFaithfulError(RefusedError.last or reads.refused)
+        raise NotFaithfulError(reads.refused or _reason(error)) from error
+    if reads.refused:
+        raise NotFaithfulError(reads.refused)
     return graph
 
 
@@ -121,8 +123,12 @@ BRANCHES = "its forward branches or loops on values"
 class _NoArithmetic(TorchDispatchMode):
     """No operation on real tensors: its result, as it is today, would become part of the graph."""
 
+    def __init__(self, reads: Reads) -> None:
+        super().__init__()
+        self._reads = reads
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise RefusedError(f"its forward computes with other tensors than its input ({func})")
+        self._reads.refuse(f"its forward computes with other tensors than its input ({func})")
 
 
 class _FaithfulTracer(Tracer):
@@ -130,9 +136,13 @@ class _FaithfulTracer(Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, inlined: Iterable[torch.nn.Module], calls: Iterable[Callable[..., Any]]) -> None:
+    def __init__(self, reads: Reads, inlined: Iterable[torch.nn.Module], calls: Iterable[Callable[..., Any]]) -> None:
         super().__init__(autowrap_functions=tuple(calls))
-        self.inlined = set(inlined)
+        self.refuse = reads.refuse
+        """Ends the trace, also where forward() catches the error."""
+        self._is_state, self.inlined = reads.is_state, set(inlined)
+        self._returned: set[int] | None = set()
+        """The containers in what forward() returns; None while arguments of an operation are made."""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
         """As the base class, from where grad mode, autocast and so on are as they are now."""
@@ -142,23 +152,23 @@ class _FaithfulTracer(Tracer):
     def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """As the base class, but not for what another __call__ than torch.nn.Module's does around forward()."""
         if any("__call__" in vars(base) for base in type(m).__mro__ if not is_library(base.__module__)):
-            raise RefusedError(f"its forward calls a {type(m).__name__}, whose class has a __call__ of its own")
+            self.refuse(f"its forward calls a {type(m).__name__}, whose class has a __call__ of its own")
         return super().call_module(m, forward, args, kwargs)
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Refuse, also where forward() catches the error."""
-        raise RefusedError(BRANCHES)
+        """Refuse."""
+        self.refuse(BRANCHES)
 
     def iter(self, obj: Proxy) -> Any:
         """Refuse, except for torch.fx itself, which unpacks tuples of a known length."""
         try:
             return super().iter(obj)
         except TraceError:
-            raise RefusedError(BRANCHES) from None
+            self.refuse(BRANCHES)
 
     def keys(self, obj: Proxy) -> Any:
         """Refuse: a Tensor has none."""
-        raise RefusedError(BRANCHES)
+        self.refuse(BRANCHES)
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         return m not in self.inlined
@@ -172,20 +182,52 @@ class _FaithfulTracer(Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         if surroundings() != self._surroundings:
-            raise RefusedError(CONTEXT)
+            self.refuse(CONTEXT)
         return super().create_node(*args, **kwargs)
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any) -> Proxy:
+        """As the base class, but not where what is called may keep or change a list of forward()'s."""
+        keeps = kind == "call_module" and not is_of_torch(self.root.get_submodule(target))
+        keeps = keeps or (kind == "call_function" and not is_known(target))
+        if keeps and any(map(_has_container, (*args, *kwargs.values()))):
+            self.refuse("its forward gives a list or a dict to a module or function that is not torch's")
+        returned, self._returned = self._returned, None
+        try:
+            return super().create_proxy(kind, target, args, kwargs, *others, **named)
+        finally:
+            self._returned = returned
+
     def create_arg(self, a: Any) -> Any:
-        if a is self.root:
-            raise RefusedError("its forward gives itself to a function")
+        """As the base class, for what the generated code makes exactly so again."""
         if isinstance(a, Proxy):
             return a.node
-        if isinstance(a, tuple | list | dict) and type(a) not in (tuple, list, dict) and not hasattr(a, "_fields"):
-            raise RefusedError(f"its forward makes a {type(a).__name__}, which torch.fx takes for a plain one")
+        kind = type(a)
+        if a is self.root:
+            self.refuse("its forward gives itself to a function")
+        if kind in (list, dict) and self._returned is not None:
+            if self._is_state(a) or id(a) in self._returned:
+                self.refuse("its forward returns a list or a dict that others hold too")
+            self._returned.add(id(a))
+        is_member = isinstance(a, enum.Enum) and kind.__members__.get(a.name) is a
+        is_node = isinstance(a, Node | torch.Tensor | torch.nn.Module)
+        if not (kind in _LITERALS or is_node or is_member):
+            self.refuse(f"its forward makes or uses a {kind.__name__}, which the generated code cannot make again")
         return super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
         return Value(node, self)
+
+
+_LITERALS = (
+    *(bool, int, float, complex, str, bytes, range, slice, tuple, list, dict, type(None), type(...)),
+    *(torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+def _has_container(value: object) -> bool:
+    if type(value) is tuple:
+        return any(map(_has_container, value))
+    return type(value) in (list, dict)
 
 
 def required_arguments(module: torch.nn.Module) -> list[str]:

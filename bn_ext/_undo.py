@@ -38,6 +38,10 @@ class Undo:
             with contextlib.suppress(Exception):  # a container of the user's that refuses to be read
                 self._watched.setdefault(key, (container, name, _contents(container)))
 
+    def watches(self, container: object) -> bool:
+        """Whether the contents of this container are remembered."""
+        return id(container) in self._watched
+
     def restore(self) -> str:
         """Put back what was changed; the names of it, or an empty string."""
         changed: list[str] = []

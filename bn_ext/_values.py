@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.fx import Proxy
@@ -10,7 +10,6 @@ from torch.fx.proxy import Attribute
 
 from bn_ext._fused_class import TracedValue
 from bn_ext._operations import IN_PLACE, in_place
-from bn_ext._surroundings import RefusedError
 
 _ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", "torch.nn.parameter")
 
@@ -26,13 +25,18 @@ class _Silent:
     Claiming to be a Tensor is no way out: C++ code, as that of torch.autograd.Function, would believe it and crash.
     """
 
+    tracer: Any
     _is_param = False  # asked by isinstance(value, torch.nn.Parameter)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        """End the trace, also where forward() catches the error."""
+        raise self.tracer.refuse(reason)
 
     @property
     def __class__(self) -> Any:
         if _is_answered():
             return type(self)
-        raise RefusedError("its forward asks for the type of a value")
+        self._refuse("its forward asks for the type of a value")
 
     @__class__.setter
     def __class__(self, value: Any) -> None:
@@ -41,26 +45,26 @@ class _Silent:
     def __getattr__(self, name: str) -> Any:
         """As a proxy, which has all names; a Tensor has not."""
         if not hasattr(torch.Tensor, name) and not name.startswith("__torch"):
-            raise RefusedError(f"its forward asks a value for {name!r}")
+            self._refuse(f"its forward asks a value for {name!r}")
         return _ValueAttribute(self, name)  # type: ignore[arg-type]
 
     def __hash__(self) -> int:
         if _is_answered():
             return id(self)
-        raise RefusedError("its forward uses a value as a key")
+        self._refuse("its forward uses a value as a key")
 
     def __repr__(self) -> str:
         if _is_answered():
             return object.__repr__(self)
-        raise RefusedError("its forward makes a string of a value")
+        self._refuse("its forward makes a string of a value")
 
     __str__ = __repr__
 
     def __format__(self, specification: str) -> str:
-        raise RefusedError("its forward makes a string of a value")
+        self._refuse("its forward makes a string of a value")
 
     def _refuse_number(self) -> Any:
-        raise RefusedError("its forward makes a number of a value")
+        self._refuse("its forward makes a number of a value")
 
     __int__ = __float__ = __complex__ = __index__ = __len__ = _refuse_number
 
@@ -71,7 +75,7 @@ class Value(_Silent, TracedValue):
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what a graph cannot hold."""
         if name not in ("tracer", "node"):
-            raise RefusedError(f"its forward sets {name!r} of a value")
+            self._refuse(f"its forward sets {name!r} of a value")
         super().__setattr__(name, value)
 
 

@@ -82,7 +82,7 @@ UNFAITHFUL |= {
     ),
     "ordered dictionary": (
         lambda self, x: OrderedDict(out=self.act(self.bn(x))),
-        "its forward makes a OrderedDict, which torch.fx takes for a plain one",
+        "its forward makes or uses a OrderedDict, which the generated code cannot make again",
     ),
 }
 LIST: list[int] = []
