@@ -1,5 +1,6 @@
 """What a node of a torch.fx graph does, as far as fusing has to know: activation, addition, writing in place."""
 
+import functools
 import operator
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -190,15 +191,31 @@ def _name(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def may_write(node: Node, root: torch.nn.Module) -> bool:
-    """Whether a node may change one of its arguments in place, as far as one can see."""
+def runs_other_code(node: Node, root: torch.nn.Module) -> bool:
+    """Whether a node may run code that is not of torch, Python or this package."""
     module = called(node, root)
     if hasattr(type(module), "_bn_ext_stock"):  # a batch norm whose children work on its result
         return not all(plain(m) for m in module.modules())  # type: ignore[union-attr]
     if module is not None:
-        return not is_of_torch(module) or any(getattr(m, _INPLACE, False) for m in module.modules())
-    unknown = not is_known(node.target) or str(getattr(node.target, "__module__", "")).startswith("torch._ops")
-    return writes(node, root) or (node.op == "call_function" and unknown)
+        return not is_of_torch(module)
+    is_custom = str(getattr(node.target, "__module__", "")).startswith("torch._ops")
+    return node.op == "call_function" and (is_custom or not is_known(node.target))
+
+
+def may_write(node: Node, root: torch.nn.Module) -> bool:
+    """Whether a node may change one of its arguments in place, as far as one can see."""
+    module = called(node, root)
+    if module is None or hasattr(type(module), "_bn_ext_stock"):
+        return runs_other_code(node, root) or (module is None and writes(node, root))
+    return runs_other_code(node, root) or any(getattr(m, _INPLACE, False) for m in module.modules())
+
+
+def may_read_state(node: Node, root: torch.nn.Module) -> bool:
+    """Whether a node may read a tensor of the model that is no parameter: it may share memory with statistics."""
+    sources = [storage(n, root) for n in node.all_input_nodes]
+    targets = [str(n.target).split(".") for n in sources if n.op == "get_attr"]
+    values = [functools.reduce(getattr, names, root) for names in targets]
+    return runs_other_code(node, root) or not all(isinstance(value, torch.nn.Parameter) for value in values)
 
 
 def storage(node: Node, root: torch.nn.Module) -> Node:

@@ -19,6 +19,7 @@ from bn_ext._operations import (
     called,
     does_nothing,
     drops_nothing,
+    may_read_state,
     may_write,
     plain,
     storage,
@@ -161,7 +162,7 @@ def _match(norm: Node, root: torch.nn.Module, training: bool) -> Match:
             match.relied += between
     if match.activation is None and sum is None:
         raise ObstacleError(f"nothing to fuse: it is followed by {_words(user, root)}")
-    _require_safe(match, root)
+    _require_safe(match, root, training)
     return match
 
 
@@ -235,15 +236,19 @@ def _between(start: Node, end: Node, but: set[Node]) -> list[Node]:
     return nodes
 
 
-def _require_safe(match: Match, root: torch.nn.Module) -> None:
+def _require_safe(match: Match, root: torch.nn.Module, training: bool) -> None:
     """The batch norm is called later than it was; what it reads must be the same there, and stay for the backward."""
     source, between = match.norm.args[0], _between(match.norm, match.last, set(match.nodes))
     if _is_fresh(source, root):
         match.relied += [source] if between else []  # type: ignore[list-item]
+        match.relied += between if training else []
     elif any(may_write(node, root) for node in between):
         raise ObstacleError("its input may be changed in place before the activation or addition")
     else:
         match.relied += between
+    adding = [] if match.sum is None else [match.sum]
+    if training and any(may_read_state(node, root) for node in (*between, *adding)):
+        raise ObstacleError("its statistics may be read before the activation or addition")
     residual, node = match.residual(), match.last.next
     if residual is None:
         return

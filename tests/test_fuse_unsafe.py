@@ -12,6 +12,7 @@ from helpers.fusing import (
     RELU,
     UNUSED,
     Block,
+    assert_same,
     check,
     fused_and_stock,
     inputs,
@@ -209,3 +210,57 @@ def test_hooks_still_run(kind: str, later: bool, where: str) -> None:
         hook()
     fused(*inputs()).sum().backward()
     assert called == [1]
+
+
+class Peek(nn.Module):
+    """Reads the statistics of a batch norm that it has no name for."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norms = [norm]
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * self.norms[0].running_mean[:, None, None] if z.shape[0] else z
+
+
+class Multiply(nn.Module):
+    """Writes to its argument by a parameter that is computed at each call, so its class says that it is torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.weight.sum()) * 1
+
+
+READ_STATE: dict[str, Function] = {
+    "a view of a statistic": lambda self, x, z: F.relu(self.bn(self.conv(x)) + (z + self.stat)),
+    "a view of a view": lambda self, x, z: (m := self.mean.view(3, 1, 1), F.relu(self.bn(self.conv(x)) + z * m))[1],
+    "a module": lambda self, x, z: F.relu(self.bn(self.conv(x)) + self.peek(z)),
+}
+
+
+@pytest.mark.parametrize("name", READ_STATE)
+def test_statistics_that_may_be_read_meanwhile(name: str) -> None:
+    model = Block(READ_STATE[name])
+    model.stat, model.peek = model.bn.running_mean[:, None, None], Peek(model.bn)
+    model.register_buffer("mean", model.bn.running_mean[:])
+    fused, stock, told = fused_and_stock(model)
+    fused.peek.norms, stock.peek.norms = [fused.bn], [stock.bn]  # deepcopy of the model has kept them together
+    assert told[0].startswith("batch_norm in training, batch_norm + add + relu in evaluation")
+    assert_same(fused, stock, inputs())
+
+
+def test_a_parametrized_class_is_not_torchs() -> None:
+    def body(self: Block, x: Tensor, z: Tensor) -> Tensor:
+        t = x.tanh()
+        y = self.bn(t)
+        return F.relu(y + self.multiply(t))
+
+    model = Block(body)
+    model.multiply = nn.utils.parametrizations.weight_norm(Multiply())
+    fused, stock, told = fused_and_stock(model)
+    assert told[0] == "its input may be changed in place before the activation or addition"
+    with torch.no_grad():
+        torch.testing.assert_close(fused(*(arguments := inputs())), stock(*arguments))
