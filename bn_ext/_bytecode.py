@@ -2,12 +2,16 @@
 
 import dis
 import types
+from collections import Counter
 from collections.abc import Iterator
 
 CONTEXT = "sets or asks for a context (grad mode, autocast, checkpoint, ...)"
 _WITH = ("BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "SETUP_ASYNC_WITH", "LOAD_SPECIAL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
+_LOOKUPS = ("AttributeError", "KeyError", "ImportError", "ModuleNotFoundError")
+_HANDLERS = ("PUSH_EXC_INFO", "SETUP_FINALLY")
+_MATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
 _PAST_RECORDS = ("__getattribute__", "getattr_static")
 
 
@@ -58,17 +62,88 @@ def reason_against(code: types.CodeType) -> str:
             return "asks whether a value is the same object as another"
         if name in _GLOBAL and instruction.argval == "type" and not _is_self(instructions[position + 1]):
             return "asks for the type of a value"
-    return ""
+    return "" if _handles_lookups_only(instructions) else "catches exceptions, which an operation may raise later"
+
+
+def compared_with_none(code: types.CodeType) -> tuple[set[str], bool]:
+    """What a function compares with None, beside state: locals of one value, and whether more than these.
+
+    The result of a module or a function that is not traced may be None at one call, and a Tensor at another.
+    """
+    instructions = list(dis.get_instructions(code))
+    stores = Counter(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+    stores.update(name for instruction in instructions for name in _stored(instruction))
+    has_loop = any(i.opcode in (*dis.hasjrel, *dis.hasjabs) and i.argval < i.offset for i in instructions)
+    names, is_more = set[str](), False
+    for position, instruction in enumerate(instructions):
+        before = instructions[:position]
+        if instruction.opname == "IS_OP" and _is_none(before[-1]):
+            before = before[:-1]
+        elif not instruction.opname.endswith(("IF_NONE", "IF_NOT_NONE")):
+            continue
+        name = _loaded(before[-1])
+        if name and stores[name] == 1 and not (has_loop and name in code.co_varnames[code.co_argcount :]):
+            names.add(name)
+        elif not _is_state(before):
+            is_more = True
+    return names, is_more
+
+
+def _stored(instruction: dis.Instruction) -> list[str]:
+    """The locals that an instruction sets; from Python 3.13 on, some instructions are two."""
+    if instruction.opname in ("STORE_FAST", "STORE_DEREF", "DELETE_FAST"):
+        return [str(instruction.argval)]
+    if instruction.opname.startswith("STORE_FAST_"):
+        return list(instruction.argval[: 1 + instruction.opname.endswith("STORE_FAST")])
+    return []
+
+
+def _loaded(instruction: dis.Instruction) -> str:
+    """The local that is on top of the stack after an instruction, if one is."""
+    if instruction.opname in ("LOAD_FAST_LOAD_FAST", "STORE_FAST_LOAD_FAST"):
+        return str(instruction.argval[1])
+    return str(instruction.argval) if instruction.opname.startswith("LOAD_FAST") else ""
+
+
+def _handles_lookups_only(instructions: list[dis.Instruction]) -> bool:
+    """Whether all handlers are for names that are missing: reading them is part of a trace, and of the guards."""
+    positions = {instruction.offset: position for position, instruction in enumerate(instructions)}
+    starts = set[int]()
+    for position, instruction in enumerate(instructions):
+        if instruction.opname in _HANDLERS:
+            is_old = instruction.opname == "SETUP_FINALLY"  # of Python 3.10
+            starts.add(positions[instruction.argval] + 1 if is_old else position + 1)
+        if instruction.opname in _MATCHES:
+            first = position - 1
+            if instructions[first].opname == "BUILD_TUPLE":
+                first -= int(instructions[first].argval)
+            caught = [i for i in instructions[first:position] if i.opname != "BUILD_TUPLE"]
+            jump = instructions[position + (instruction.opname == "CHECK_EXC_MATCH")]
+            otherwise = positions[jump.argval]
+            if not all(i.opname in _GLOBAL and i.argval in _LOOKUPS for i in caught):
+                return False
+            if instructions[otherwise].opname not in ("RERAISE", "DUP_TOP", *_GLOBAL):
+                return False
+            starts.discard(first)
+    return not starts
 
 
 def _compares_state(before: list[dis.Instruction]) -> bool:
-    """Whether `is` compares with None, or what the left side reads of self or of a global."""
-    if before[-1].opname == "LOAD_CONST" and before[-1].argval is None:
-        return True
-    rest = _without_operand(before)
+    """Whether `is` compares with None, or what it compares are both read of self or of a global."""
+    is_constant = before[-1].opname == "LOAD_CONST"
+    return _is_none(before[-1]) or ((is_constant or _is_state(before)) and _is_state(_without_operand(before)))
+
+
+def _is_none(instruction: dis.Instruction) -> bool:
+    return instruction.opname == "LOAD_CONST" and instruction.argval is None
+
+
+def _is_state(instructions: list[dis.Instruction]) -> bool:
+    """Whether the last value that they load is read of self or of a global."""
+    rest = instructions
     while rest and rest[-1].opname in _ATTRIBUTE:
         rest = rest[:-1]
-    return bool(rest) and rest is not before and (rest[-1].opname in _GLOBAL or _is_self(rest[-1]))
+    return bool(rest) and (rest[-1].opname in _GLOBAL or _is_self(rest[-1]))
 
 
 def _without_operand(instructions: list[dis.Instruction]) -> list[dis.Instruction]:

@@ -28,6 +28,15 @@ def in_place(name: str, left: Any, right: Any) -> Any:
     return getattr(operator, name)(left, right)
 
 
+def unpacked(value: Any, number: int) -> tuple[Any, ...]:
+    """The parts of a value, which has to have so many: what `a, b = value` does, and value[0], value[1] do not."""
+    parts = tuple(value)
+    if len(parts) != number:
+        what = "too many" if len(parts) > number else "not enough"
+        raise ValueError(f"{what} values to unpack (expected {number}, got {len(parts)})")
+    return parts
+
+
 ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
     F.relu: ("relu", (_INPLACE,)),
     torch.relu: ("relu", ()),
@@ -55,7 +64,7 @@ _ADDITIONS = {operator.add, torch.add, "add", "add_", "__add__", "__radd__"}
 _VIEWS = {
     *("view", "view_as", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "expand"),
     *("contiguous", "to", "float", "detach", "chunk", "split", "narrow", "select", "unbind", "t", "swapaxes"),
-    *("getitem", "getattr", "movedim", "expand_as", "type_as", "half", "double", "tensor_split"),
+    *("getitem", "getattr", "movedim", "expand_as", "type_as", "half", "double", "tensor_split", "unpacked"),
 }
 
 
@@ -200,6 +209,13 @@ def runs_other_code(node: Node, root: torch.nn.Module) -> bool:
         return not is_of_torch(module)
     is_custom = str(getattr(node.target, "__module__", "")).startswith("torch._ops")
     return node.op == "call_function" and (is_custom or not is_known(node.target))
+
+
+def may_be_none(node: Node, root: torch.nn.Module) -> bool:
+    """Whether a value is a result of other code, or part of one: others return Tensors."""
+    while node.target in (operator.getitem, unpacked):
+        node = node.all_input_nodes[0]
+    return runs_other_code(node, root)
 
 
 def may_write(node: Node, root: torch.nn.Module) -> bool:

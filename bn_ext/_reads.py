@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import operator
 import os
 import sys
 import threading
@@ -13,10 +14,14 @@ import torch
 
 from bn_ext import _bytecode
 from bn_ext._capture import NotFaithfulError, Snapshots, unwrapped
+from bn_ext._operations import may_be_none
 from bn_ext._snapshots import ABSENT, Seen, is_library, original_class, submodule
 from bn_ext._undo import Undo, Variable
 
 CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
+
+
+NONE = "its forward asks whether a value is None, which a module or function that is not traced may return"
 
 
 class Global(NamedTuple):
@@ -69,7 +74,11 @@ class Reads:
         kinds = {base for module in root.modules() for base in type(module).__mro__ if not is_library(base.__module__)}
         if any("__getattribute__" in vars(kind) for kind in kinds):
             raise NotFaithfulError("its reads cannot be recorded, because a class has a __getattribute__ of its own")
-        self._codes: set[types.CodeType] = set()
+        self._codes: dict[types.CodeType, set[str]] = {}
+        """Functions that have run, and the locals that they compare with None."""
+        self._root = root
+        self.compares_with_none = False
+        """Whether more is compared with None than such locals and state."""
         self._nested: set[types.CodeType] = set()
 
     def outside_of_modules(self) -> list[Global | OfClass]:
@@ -132,6 +141,14 @@ class Reads:
         elif module.partition(".")[0] not in _HARMLESS_MODULES or module.startswith(_EFFECTFUL_MODULES):
             self.refuse(f"its forward calls {code.co_name} of {module}, which may do more than return a value")
 
+    def end(self, frame: types.FrameType) -> None:
+        """Note that a Python function ends: locals that it has compared with None were Tensors or constants."""
+        if is_library(_module_of(frame)):
+            return
+        values: list[Any] = [frame.f_locals.get(name) for name in self._codes.get(frame.f_code, ())]
+        if any(issubclass(type(value), torch.fx.Proxy) and may_be_none(value.node, self._root) for value in values):
+            self.refuse(NONE)
+
     def call_of_builtin(self, frame: types.FrameType, function: Any) -> None:
         """Note that a function written in C runs."""
         module = _module_of(frame)
@@ -141,6 +158,8 @@ class Reads:
             self.refuse(CONTEXT)
         if is_library(module):
             return
+        if function in _QUESTIONS and not _is_importing(frame):
+            self.refuse(f"its forward asks for {function.__name__}() of something")
         if isinstance(owner, torch.Tensor) and (function.__name__ in _VALUES or function.__name__.endswith("_")):
             self.refuse(f"its forward calls {function.__name__}() of a tensor that is not one of its values")
         if not _is_harmless(function) and not _is_importing(frame):
@@ -151,7 +170,8 @@ class Reads:
         code, names = frame.f_code, frame.f_globals
         if code in self._codes:
             return
-        self._codes.add(code)
+        self._codes[code], is_more = _bytecode.compared_with_none(code)
+        self.compares_with_none = self.compares_with_none or is_more
         try:
             self._require_visible_closure(code)
             self._require_no_effects(code, names)
@@ -210,6 +230,8 @@ class Reads:
         key = module, chain[:depth]
         if key in self.of_globals:
             return
+        if value is type and chain[:depth] != ("type",):
+            raise NotFaithfulError("its forward asks for the type of a value")
         if str(getattr(value, "__module__", "")).startswith(_OF_TRACING):
             raise NotFaithfulError(f"its forward asks whether it is traced ({'.'.join(chain[:depth])})")
         self.of_globals[key] = self.snapshots.of(unwrapped(value), ".".join(chain[:depth]))
@@ -255,6 +277,7 @@ _OF_TENSORS = (
 )
 _VALUES = ("tolist", "numpy", "data_ptr", "register_hook", "backward")  # without an operator of torch
 _SEEDS = ("manual_seed", "seed")  # torch.compile puts functions of its own around some
+_QUESTIONS = (id, dir, callable, operator.is_, operator.is_not)  # answered otherwise of the values of a trace
 _EFFECTS = (print, open, input, exec, eval, compile, breakpoint, __import__, globals)
 
 
@@ -316,6 +339,8 @@ def recorded(reads: Reads) -> Iterator[None]:
     def profile(frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "call":
             reads.call(frame)
+        elif event == "return":
+            reads.end(frame)
         elif event == "c_call":
             reads.call_of_builtin(frame, argument)
 

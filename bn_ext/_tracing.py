@@ -14,8 +14,8 @@ from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bn_ext._capture import NotFaithfulError
-from bn_ext._operations import is_known, is_of_torch
-from bn_ext._reads import CONTEXT, Reads, recorded
+from bn_ext._operations import is_known, is_of_torch, runs_other_code
+from bn_ext._reads import CONTEXT, NONE, Reads, recorded
 from bn_ext._snapshots import is_library
 from bn_ext._surroundings import generators_kept, in_mode, no_collection, surroundings
 from bn_ext._undo import Undo
@@ -85,6 +85,8 @@ def _trace(module: torch.nn.Module, tracer: "_FaithfulTracer", reads: Reads) -> 
         raise NotFaithfulError(reads.refused or _reason(error)) from error
     if reads.refused:
         raise NotFaithfulError(reads.refused)
+    if reads.compares_with_none and any(runs_other_code(node, module) for node in graph.nodes):
+        raise NotFaithfulError(NONE)
     return graph
 
 

@@ -1,5 +1,6 @@
 """The values of a trace: they record operations, and refuse questions that the graph would answer once for all."""
 
+import dis
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -9,14 +10,23 @@ from torch.fx import Proxy
 from torch.fx.proxy import Attribute
 
 from bn_ext._fused_class import TracedValue
-from bn_ext._operations import IN_PLACE, in_place
+from bn_ext._operations import IN_PLACE, in_place, unpacked
 
-_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module", "torch.nn.parameter")
+_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module")
+_PROPERTIES = (
+    *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "is_leaf", "data"),
+    *("T", "mT", "H", "mH", "real", "imag", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu", "is_sparse"),
+    *("is_quantized", "is_nested"),
+)
+"""Of Tensors: what depends on the values, and is never None."""
 
 
 def _is_answered() -> bool:
     """Whether torch itself asks: it knows what a proxy is."""
-    return str(sys._getframe(2).f_globals.get("__name__")).startswith(_ANSWERED)
+    frame = sys._getframe(2)
+    if frame.f_globals.get("__name__") == "torch.nn.parameter":  # isinstance(value, torch.nn.Parameter)
+        frame = frame.f_back or frame
+    return str(frame.f_globals.get("__name__")).startswith(_ANSWERED)
 
 
 class _Silent:
@@ -44,9 +54,19 @@ class _Silent:
 
     def __getattr__(self, name: str) -> Any:
         """As a proxy, which has all names; a Tensor has not."""
-        if not hasattr(torch.Tensor, name) and not name.startswith("__torch"):
+        is_known = name in _PROPERTIES or callable(getattr(torch.Tensor, name, None))
+        if not is_known and not name.startswith("__torch"):
             self._refuse(f"its forward asks a value for {name!r}")
         return _ValueAttribute(self, name)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Any:
+        """Parts of the number that is asked for, as a proxy's; and the code requires that there are no others."""
+        frame = sys._getframe(1)
+        [instruction] = [i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti]
+        if instruction.opname != "UNPACK_SEQUENCE":
+            return self.tracer.iter(self)
+        parts = self.tracer.create_proxy("call_function", unpacked, (self, instruction.argval), {})
+        return iter([parts[position] for position in range(instruction.argval)])
 
     def __hash__(self) -> int:
         if _is_answered():

@@ -1,5 +1,6 @@
 """bn_ext.fuse: questions whose answer a graph would hold for good are refused; the numbers stay stock's."""
 
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,10 @@ def branch(y: Tensor) -> int:
         return 1
 
 
+T = type
+LAST = torch.zeros(())
+
+
 QUESTIONS: dict[str, Callable[[Tensor], float]] = {
     "a string": lambda y: 2 if str(y.device) == "cpu" else 1,
     "a formatted string": lambda y: 2 if f"{y.dtype}" == "torch.float64" else 1,
@@ -42,6 +47,16 @@ QUESTIONS: dict[str, Callable[[Tensor], float]] = {
     "identity of a flag": lambda y: 2 if y.is_cuda is False else 1,
     "type()": lambda y: 2 if type(y) is Tensor else 1,
     "the name of the type": lambda y: len(type(y).__name__),
+    "the type, by another name": lambda y: 2 if T(y) == Tensor else 1,
+    "whether it is a parameter": lambda y: 2 if isinstance(y, nn.Parameter) else 1,
+    "the gradient": lambda y: 2 if y.grad is None else 1,
+    "the gradient's function": lambda y: 2 if y.detach().grad_fn is None else 1,
+    "whether it is a view": lambda y: 2 if y._base is None else 1,
+    "how often it was written to": lambda y: 1 + y._version,
+    "its address": lambda y: 2 if id(y) == id(y.contiguous()) else 1,
+    "identity by a function": lambda y: 2 if operator.is_(y, y.contiguous()) else 1,
+    "whether it can be called": lambda y: 1 if callable(y) else 2,
+    "whether it is a global": lambda y: 2 if LAST is y else 1,
     "whether it is traced": lambda y: 1 if isinstance(y, torch.fx.Proxy) else 2,
     "whether a trace goes on": lambda y: 1 if torch.fx._symbolic_trace.is_fx_tracing() else 2,
     "a torch function": lambda y: 1 if torch.overrides.has_torch_function((y,)) else 2,
@@ -75,6 +90,127 @@ def test_identity_of_values_is_refused() -> None:
     assert told == "its forward asks whether a value is the same object as another"
     x = x_of()
     torch.testing.assert_close(fused(x), stock(x))
+
+
+class Sometimes(nn.Module):
+    """Returns None at some calls; torch.fx cannot trace it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return x, None if x.shape[0] else x
+
+
+def caught(self: Small, x: Tensor) -> Tensor:
+    y = self.act(self.bn(x))
+    try:
+        return self.linear(y)
+    except RuntimeError:
+        return y
+
+
+def caught_at_last(self: Small, x: Tensor) -> Tensor:
+    y = self.act(self.bn(x))
+    try:
+        return self.linear(y)
+    except (KeyError, AttributeError):
+        return x
+    except:  # noqa: E722
+        return y
+
+
+def ended(self: Small, x: Tensor) -> Tensor:
+    y = self.act(self.bn(x))
+    try:
+        y = self.linear(y)
+    finally:
+        return y  # noqa: B012
+
+
+def compared_with_none(self: Small, x: Tensor) -> Tensor:
+    y = self.act(self.bn(x))
+    _, other = self.sometimes(x)
+    return y if other is None else y + other
+
+
+def given_and_compared(self: Small, x: Tensor) -> Tensor:
+    def add(y: Tensor, other: Tensor | None = None) -> Tensor:
+        return y + other if other is not None else y
+
+    return add(self.act(self.bn(x)), self.sometimes(x)[1])
+
+
+CATCHES = "its forward catches exceptions, which an operation may raise later"
+NONE = "its forward asks whether a value is None, which a module or function that is not traced may return"
+OF_MODELS: dict[str, tuple[Callable[..., Any], str]] = {
+    "an error is caught": (caught, CATCHES),
+    "any error is caught": (caught_at_last, CATCHES),
+    "an error is dropped": (ended, CATCHES),
+    "None": (compared_with_none, NONE),
+    "None in a function": (given_and_compared, NONE),
+    "a list of names": (lambda self, x: self.act(self.bn(x)) * len(dir(self)), "its forward asks for dir()"),
+    "a parameter": (
+        lambda self, x: self.act(self.bn(x)) * (2 if isinstance(self.bn.weight, nn.Parameter) else 1),
+        "its forward asks for the type of a value",
+    ),
+    "identity of state": (
+        lambda self, x: self.act(self.bn(x)) * (2 if self.last is x else 1),
+        "its forward asks whether a value is the same object as another",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_MODELS)
+def test_questions_about_models_are_refused(name: str) -> None:
+    body, reason = OF_MODELS[name]
+    model = Small(body)
+    model.linear, model.sometimes, model.last = nn.Linear(9, 9), Sometimes(), torch.zeros(())
+    fused, stock, [told] = fused_and_stock(model.double())
+    assert told.startswith(reason)
+    x = x_of()
+    fused.last = stock.last = x
+    torch.testing.assert_close(fused(x), stock(x))
+
+
+def looked_up(self: Small, x: Tensor) -> Tensor:
+    try:
+        scale = self.scale
+    except (AttributeError, KeyError):
+        scale = 2
+    return self.act(self.bn(x)) * scale
+
+
+def optional(self: Small, x: Tensor, other: Tensor | None = None) -> Tensor:
+    y = self.act(self.bn(x))
+    last = getattr(self, "last", None)
+    y = self.sometimes(y if other is None else y + other)[0]
+    return y if last is None else self.last(y)
+
+
+@pytest.mark.parametrize("body", [looked_up, optional])
+def test_questions_that_guards_ask_again_are_fused(body: Callable[..., Any]) -> None:
+    model = Small(body)
+    model.sometimes = Sometimes()
+    fused, stock, _ = fused_and_stock(model.double())
+    x = x_of()
+    assert seen_of(fused, x) == [("relu", False)]
+    fused.scale = stock.scale = 3
+    stock.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(fused(x), stock(x))
+
+
+def test_parts_are_as_many_as_unpacked() -> None:
+    def body(self: Small, x: Tensor) -> Tensor:
+        first, second = self.act(self.bn(x)).split(2)
+        return first + second
+
+    fused, stock, _ = fused_and_stock(Small(body).double())
+    x = x_of()
+    assert seen_of(fused, x) == [("relu", False)]
+    stock.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(fused(x), stock(x))
+    for count, message in ((6, "too many values to unpack"), (1, "not enough values to unpack")):
+        for model in (fused, stock):
+            with pytest.raises(ValueError, match=message):
+                model(x_of(count, 3, 5, 6))
 
 
 class Called(nn.Module):

@@ -74,7 +74,7 @@ def setting_data(self: Small, x: Tensor) -> Tensor:
 
 
 UNFAITHFUL |= {
-    "caught": (catching, "its forward asks for the type of a value"),
+    "caught": (catching, "its forward catches exceptions, which an operation may raise later"),
     "data": (setting_data, "its forward sets 'data' of a value"),
     "attribute of a value": (
         lambda self, x: self.act(self.bn(x)) if getattr(x, "mask", None) is None else x,
