@@ -5,6 +5,7 @@ import copy
 import copyreg
 import functools
 import hashlib
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -298,12 +299,28 @@ def is_traceable(snapshot: Any) -> bool:
 
 
 _LIBRARIES = {"torch", "bn_ext", "functorch", "numpy", *sys.stdlib_module_names}
+_FOLDERS = tuple({os.path.dirname(os.__file__) + os.sep, os.path.join(sys.base_exec_prefix, "DLLs") + os.sep})
+_shadowed: dict[str, tuple[object, bool]] = {}
+"""By the name of a module of Python: the module that has it, and whether that is another."""
 
 
 def is_library(name: str | None) -> bool:
     """Whether a module is part of torch, of Python or of this package: its state is not that of a model."""
     name = name or ""
-    return name.partition(".")[0] in _LIBRARIES or name.startswith("namedtuple_")  # where their constructors live
+    top = name.partition(".")[0]
+    is_one = top in _LIBRARIES and not _is_shadowed(top)
+    return is_one or name.startswith("namedtuple_")  # where their constructors live
+
+
+def _is_shadowed(name: str) -> bool:
+    """Whether a file of the user's has the name of a module of Python, as code.py may have."""
+    module = sys.modules.get(name)
+    known = _shadowed.get(name)
+    if known is None or known[0] is not module:
+        file = getattr(module, "__file__", None) or ""  # built into Python, if it has none
+        is_own = file.startswith(_FOLDERS) and not {"site-packages", "dist-packages"} & {*file.split(os.sep)}
+        known = _shadowed[name] = module, bool(file and name in sys.stdlib_module_names and not is_own)
+    return known[1]
 
 
 def description(tensor: Tensor) -> tuple[Any, ...]:

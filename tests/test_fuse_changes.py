@@ -1,8 +1,11 @@
 """A change of anything that the original forward could read voids the fusion: never a wrong number."""
 
 import copy
+import importlib
 import pickle
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -482,3 +485,35 @@ def test_a_change_of_the_convolution_before_voids_the_fusion() -> None:
         model.first = nn.Identity()
     with torch.no_grad():
         torch.testing.assert_close(fused(x.clone()), stock(x.clone()))
+
+
+SHADOW = """
+import torch
+
+SCALE = 1.0
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act = torch.nn.BatchNorm2d(3), torch.nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.bn(x)) * SCALE
+"""
+
+
+def test_a_file_with_the_name_of_a_module_of_python_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tabnanny.py").write_text(SHADOW)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "tabnanny", None)  # and back to what was there, at the end
+    del sys.modules["tabnanny"]
+    module = importlib.import_module("tabnanny")
+    stock = module.Net().double().eval()
+    fused = bn_ext.fuse(copy.deepcopy(stock))
+    x = x_of()
+    assert seen_of(fused, x) == FUSED
+    module.SCALE = 7.0
+    torch.testing.assert_close(fused(x), stock(x))
