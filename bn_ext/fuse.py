@@ -192,9 +192,9 @@ def _is_norm(module: torch.nn.Module) -> bool:
 
 
 def _stack(found: Found, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules whose forward() the matches are part of."""
+    """The modules whose forward() the matches are part of, or rely on: as calls, these might do anything."""
     for match in found.matches.values():
-        for node in (match.norm, *match.nodes):
+        for node in (match.norm, *match.nodes, *match.relied):
             for path, _ in node.meta.get("nn_module_stack", {}).values():
                 yield root.get_submodule(path)
 
