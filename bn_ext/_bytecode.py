@@ -62,6 +62,8 @@ def reason_against(code: types.CodeType) -> str:
             return "asks whether a value is the same object as another"
         if name in _GLOBAL and instruction.argval == "type" and not _is_self(instructions[position + 1]):
             return "asks for the type of a value"
+        if _gives_class_of_self(instructions[: position + 1]) and not _is_read(instructions[position + 1 :]):
+            return "asks for its own class, which is another after fuse"
     return "" if _handles_lookups_only(instructions) else "catches exceptions, which an operation may raise later"
 
 
@@ -153,6 +155,19 @@ def _without_operand(instructions: list[dis.Instruction]) -> list[dis.Instructio
         position -= 1
     is_name = instructions[position].opname in (*_GLOBAL, "LOAD_CONST", "LOAD_FAST", "LOAD_DEREF")
     return instructions[:position] if is_name else []
+
+
+def _gives_class_of_self(instructions: list[dis.Instruction]) -> bool:
+    """Whether the last of them is the name in type(self) or self.__class__."""
+    last, before = instructions[-1], instructions[-2:-1]
+    is_type = bool(before) and before[0].opname in _GLOBAL and before[0].argval == "type"
+    return (is_type and _is_self(last)) or (last.opname in _ATTRIBUTE and last.argval == "__class__")
+
+
+def _is_read(instructions: list[dis.Instruction]) -> bool:
+    """Whether they begin with a read of an attribute, perhaps behind a call."""
+    rest = (i for i in instructions if not i.opname.startswith(("PRECALL", "CALL", "CACHE")))
+    return next(rest).opname in _ATTRIBUTE
 
 
 def _is_self(instruction: dis.Instruction) -> bool:

@@ -151,6 +151,14 @@ OF_MODELS: dict[str, tuple[Callable[..., Any], str]] = {
         lambda self, x: self.act(self.bn(x)) * (2 if isinstance(self.bn.weight, nn.Parameter) else 1),
         "its forward asks for the type of a value",
     ),
+    "its class": (
+        lambda self, x: self.act(self.bn(x)) * (2 if type(self) == Small else 1),  # noqa: E721
+        "its forward asks for its own class",
+    ),
+    "its class, by an attribute": (
+        lambda self, x: self.act(self.bn(x)) * {Small: 2}.get(self.__class__, 1),
+        "its forward asks for its own class",
+    ),
     "identity of state": (
         lambda self, x: self.act(self.bn(x)) * (2 if self.last is x else 1),
         "its forward asks whether a value is the same object as another",
@@ -168,6 +176,7 @@ def test_questions_about_models_are_refused(name: str) -> None:
     x = x_of()
     fused.last = stock.last = x
     torch.testing.assert_close(fused(x), stock(x))
+    torch.testing.assert_close(fused(x=x), stock(x=x))
 
 
 def looked_up(self: Small, x: Tensor) -> Tensor:
