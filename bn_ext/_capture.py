@@ -12,8 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bn_ext._snapshots import (
+from bn_ext._contents import (
     ABSENT,
+    _Absent,
+    attributes,
+    description,
+    is_data,
+    is_library,
+    is_of_numpy,
+    kind_of_parts,
+    parts,
+    state_of_function,
+)
+from bn_ext._snapshots import (
     AnyTensor,
     Child,
     Children,
@@ -25,17 +36,8 @@ from bn_ext._snapshots import (
     Same,
     TensorLike,
     UserClass,
-    _Absent,
-    attributes,
-    description,
     find,
-    is_data,
-    is_library,
-    is_of_numpy,
-    kind_of_parts,
     original_class,
-    parts,
-    state_of_function,
 )
 from bn_ext._undo import Slots
 
@@ -44,7 +46,7 @@ class NotFaithfulError(Exception):
     """Why the graph of a forward() would not do all that it does."""
 
 
-_LIMIT = 1000  # values within values, of one attribute: they are compared at each call
+_MOST_VALUES = 1000  # values within values, of one attribute: they are compared at each call
 _CONSTANTS = (bool, int, float, complex, str, bytes, range, torch.Size, torch.device)
 _BY_IDENTITY = (
     *(type(None), type(...), type(NotImplemented), _Absent, type, enum.Enum, re.Pattern, logging.Logger),
@@ -93,8 +95,8 @@ class Snapshots:
         """
         self._count = self._count + 1 if self._open else 0
         kind = type(value)
-        if self._count > _LIMIT:
-            raise NotFaithfulError(f"its forward reads {name}, which holds more than {_LIMIT} values")
+        if self._count > _MOST_VALUES:
+            raise NotFaithfulError(f"its forward reads {name}, which holds more than {_MOST_VALUES} values")
         if kind in _CONSTANTS:
             return Constant(kind, value)
         if isinstance(value, torch.nn.Module):

@@ -14,10 +14,11 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from bn_ext._capture import Snapshots
+from bn_ext._contents import ABSENT
 from bn_ext._operations import plain
 from bn_ext._reads import Global, OfClass
 from bn_ext._recompute import recompute
-from bn_ext._snapshots import ABSENT, Seen, SeenByCompiler, find, is_of, is_traceable, original_class, submodule
+from bn_ext._snapshots import Seen, SeenByCompiler, find, is_of, is_traceable, original_class, submodule
 
 
 class Guard(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from bn_ext._snapshots import is_library
+from bn_ext._contents import is_library
 from bn_ext.activations import resolve
 
 _INPLACE = "inplace"  # the argument

@@ -2,7 +2,6 @@
 
 import builtins
 import contextlib
-import operator
 import os
 import sys
 import threading
@@ -14,13 +13,25 @@ import torch
 
 from bn_ext import _bytecode
 from bn_ext._capture import NotFaithfulError, Snapshots, unwrapped
+from bn_ext._contents import ABSENT, is_library
+from bn_ext._effects import (
+    DECORATORS,
+    EFFECTFUL_MODULES,
+    HARMLESS_MODULES,
+    MACHINERY,
+    OBSERVERS,
+    OF_TRACING,
+    QUESTIONS,
+    READS_OF_VALUES,
+    SEEDS,
+    asks,
+    is_harmless,
+)
 from bn_ext._operations import may_be_none
-from bn_ext._snapshots import ABSENT, Seen, is_library, original_class, submodule
+from bn_ext._snapshots import Seen, original_class, submodule
 from bn_ext._undo import Undo, Variable
 
-CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
-
-
+CONTEXT = f"its forward {_bytecode.CONTEXT}"
 NONE = "its forward asks whether a value is None, which a module or function that is not traced may return"
 
 
@@ -123,10 +134,10 @@ class Reads:
     def call(self, frame: types.FrameType) -> None:
         """Note that a Python function runs."""
         module, code, caller = _module_of(frame), frame.f_code, frame.f_back
-        is_decorator = (module, code.co_name) in _DECORATORS
+        is_decorator = (module, code.co_name) in DECORATORS
         is_called_by_user = caller is not None and not is_library(_module_of(caller))
-        is_question = caller is not None and _asks(_module_of(caller), module, code.co_name)
-        if is_question or (code.co_name in _SEEDS and module.partition(".")[0] == "torch"):
+        is_question = caller is not None and asks(_module_of(caller), module, code.co_name)
+        if is_question or (code.co_name in SEEDS and module.partition(".")[0] == "torch"):
             self.refuse(CONTEXT)
         if is_library(module) and not is_called_by_user and not is_decorator:
             return
@@ -136,9 +147,9 @@ class Reads:
             self.refuse(CONTEXT)
         if not is_library(module):
             self._code(frame)
-        elif module in _MACHINERY and code.co_name.startswith(("register_", "zero_grad", "requires_grad_")):
+        elif module in MACHINERY and code.co_name.startswith(("register_", "zero_grad", "requires_grad_")):
             self.refuse(f"its forward calls {code.co_name}() of a module")
-        elif module.partition(".")[0] not in _HARMLESS_MODULES or module.startswith(_EFFECTFUL_MODULES):
+        elif module.partition(".")[0] not in HARMLESS_MODULES or module.startswith(EFFECTFUL_MODULES):
             self.refuse(f"its forward calls {code.co_name} of {module}, which may do more than return a value")
 
     def end(self, frame: types.FrameType) -> None:
@@ -154,15 +165,17 @@ class Reads:
         module = _module_of(frame)
         owner = getattr(function, "__self__", None)
         is_of_torch = owner is None or isinstance(owner, types.ModuleType)
-        if is_of_torch and _asks(module, "torch", function.__name__):
+        if is_of_torch and asks(module, "torch", function.__name__):
             self.refuse(CONTEXT)
         if is_library(module):
             return
-        if function in _QUESTIONS and not _is_importing(frame):
+        if function in QUESTIONS and not _is_importing(frame):
             self.refuse(f"its forward asks for {function.__name__}() of something")
-        if isinstance(owner, torch.Tensor) and (function.__name__ in _VALUES or function.__name__.endswith("_")):
+        if isinstance(owner, torch.Tensor) and (
+            function.__name__ in READS_OF_VALUES or function.__name__.endswith("_")
+        ):
             self.refuse(f"its forward calls {function.__name__}() of a tensor that is not one of its values")
-        if not _is_harmless(function) and not _is_importing(frame):
+        if not is_harmless(function) and not _is_importing(frame):
             name = getattr(function, "__qualname__", str(function))
             self.refuse(f"its forward calls {name}, which may do more than return a value")
 
@@ -232,7 +245,7 @@ class Reads:
             return
         if value is type and chain[:depth] != ("type",):
             raise NotFaithfulError("its forward asks for the type of a value")
-        if str(getattr(value, "__module__", "")).startswith(_OF_TRACING):
+        if str(getattr(value, "__module__", "")).startswith(OF_TRACING):
             raise NotFaithfulError(f"its forward asks whether it is traced ({'.'.join(chain[:depth])})")
         self.of_globals[key] = self.snapshots.of(unwrapped(value), ".".join(chain[:depth]))
 
@@ -252,78 +265,13 @@ def _is_importing(frame: types.FrameType | None) -> bool:
     return frame is not None
 
 
-_DECORATORS = {("contextlib", "inner"), ("torch.utils._contextlib", "decorate_context")}
-_HARMLESS_MODULES = {
-    *("torch", "bn_ext", "numpy", "functorch", "abc", "collections", "_collections_abc", "copy", "dataclasses", "enum"),
-    *("functools", "inspect", "itertools", "math", "numbers", "operator", "types", "typing", "weakref"),
-}
-_OF_TRACING = ("torch.fx", "torch.overrides", "torch.utils._python_dispatch")
-_EFFECTFUL_MODULES = (
-    *("torch.autograd.anomaly_mode", "torch.autograd.grad_mode", "torch.utils._python_dispatch"),
-    *("torch.accelerator", "torch.autograd.profiler", "torch.backends", "torch.cuda", "torch.distributed", "torch.hub"),
-    *("torch.mps", "torch.multiprocessing", "torch.profiler", "torch.serialization", "torch.utils.checkpoint"),
-    *("torch.xpu",),
-)
-_HARMLESS_BUILTINS = {"builtins", "_operator", "math", "cmath", "_functools", "itertools", "_collections", "_abc"}
-_OF_TENSORS = (
-    "is_tensor",
-    "is_floating_point",
-    "is_complex",
-    "is_nonzero",
-    "is_signed",
-    "is_same_size",
-    "is_conj",
-    "is_neg",
-)
-_VALUES = ("tolist", "numpy", "data_ptr", "register_hook", "backward")  # without an operator of torch
-_SEEDS = ("manual_seed", "seed")  # torch.compile puts functions of its own around some
-_QUESTIONS = (id, dir, callable, operator.is_, operator.is_not)  # answered otherwise of the values of a trace
-_EFFECTS = (print, open, input, exec, eval, compile, breakpoint, __import__, globals)
-
-
-def _is_harmless(function: Any) -> bool:
-    """Whether a function written in C does no more than return a value, or change a container that is watched."""
-    if function in _EFFECTS:
-        return False
-    owner, module = getattr(function, "__self__", None), getattr(function, "__module__", None)
-    if owner is not None and not isinstance(owner, types.ModuleType):
-        is_of_builtin = hasattr(
-            builtins, str(function.__qualname__).partition(".")[0]
-        )  # list.append, also of a subclass
-        module = "builtins" if is_of_builtin else type(owner).__module__
-    name = str(module or "torch").partition(".")[0]
-    return name in _HARMLESS_BUILTINS or name in _HARMLESS_MODULES
-
-
-def _asks(caller: str, module: str, name: str) -> bool:
-    """Whether a function of torch returns or sets something that a graph does not have: a mode, a default, a flag."""
-    if module.partition(".")[0] != "torch" or f"{module}.".startswith(_OBSERVERS):
-        return False
-    if is_library(caller):
-        return caller.startswith("torch.nn.") and caller not in _MACHINERY and name in _QUESTIONS_OF_TORCH
-    is_question = name.lstrip("_").startswith(
-        ("is_", "get_", "set_", "has_torch_function", "are_", "use_deterministic")
-    )
-    return is_question and not module.startswith("torch.nn") and name not in (*_OF_TENSORS, "is_scripting")
-
-
-_QUESTIONS_OF_TORCH = (
-    *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_compiling", "is_tracing"),
-    *("is_in_onnx_export", "get_autocast_dtype", "_get_tracing_state"),
-)
-
-
-_MACHINERY = ("torch.nn.modules.module", "torch.nn.parameter")
-_OBSERVERS = ("torch.fx.", "bn_ext.", "torch.utils._pytree.")
-
-
 def _is_read_by_forward(frame: types.FrameType | None, name: str) -> bool:
     """Whether a read comes from forward(), and is not one of torch.fx, or of torch.nn.Module finding a name."""
-    if frame is not None and name == "__dict__" and _module_of(frame) in _MACHINERY:
+    if frame is not None and name == "__dict__" and _module_of(frame) in MACHINERY:
         return False
-    while frame is not None and _module_of(frame) in _MACHINERY:
+    while frame is not None and _module_of(frame) in MACHINERY:
         frame = frame.f_back
-    return frame is not None and not f"{_module_of(frame)}.".startswith(_OBSERVERS)
+    return frame is not None and not f"{_module_of(frame)}.".startswith(OBSERVERS)
 
 
 @contextlib.contextmanager

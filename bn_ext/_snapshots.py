@@ -1,29 +1,16 @@
 """Values as they were when a forward was traced, to be compared with those that it would read now."""
 
-import collections
 import copy
-import copyreg
-import functools
 import hashlib
-import os
 import sys
 import types
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-
-class _Absent:
-    """The type of ABSENT: what is read where there is no attribute of that name."""
-
-    def __reduce__(self) -> str:
-        return "ABSENT"
-
-
-ABSENT = _Absent()
+from bn_ext._contents import ABSENT, attributes, description, parts, state_of_function
 
 
 class Seen:
@@ -296,130 +283,3 @@ def is_traceable(snapshot: Any) -> bool:
     if isinstance(snapshot, Function):
         return set(snapshot.code.co_freevars) <= {"__class__"}
     return not isinstance(snapshot, TensorLike)
-
-
-_LIBRARIES = {"torch", "bn_ext", "functorch", "numpy", *sys.stdlib_module_names}
-_FOLDERS = tuple({os.path.dirname(os.__file__) + os.sep, os.path.join(sys.base_exec_prefix, "DLLs") + os.sep})
-_shadowed: dict[str, tuple[object, bool]] = {}
-"""By the name of a module of Python: the module that has it, and whether that is another."""
-
-
-def is_library(name: str | None) -> bool:
-    """Whether a module is part of torch, of Python or of this package: its state is not that of a model."""
-    name = name or ""
-    top = name.partition(".")[0]
-    is_one = top in _LIBRARIES and not _is_shadowed(top)
-    return is_one or name.startswith("namedtuple_")  # where their constructors live
-
-
-def _is_shadowed(name: str) -> bool:
-    """Whether a file of the user's has the name of a module of Python, as code.py may have."""
-    module = sys.modules.get(name)
-    known = _shadowed.get(name)
-    if known is None or known[0] is not module:
-        file = getattr(module, "__file__", None) or ""  # built into Python, if it has none
-        is_own = file.startswith(_FOLDERS) and not {"site-packages", "dist-packages"} & {*file.split(os.sep)}
-        known = _shadowed[name] = module, bool(file and name in sys.stdlib_module_names and not is_own)
-    return known[1]
-
-
-def description(tensor: Tensor) -> tuple[Any, ...]:
-    strides = tensor.stride() if tensor.layout == torch.strided else ()
-    has_grad = tensor.is_leaf and tensor.grad is not None
-    return (
-        type(tensor),
-        tensor.dtype,
-        tensor.device,
-        tensor.layout,
-        tensor.shape,
-        strides,
-        tensor.requires_grad,
-        has_grad,
-    )
-
-
-def is_of_numpy(kind: type, name: str) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and issubclass(kind, getattr(numpy, name))
-
-
-def state_of_function(function: Any) -> tuple[Any, ...]:
-    """What a function reads besides its arguments and globals: but the cell of super(), which never changes."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    contents = [_content(cell) for name, cell in cells if name != "__class__"]
-    own = [value for name, value in vars(function).items() if name != "__wrapped__"]
-    return (*contents, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *own)
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return ABSENT
-
-
-_LIMIT = 2000  # bytes, of an array
-_PARTS: dict[Any, Callable[[Any], tuple[Any, ...]]] = {
-    list: tuple,
-    tuple: tuple,
-    collections.deque: tuple,
-    dict: lambda value: (*value, *value.values()),
-    set: lambda value: tuple(sorted(value, key=_order)),
-    frozenset: lambda value: tuple(sorted(value, key=_order)),
-    slice: lambda value: (value.start, value.stop, value.step),
-    functools.partial: lambda value: (value.func, value.args, value.keywords),
-    types.MethodType: lambda value: (value.__func__, value.__self__),
-    property: lambda value: (value.fget,),
-    staticmethod: lambda value: (value.__func__,),
-    classmethod: lambda value: (value.__func__,),
-    int: lambda value: (int.__index__(value),),
-    float: lambda value: (float.__float__(value),),
-    str: lambda value: (str.__str__(value),),
-}
-
-
-def _order(value: object) -> tuple[str, str]:
-    return type(value).__qualname__, repr(value)
-
-
-def kind_of_parts(value: object) -> Any:
-    if is_of_numpy(type(value), "ndarray") or is_of_numpy(type(value), "generic"):
-        return None if value.dtype.hasobject or value.nbytes > _LIMIT else "numpy"  # type: ignore[attr-defined]
-    for kind in _PARTS:
-        if isinstance(value, kind):
-            return kind
-    return None
-
-
-def parts(value: Any) -> tuple[Any, ...]:
-    """The values in a container; of an object that is none, none."""
-    kind = type(value)
-    if kind is list or kind is tuple:
-        return tuple(value)
-    kind = kind_of_parts(value)
-    if kind == "numpy":
-        return value.dtype.str, value.shape, value.tobytes()
-    return () if kind is None else _PARTS[kind](value)
-
-
-_PLAIN = (list, tuple, dict, set, frozenset)
-
-
-def attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object: those of its own, and data that its class has for all objects."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return {}
-    found: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        if not is_library(base.__module__):
-            found.update({name: part for name, part in vars(base).items() if is_data(name, part)})
-    for name in copyreg._slotnames(kind):  # type: ignore[attr-defined]
-        found[name] = getattr(value, name, ABSENT)
-    return {**found, **getattr(value, "__dict__", {})}
-
-
-def is_data(name: str, value: object) -> bool:
-    """Whether an entry of a class is data, not a method or the like."""
-    described = callable(value) or hasattr(value, "__get__")
-    return not described and not (name.startswith("__") and name.endswith("__")) and not name.startswith("_abc_")

@@ -14,9 +14,9 @@ from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bn_ext._capture import NotFaithfulError
+from bn_ext._contents import is_library
 from bn_ext._operations import is_known, is_of_torch, runs_other_code
 from bn_ext._reads import CONTEXT, NONE, Reads, recorded
-from bn_ext._snapshots import is_library
 from bn_ext._surroundings import generators_kept, in_mode, no_collection, surroundings
 from bn_ext._undo import Undo
 from bn_ext._values import Value
