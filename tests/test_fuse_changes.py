@@ -170,6 +170,27 @@ def test_state_that_torch_compile_cannot_compare_runs_the_original(name: str) ->
     torch.testing.assert_close(compiled(x), expected(x))
 
 
+class Closing(nn.Module):
+    """Reads a closure, and nothing else that torch.compile cannot compare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.closure = nn.BatchNorm2d(3), state.with_closure([1.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.closure(F.relu(self.bn(x)))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_closure_that_torch_compile_cannot_compare_runs_the_original() -> None:
+    fused, stock, x = bn_ext.fuse(Closing().double()), Closing().double(), x_of()
+    compiled = torch.compile(fused, backend="eager")
+    torch.testing.assert_close(compiled(x), stock(x))
+    for model in (fused, stock):
+        model.closure.__closure__[0].cell_contents[0] = 2.0
+    torch.testing.assert_close(compiled(x), stock(x))
+
+
 PICKLED = ["an Enum member", "an attribute of an object", "a list in a dict", "an attribute that was missing", "a set"]
 
 
