@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from bn_ext._capture import Snapshots
+from bn_ext._comparison import comparison
 from bn_ext._contents import ABSENT
 from bn_ext._operations import plain
 from bn_ext._reads import Global, OfClass
@@ -79,16 +80,8 @@ class Form(NamedTuple):
         snapshots = [snapshot for guard in self.guards for _, snapshot in guard.reads]
         return all(map(is_traceable, [*snapshots, *(guard.expected for guard in self.outside)]))
 
-    def holds(self, module: torch.nn.Module, args: tuple[Any, ...]) -> bool:
-        """Whether it does for these arguments what the original forward() of a module would do; not after an error."""
-        if is_compiling():
-            return self._holds(module, args)
-        try:
-            return self._holds(module, args)
-        except Exception:  # of an object that forward() reads, as a __repr__ that raises
-            return False
-
-    def _holds(self, module: torch.nn.Module, args: tuple[Any, ...]) -> bool:
+    def takes(self, module: torch.nn.Module, args: tuple[Any, ...]) -> bool:
+        """Whether the code is for arguments like these, where this module is called."""
         if len(args) != self.arguments or _has_any_global_hook():
             return False
         for argument in args:
@@ -97,17 +90,17 @@ class Form(NamedTuple):
                     return False  # called by .forward(): what it reads must be recorded
             elif not isinstance(argument, Tensor):
                 return False
-        kind = SeenByCompiler if is_compiling() else Seen
-        seen: dict[tuple[str, ...], Seen] = {(): kind()}
+        return True
+
+    def holds(self, module: torch.nn.Module) -> bool:
+        """Whether it does what the original forward() of a module would do, in words that torch.compile knows."""
+        seen: dict[tuple[str, ...], SeenByCompiler] = {(): SeenByCompiler()}
         for guard in self.guards:
             if guard.base not in seen:
-                seen[guard.base] = kind()
+                seen[guard.base] = SeenByCompiler()
             if not guard.holds(module, seen[guard.base]):
                 return False
-        for name in self.outside:  # noqa: SIM110, a generator takes longer
-            if not name.holds(seen[()]):
-                return False
-        return True
+        return all([name.holds(seen[()]) for name in self.outside])
 
 
 class TracedValue(Proxy):
@@ -187,10 +180,12 @@ def _fused_class(original: Any, forms: Forms) -> type:
     compiling, within = is_compiling, recompute  # no global names, see _in_the_place_of
 
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        form, (run, is_traceable) = (training, run_training) if self.training else (evaluation, run_evaluation)
-        if form is None or kwargs or (compiling() and not is_traceable) or not form.holds(self, args):
+        form, (run, is_traceable, holds) = (training, run_training) if self.training else (evaluation, run_evaluation)
+        if form is None or kwargs or not form.takes(self, args):
             return original.forward(self, *args, **kwargs)
-        return run(self, *args)
+        if (is_traceable and form.holds(self)) if compiling() else holds(self):
+            return run(self, *args)
+        return original.forward(self, *args, **kwargs)
 
     def recomputing_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         with within():
@@ -253,9 +248,11 @@ def _is_made(kind: type) -> bool:
 
 
 @functools.cache
-def _runner(form: Form | None) -> tuple[Any, bool]:
-    """The function of a form, and whether torch.compile can follow its guards."""
-    return (None, False) if form is None else (form.compile(), form.is_traceable())
+def _runner(form: Form | None) -> tuple[Any, bool, Any]:
+    """The function of a form, whether torch.compile can follow its guards, and their comparison."""
+    if form is None:
+        return None, False, None
+    return form.compile(), form.is_traceable(), comparison(form.guards, form.outside)
 
 
 def _in_the_place_of(original: FunctionType, function: Any) -> Any:
