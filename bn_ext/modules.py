@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from bn_ext._eps import HIDDEN, GuardedEps, hidden_eps, lost_activation
-from bn_ext.activations import Activation, apply, describe, resolve
+from bn_ext.activations import NAMES, Activation, apply, describe, resolve
 from bn_ext.functional import batch_norm
 
 _OF_ALL_MODULES = (_global_forward_hooks, _global_forward_pre_hooks)  # dicts, which torch changes in place
@@ -23,7 +23,8 @@ OPTIONS = ("activation", "skip_nonfinite", "skip_recomputed")
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     """torch.nn's constructor and forward with this package's operator and what that does beyond torch's."""
 
-    __constants__ = [*torch.nn.modules.batchnorm._BatchNorm.__constants__, *OPTIONS]  # noqa: RUF012
+    __constants__ = [*torch.nn.modules.batchnorm._BatchNorm.__constants__, *OPTIONS, "_names"]  # noqa: RUF012
+    _names = list(NAMES)  # noqa: RUF012, torch.jit.script takes no tuple here
 
     activation: tuple[str, float] | None = None
     """Name and parameter of what forward() applies to its result. It may be set to all that `batch_norm` takes."""
@@ -159,26 +160,53 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         residual: Tensor | None,
         activation: str | tuple[str, float] | None,
     ) -> Tensor:
-        """_forward() in the Python that torch.jit.script compiles."""
+        """_forward() in the Python that torch.jit.script compiles.
+
+        Without options of its own it is torch's operator, which alone torch.jit.freeze folds and other passes know.
+        """
         self._check_input_dim(input)
         training = self.training or (self.running_mean is None and self.running_var is None)
         is_tracked = self.track_running_stats or not self.training
         mean: Tensor | None = self.running_mean if is_tracked else None
         var: Tensor | None = self.running_var if is_tracked else None
         count: Tensor | None = self.num_batches_tracked if is_tracked and self.training else None
-        name: str | None = None
-        parameter = 0.0
         if self.activation is not None:
             assert activation is None, "forward() was given an activation, but the module has one"
-            name, parameter = self.activation
-        elif isinstance(activation, str):
-            name, parameter = activation, self._default_parameter(activation)
-        elif activation is not None:
-            name, parameter = activation
-        if not training and name is None and residual is None:  # torch.jit.freeze folds no operator but this one
+            return self._operator(input, mean, var, count, training, residual, self.activation)
+        elif self.skip_nonfinite or self.skip_recomputed:
+            return self._operator(input, mean, var, count, training, residual, activation)
+        else:
+            if training and input.numel() == input.size(1):
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+            name, parameter = "", 0.0
+            if activation is not None:
+                name, parameter = self._name_and_parameter(activation)
+                assert name in self._names, f"activation must be one of {self._names}, got {name}"
+            momentum = 0.0 if self.momentum is None else self.momentum
+            if count is not None:
+                count.add_(1)
+                if self.momentum is None:
+                    momentum = 1.0 / float(count)
             cudnn = torch.backends.cudnn.enabled
-            return torch.batch_norm(input, self.weight, self.bias, mean, var, False, 0.0, self.eps, cudnn)
-        y: Tensor = torch.ops.bn_ext.scripted_batch_norm(
+            y = torch.batch_norm(input, self.weight, self.bias, mean, var, training, momentum, self.eps, cudnn)
+            y = y if residual is None else y + residual
+            return y if activation is None else torch.ops.bn_ext.activate(y, name, parameter)
+
+    def _operator(
+        self,
+        input: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        count: Tensor | None,
+        training: bool,
+        residual: Tensor | None,
+        activation: str | tuple[str, float] | None,
+    ) -> Tensor:
+        name: str | None = None
+        parameter = 0.0
+        if activation is not None:
+            name, parameter = self._name_and_parameter(activation)
+        y: Tensor = torch.ops.bn_ext.batch_norm(
             input,
             mean,
             var,
@@ -196,9 +224,11 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         )
         return y
 
-    def _default_parameter(self, activation: str) -> float:
+    def _name_and_parameter(self, activation: str | tuple[str, float]) -> tuple[str, float]:
         """resolve()'s, in the Python that torch.jit.script compiles."""
-        return 0.01 if activation == "leaky_relu" else 1.0 if activation == "elu" else 0.0
+        if isinstance(activation, str):
+            return activation, 0.01 if activation == "leaky_relu" else 1.0 if activation == "elu" else 0.0
+        return activation
 
     def _member(self, name: str) -> Any:
         """self.name, found at once: torch.nn.Module searches long, and on small tensors that shows."""

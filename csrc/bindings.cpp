@@ -53,12 +53,7 @@ TORCH_LIBRARY(bn_ext, m) {
       "Tensor(c!)? num_batches_tracked=None, Tensor? residual=None, str? activation=None, "
       "float activation_parameter=0.0, bool skip_nonfinite=False, bool skip_recomputed=False) -> Tensor",
       kTags);
-  // For torch.jit.script. As torch's own, it does not say that it changes the running statistics: torch.jit.freeze
-  // takes what a program may change for no constant, in evaluation too. The count says that there is an effect.
-  m.def(
-      "scripted_batch_norm(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
-      "bool training, float? momentum, float eps, *, Tensor(c!)? num_batches_tracked, Tensor? residual, "
-      "str? activation, float activation_parameter, bool skip_nonfinite, bool skip_recomputed) -> Tensor");
+  m.def("activate(Tensor input, str activation, float activation_parameter) -> Tensor");
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, "

@@ -32,6 +32,12 @@ bool is_counted_apart(const BatchNormArguments& a) {
   return of_count != of_input && !(has_kernels(of_count) && has_kernels(of_input));
 }
 
+// Whether torch's operator does all of it, which alone torch.jit.freeze folds and other passes of TorchScript know.
+bool is_torchs(const BatchNormArguments& a) {
+  const bool is_plain = !a.activation.name.has_value() && !is_defined(a.residual);
+  return is_plain && !(a.training && (!a.momentum.has_value() || a.skip.nonfinite || a.skip.recomputed));
+}
+
 TensorAndSaved run_alike(const BatchNormArguments& a);
 
 // torch.nn's way: the count is raised by an operator of its own, and momentum=None reads it.
@@ -47,7 +53,8 @@ TensorAndSaved run_counted_apart(const BatchNormArguments& a) {
 // y, and what batch_norm_repeat needs to compute it again, where that is at hand.
 TensorAndSaved run_alike(const BatchNormArguments& a) {
   check_arguments(a);
-  if (needs_composed(a) || is_empty(a.input)) return {composed_batch_norm(a), at::Tensor()};
+  const bool is_recorded = torch::jit::tracer::isTracing() && is_torchs(a);
+  if (needs_composed(a) || is_empty(a.input) || is_recorded) return {composed_batch_norm(a), at::Tensor()};
   if (is_counted_apart(a)) return run_counted_apart(a);
   if (at::GradMode::is_enabled()) {
     check_not_differentiable(a.running_mean, "running_mean");
@@ -71,10 +78,6 @@ TensorAndSaved run_alike(const BatchNormArguments& a) {
   }
   if (a.training && !skips_this_pass(a.skip)) count_as_changed(a.num_batches_tracked);
   return result;
-}
-
-bool is_plain_inference(const BatchNormArguments& a) {
-  return !a.training && !a.activation.name.has_value() && !is_defined(a.residual);
 }
 
 bool is_of(at::ScalarType type, const OptionalTensor& tensor) {
@@ -101,6 +104,10 @@ TensorAndSaved run(const BatchNormArguments& a) {
     return run_alike(with_parameters(a, widened(a.weight), widened(a.bias)));
   }
   return run_alike(a);
+}
+
+at::Tensor activate(const at::Tensor& input, std::string_view activation, double activation_parameter) {
+  return composed_activation(input, parse({activation, activation_parameter}));
 }
 
 }  // namespace
@@ -161,11 +168,8 @@ Result batch_norm_from_python(const at::Tensor& input,
                                 {activation, activation_parameter},
                                 {skip_nonfinite, skip_recomputed}};
   TensorAndSaved result;
-  if (!torch::jit::tracer::isTracing()) {
+  if (!torch::jit::tracer::isTracing() || is_torchs(args)) {
     result = run(args);
-  } else if (is_plain_inference(args)) {  // torch.jit.freeze folds no operator but torch's into a convolution
-    check_arguments(args);
-    std::get<0>(result) = composed_batch_norm(args);
   } else {  // it records what the dispatcher sees
     static const auto op = operator_handle<decltype(batch_norm)>("bn_ext::batch_norm");
     std::get<0>(result) = op.call(input,
@@ -195,7 +199,7 @@ template decltype(batch_norm_from_python<TensorAndSaved>) batch_norm_from_python
 
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
   m.impl("batch_norm", &batch_norm);
-  m.impl("scripted_batch_norm", &batch_norm);
+  m.impl("activate", &activate);
 }
 
 // vmap and functionalize do not decompose operators that write to their arguments, unless told to.

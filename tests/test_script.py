@@ -103,6 +103,25 @@ def test_frozen(how: str) -> None:
     both(run)
 
 
+def test_a_frozen_model_with_a_batch_norm_in_training() -> None:
+    """As test-time adaptation has it: parameters and statistics start as equal constants, and must not become one."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), bn_ext.BatchNorm2d(3)).double().eval()
+    model[1].train()
+    frozen = torch.jit.freeze(torch.jit.script(copy.deepcopy(model)))
+    for scale in (1, 2, 3):
+        torch.testing.assert_close(frozen(images() * scale), model(images() * scale))
+
+
+def test_transforms_of_a_scripted_module() -> None:
+    for options in ({}, {"activation": "relu"}):
+        module = bn_ext.BatchNorm2d(3, **options).double()
+        module(images())
+        scripted, batches = torch.jit.script(copy.deepcopy(module).eval()), torch.stack([images(), images().cos()])
+        expected = torch.stack([module.eval()(x) for x in batches])
+        torch.testing.assert_close(torch.func.vmap(scripted)(batches), expected)
+        torch.testing.assert_close(torch.func.functionalize(scripted)(batches[0]), expected[0])
+
+
 @pytest.mark.parametrize("made_by", ["script", "trace"])
 def test_freezing_folds_it_into_a_convolution(made_by: str) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 3), bn_ext.BatchNorm2d(4)).double().eval()
