@@ -4,6 +4,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
 #include "activation.h"
@@ -34,9 +35,10 @@ bool is_expanded_scalar(const at::Tensor& t) {
   return true;
 }
 
-// at::empty, which asks the dispatcher for what is known here: beside a small tensor that takes time.
+// at::empty asks the dispatcher for what is known here, unless a mode looks on: beside a small tensor that takes time.
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return options.device().is_cpu() ? at::Tensor(at::detail::empty_cpu(sizes, options)) : at::empty(sizes, options);
+  const bool is_known = options.device().is_cpu() && c10::impl::TorchDispatchModeTLS::stack_len() == 0;
+  return is_known ? at::Tensor(at::detail::empty_cpu(sizes, options)) : at::empty(sizes, options);
 }
 
 // A (C,) vector as the kernels read it. Contiguous copies live as long as this.

@@ -89,19 +89,23 @@ void check_input_dtype(const at::Tensor& input) {
                               "': input must be float32, float64, float16 or bfloat16");
 }
 
+void check_same_device(const at::Tensor& input, const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.device() == input.device(),
+              "Expected all tensors to be on the same device, but input is on ",
+              input.device(),
+              " and ",
+              name,
+              " is on ",
+              tensor.device());
+}
+
 // One per-channel vector. All of them share one dtype: the input's, or float32 beside a 16-bit input.
 void check_channel_vector(const at::Tensor& input,
                           const OptionalTensor& tensor,
                           const char* name,
                           std::optional<at::ScalarType>& shared) {
   if (!is_defined(tensor)) return;
-  TORCH_CHECK(tensor->device() == input.device(),
-              "Expected all tensors to be on the same device, but input is on ",
-              input.device(),
-              " and ",
-              name,
-              " is on ",
-              tensor->device());
+  check_same_device(input, *tensor, name);
   const at::ScalarType dtype = tensor->scalar_type();
   const bool is_half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   TORCH_CHECK(dtype == input.scalar_type() || (is_half && dtype == at::kFloat),
@@ -174,15 +178,12 @@ void check_residual(const at::Tensor& input, const OptionalTensor& residual) {
     is_alike = TORCH_GUARD_OR_TRUE(residual->sym_size(i).sym_eq(input.sym_size(i)));
   }
   TORCH_CHECK(is_alike, "residual must have the shape of input ", input.sym_sizes(), ", got ", residual->sym_sizes());
-  TORCH_CHECK(residual->scalar_type() == input.scalar_type() && residual->device() == input.device(),
-              "residual must have the dtype and device of input (",
+  check_same_device(input, *residual, "residual");
+  TORCH_CHECK(residual->scalar_type() == input.scalar_type(),
+              "residual must have the dtype of input (",
               input.scalar_type(),
-              ", ",
-              input.device(),
               "), got ",
-              residual->scalar_type(),
-              ", ",
-              residual->device());
+              residual->scalar_type());
 }
 
 namespace {
