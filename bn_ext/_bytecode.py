@@ -12,6 +12,7 @@ _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 _LOOKUPS = ("AttributeError", "KeyError", "ImportError", "ModuleNotFoundError")
 _HANDLERS = ("PUSH_EXC_INFO", "SETUP_FINALLY")
 _MATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
+_OF_A_CLASS = ("__dict__", "__bases__", "__base__", "__mro__", "mro", "__subclasses__", "__annotations__")
 _PAST_RECORDS = ("__getattribute__", "getattr_static")
 
 
@@ -167,7 +168,8 @@ def _gives_class_of_self(instructions: list[dis.Instruction]) -> bool:
 def _is_read(instructions: list[dis.Instruction]) -> bool:
     """Whether they begin with a read of an attribute, perhaps behind a call."""
     rest = (i for i in instructions if not i.opname.startswith(("PRECALL", "CALL", "CACHE")))
-    return next(rest).opname in _ATTRIBUTE
+    first = next(rest)
+    return first.opname in _ATTRIBUTE and first.argval not in _OF_A_CLASS
 
 
 def _is_self(instruction: dis.Instruction) -> bool:

@@ -34,6 +34,12 @@ READS_OF_VALUES = ("tolist", "numpy", "data_ptr", "register_hook", "backward")  
 SEEDS = ("manual_seed", "seed")  # torch.compile puts functions of its own around some
 QUESTIONS = (id, dir, callable, operator.is_, operator.is_not)  # answered otherwise of the values of a trace
 _EFFECTS = (print, open, input, exec, eval, compile, breakpoint, __import__, globals)
+_QUESTIONS_OF_TORCH = (
+    *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_compiling", "is_tracing"),
+    *("is_in_onnx_export", "get_autocast_dtype", "_get_tracing_state"),
+)
+MACHINERY = ("torch.nn.modules.module", "torch.nn.parameter")
+OBSERVERS = ("torch.fx.", "bn_ext.", "torch.utils._pytree.")
 
 
 def is_harmless(function: Any) -> bool:
@@ -59,13 +65,3 @@ def asks(caller: str, module: str, name: str) -> bool:
         ("is_", "get_", "set_", "has_torch_function", "are_", "use_deterministic")
     )
     return is_question and not module.startswith("torch.nn") and name not in (*_ABOUT_TENSORS, "is_scripting")
-
-
-_QUESTIONS_OF_TORCH = (
-    *("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_compiling", "is_tracing"),
-    *("is_in_onnx_export", "get_autocast_dtype", "_get_tracing_state"),
-)
-
-
-MACHINERY = ("torch.nn.modules.module", "torch.nn.parameter")
-OBSERVERS = ("torch.fx.", "bn_ext.", "torch.utils._pytree.")

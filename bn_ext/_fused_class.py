@@ -4,6 +4,7 @@ import copy
 import copyreg
 import functools
 import pickle
+from collections import deque
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -212,8 +213,13 @@ def _fused_class(original: Any, forms: Forms) -> type:
             "__reduce_ex__": reduce,
         },
     )
+    type.__setattr__(kind, "_bn_ext_forward", kind.forward)  # type: ignore[attr-defined]
     type.__setattr__(kind, "_bn_ext_fused", kind)
     return kind
+
+
+_NESTED_PATCHES = 16
+"""How many earlier values of an attribute of a class are kept."""
 
 
 @functools.cache
@@ -222,20 +228,21 @@ def _metaclass(original: Any) -> Any:
 
     class _Fused(original):
         def __setattr__(self, name: str, value: Any) -> None:
-            if not _is_made(self):
+            # forward is that of this class: what was read here, and may be wrapped, is not the original one.
+            if not _is_made(self) or name == "forward":
                 super().__setattr__(name, value)
                 return
             own: Any = vars(self._bn_ext_original)
             if name in own:
-                self._bn_ext_replaced.setdefault(name, own[name])
+                self._bn_ext_replaced.setdefault(name, deque(maxlen=_NESTED_PATCHES)).append(own[name])
             setattr(self._bn_ext_original, name, value)
 
         def __delattr__(self, name: str) -> None:
-            if not _is_made(self):
+            if not _is_made(self) or name == "forward":
                 super().__delattr__(name)
-            elif name in self._bn_ext_replaced:
+            elif self._bn_ext_replaced.get(name):
                 # unittest.mock.patch deletes what it has set, because it found the name in a base class only.
-                setattr(self._bn_ext_original, name, self._bn_ext_replaced.pop(name))
+                setattr(self._bn_ext_original, name, self._bn_ext_replaced[name].pop())
             else:
                 delattr(self._bn_ext_original, name)
 
@@ -273,4 +280,4 @@ def _new(original: type[torch.nn.Module], forms: Forms, *arguments: Any) -> Any:
 def restore_class(module: torch.nn.Module) -> None:
     """Undo the swap of a module's class."""
     if "_bn_ext_original" in vars(type(module)):
-        module.__class__ = original_class(type(module))
+        module.__class__ = vars(type(module))["_bn_ext_original"]

@@ -87,7 +87,6 @@ class Reads:
             raise NotFaithfulError("its reads cannot be recorded, because a class has a __getattribute__ of its own")
         self._codes: dict[types.CodeType, set[str]] = {}
         """Functions that have run, and the locals that they compare with None."""
-        self._root = root
         self.compares_with_none = False
         """Whether more is compared with None than such locals and state."""
         self._nested: set[types.CodeType] = set()

@@ -238,6 +238,8 @@ def original_class(kind: type) -> type:
     fused: Any = getattr(kind, "_bn_ext_fused", None)
     if fused is None or (fused is not kind and not kind.__module__.startswith("torch.")):
         return kind
+    if fused.forward is not fused._bn_ext_forward:  # type(model).forward = another
+        return kind
     original: type = fused._bn_ext_original
     return original
 

@@ -333,6 +333,43 @@ def test_a_change_of_type_of_a_model_concerns_all_of_the_class(name: str) -> Non
     assert seen_of(fused, x) == FUSED
 
 
+def test_forward_of_the_type_of_a_model_is_wrapped_and_patched() -> None:
+    fused, stock = fused_and_stock()
+    x, original = x_of(), Net.forward
+    expected = stock(x)
+    kind: Any = type(fused)
+    try:
+        wrapped = kind.forward
+        kind.forward = lambda self, x: wrapped(self, x) * 2
+        torch.testing.assert_close(fused(x), expected * 2)
+        kind.forward = wrapped
+        for autospec in (False, True):
+            with mock.patch.object(kind, "forward", autospec=autospec) as patched:
+                patched.side_effect = lambda *arguments: arguments[-1]
+                assert fused(x) is x
+        assert Net.forward is original
+        torch.testing.assert_close(fused(x), stock(x))
+    finally:
+        Net.forward = original  # type: ignore[method-assign]
+
+
+def test_another_forward_of_the_type_of_an_inlined_child_is_heeded() -> None:
+    fused, x = bn_ext.fuse(Outer().double()), x_of()
+    assert seen_of(fused, x) == [("relu", False)] * 2
+    with mock.patch.object(type(fused.block), "forward", lambda self, x: x * 7):
+        torch.testing.assert_close(fused(x), F.relu(x * 7))
+    assert type(bn_ext.revert(fused).block) is Half
+
+
+def test_a_patch_of_the_type_of_a_model_leaves_what_was_set_before() -> None:
+    kind: Any = type(fused_and_stock()[0])
+    with mock.patch.object(Net, "classwide", 1.0):
+        kind.classwide = 2.0
+        with mock.patch.object(kind, "classwide", 9.0), mock.patch.object(kind, "classwide", 11.0):
+            assert Net.classwide == 11.0
+        assert Net.classwide == 2.0
+
+
 class Tied(nn.Module):
     """One tensor and one module under two names, of which the graph knows the first."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], Any], list[tuple[Any, bool]]]] = 
     "another activation": (lambda m: setattr(m, "act", nn.SiLU()), INNER_ONLY),
     "a subclass of the activation": (lambda m: setattr(m.act, "__class__", Scaled), INNER_ONLY),
     "another end": (lambda m: setattr(m.inner[0], "end", nn.Sigmoid()), [(None, False)] * 2),
+    "an attribute in front of a child": (lambda m: vars(m).update(act=nn.SiLU()), INNER_ONLY),
     "one more child": (lambda m: m.inner.append(nn.Tanh()), INNER_ONLY),
     "a hook on the child": (lambda m: m.inner[0].register_forward_hook(lambda m, i, o: o * 2), INNER_ONLY),
     "a hook on the sequence": (lambda m: m.inner.register_forward_hook(lambda m, i, o: o * 2), INNER_ONLY),
@@ -57,6 +59,13 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], Any], list[tuple[Any, bool]]]] = 
         [(None, False)],
     ),
 }
+
+
+def test_a_change_of_the_class_of_an_activation_is_heeded() -> None:
+    fused, stock = outer()
+    x = x_of()
+    with mock.patch.object(type(stock.act), "forward", lambda self, x: x * 3):
+        torch.testing.assert_close(fused(x), stock(x))
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -155,6 +155,10 @@ OF_MODELS: dict[str, tuple[Callable[..., Any], str]] = {
         lambda self, x: self.act(self.bn(x)) * (2 if type(self) == Small else 1),  # noqa: E721
         "its forward asks for its own class",
     ),
+    "what its class is made of": (
+        lambda self, x: self.act(self.bn(x)) * len(type(self).__mro__),
+        "its forward asks for its own class",
+    ),
     "its class, by an attribute": (
         lambda self, x: self.act(self.bn(x)) * {Small: 2}.get(self.__class__, 1),
         "its forward asks for its own class",
