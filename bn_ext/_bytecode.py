@@ -132,7 +132,7 @@ def _handles_lookups_only(instructions: list[dis.Instruction]) -> bool:
 
 
 def _compares_state(before: list[dis.Instruction]) -> bool:
-    """Whether `is` compares with None, or what it compares are both read of self or of a global."""
+    """Whether one side of `is` is None, or both sides are attributes of self or global names."""
     is_constant = before[-1].opname == "LOAD_CONST"
     return _is_none(before[-1]) or ((is_constant or _is_state(before)) and _is_state(_without_operand(before)))
 

@@ -1,4 +1,4 @@
-"""Comparing the guards of a form by straight-line code: to walk through the guards takes twice as long."""
+"""Generated straight-line code that checks the guards of a form, in half the time of a loop over them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from bn_ext._snapshots import Child, Children, Constant, Same, Seen, find, is_of
 
 
 def comparison(guards: Any, outside: Any) -> Callable[[torch.nn.Module], bool]:
-    """A function that tells of a module what Form.holds() tells; torch.compile is given that instead."""
+    """A function with the result of Form.holds(), for calls outside torch.compile."""
     source = _Source({(guard.base, guard.path) for guard in guards})
     for guard in guards:
         source.guard(guard)

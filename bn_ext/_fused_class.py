@@ -88,7 +88,7 @@ class Form(NamedTuple):
         for argument in args:
             if isinstance(argument, TracedValue):
                 if module not in argument.tracer.inlined:  # type: ignore[attr-defined]
-                    return False  # called by .forward(): what it reads must be recorded
+                    return False  # a direct call of .forward(): the original runs, so that its reads are recorded
             elif not isinstance(argument, Tensor):
                 return False
         return True
@@ -241,7 +241,7 @@ def _metaclass(original: Any) -> Any:
             if not _is_made(self) or name == "forward":
                 super().__delattr__(name)
             elif self._bn_ext_replaced.get(name):
-                # unittest.mock.patch deletes what it has set, because it found the name in a base class only.
+                # unittest.mock.patch deletes an attribute that it found in a base class, instead of restoring it.
                 setattr(self._bn_ext_original, name, self._bn_ext_replaced[name].pop())
             else:
                 delattr(self._bn_ext_original, name)

@@ -1,4 +1,4 @@
-"""bn_ext.fuse: what forward() passes to others and returns is what it would be without fusing."""
+"""bn_ext.fuse: a fused forward passes and returns the same values as the original one."""
 
 import enum
 from collections.abc import Callable

@@ -32,6 +32,7 @@ WITHOUT = [
     *(f"tests/test_{name}.py" for name in ("convergence_benchmark", "device_limits", "step_profile")),
     *(f"tests/test_{name}.py" for name in ("training_benchmark", "training_report", "networks_check", "opacus")),
     *(f"tests/test_{name}.py" for name in ("fuse_arguments", "fuse_changes", "fuse_effects", "fuse_questions")),
+    *(f"tests/test_{name}.py" for name in ("fuse_code_changes", "fuse_module_changes")),
     *(f"tests/test_{name}.py" for name in ("reverted", "exact_class_tools")),
 ]
 # Whether a mean with inf in it is inf or NaN depends on the order of sums; test_kernels.py has its own such test.

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bn_ext
+from helpers.fusing import FUSED, seen_of, x_of
+
 GLOBAL = 1.0
 SETTINGS: dict[str, Any] = {"scales": [1.0]}
 ELSEWHERE = ModuleType("helpers_elsewhere")
@@ -219,3 +222,17 @@ class Decorated(nn.Module):
     @doubling
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(x).relu()
+
+
+def parameter(value: float) -> nn.Parameter:
+    return nn.Parameter(torch.full((3, 1, 1), value))
+
+
+def fused_and_stock() -> tuple[Net, Net]:
+    torch.manual_seed(0)
+    fused = bn_ext.fuse(Net().double())
+    assert type(fused) is not Net
+    assert seen_of(fused, x_of()) == FUSED
+    stock = Net().double()
+    stock.load_state_dict(fused.state_dict())
+    return fused, stock
