@@ -1,7 +1,5 @@
-// Activations by name, and composed from ATen's operators; the kernels' formulas are in activation.inl.
+// Activations by name; the kernels' formulas are in activation.inl.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <string_view>
@@ -19,15 +17,5 @@ struct NamedActivation {
 
 // Throws for an unknown name.
 Activation parse(const NamedActivation& activation);
-
-// Differentiable to any order.
-at::Tensor composed_activation(const at::Tensor& u, const Activation& activation);
-// g * activation'(u)
-at::Tensor composed_activation_backward(const at::Tensor& g, const at::Tensor& u, const Activation& activation);
-// The same for kReluLike, from the mask of a forward pass whose y had g's sizes and this memory format.
-at::Tensor composed_mask_backward(const at::Tensor& g,
-                                  const at::Tensor& mask,
-                                  at::MemoryFormat format,
-                                  const Activation& activation);
 
 }  // namespace bn_ext

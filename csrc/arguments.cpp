@@ -3,9 +3,6 @@
 
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/utils/pybind.h>
 
 namespace bn_ext {
 
@@ -34,8 +31,6 @@ DType dtype_of(at::ScalarType type) {
       TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", type, "'");
   }
 }
-
-bool skips_this_pass(const Skip& skip) { return skip.recomputed && torch::autograd::get_current_graph_task_id() != -1; }
 
 namespace {
 
@@ -92,19 +87,6 @@ BatchNormArguments without_count(const BatchNormArguments& a, double momentum) {
           a.residual,
           a.activation,
           a.skip};
-}
-
-double cumulative_momentum(const at::Tensor& count) {
-  const double raised = count.item<double>() + 1;
-  if (raised == 0) {
-    const pybind11::gil_scoped_acquire gil;
-    PyErr_SetString(PyExc_ZeroDivisionError,
-                    "float division by zero: momentum=None needs num_batches_tracked >= 0, got -1");
-    python_error error;
-    error.persist();
-    throw error;
-  }
-  return 1.0 / raised;
 }
 
 }  // namespace bn_ext

@@ -1,60 +1,25 @@
-// torch::autograd::Function around the inner operators, which it calls through the dispatcher so that compilers, fake
-// tensors and other modes see them.
+// torch::autograd::Function around the inner operators. Torch's header for it is the largest to compile: here is only
+// what needs it.
 #include "autograd.h"
 
-#include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/record_function.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "checks.h"
 #include "composed.h"
+#include "dispatch.h"
 
 namespace bn_ext {
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Whether the dispatcher would do no more than run the kernels: no mode, subclass, lazy bit or profiler is concerned.
-// Then they are called directly, because on a small tensor its work takes as long as theirs.
-template <typename... Tensors>
-bool goes_to_kernels(const Tensors&... tensors) {
-  static const c10::DispatchKeySet minded = c10::DispatchKeySet(c10::DispatchKeySet::FULL) -
-                                            c10::autocast_dispatch_keyset -
-                                            c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
-  const c10::DispatchKeySet all = c10::detail::multi_dispatch_key_set(tensors...);
-  const auto key = c10::impl::computeDispatchKeySet(all, minded).highestPriorityTypeId();
-  return (key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA) &&
-         !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
-}
-
-OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
-FourTensors dispatch_backward(const at::Tensor& dy, const SavedForBackward& s, std::array<bool, 4> output_mask) {
-  at::AutoDispatchBelowADInplaceOrView guard;  // or torch's boxed fallback looks for gradients, in vain
-  const auto call = [&](const auto& function) {
-    return function(dy,
-                    s.input,
-                    optional(s.weight),
-                    s.saved,
-                    optional(s.residual),
-                    optional(s.mask),
-                    s.mask_format,
-                    s.training,
-                    s.activation.name,
-                    s.activation.parameter,
-                    output_mask);
-  };
-  if (goes_to_kernels(dy, s.input, s.weight, s.saved, s.residual, s.mask)) return call(batch_norm_backward);
-  static const auto op = operator_handle<decltype(batch_norm_backward)>("bn_ext::batch_norm_backward");
-  return call([](const auto&... arguments) { return op.call(arguments...); });
-}
 
 // Zero, as a function of every input of the node that runs. What relu and its kin pass on does not depend on how far a
 // value is from the kink: torch has gradients of zero there, not none.
@@ -242,6 +207,20 @@ struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
   }
 };
 
+}  // namespace
+
+bool skips_this_pass(const Skip& skip) { return skip.recomputed && torch::autograd::get_current_graph_task_id() != -1; }
+
+bool saves_u(const BatchNormArguments& args) {
+  return args.activation.name.has_value() && !mask_format_of(args).has_value();
+}
+
+TensorAndSaved differentiable_batch_norm(const BatchNormArguments& a) {
+  at::Tensor saved;
+  const at::Tensor y = BatchNormFunction::apply(a.input, a.weight, a.bias, a.residual, &a, &saved);
+  return {y, saved};
+}
+
 ThreeTensors differentiable_inference(const at::Tensor& input,
                                       const OptionalTensor& weight,
                                       const OptionalTensor& bias,
@@ -261,46 +240,5 @@ ThreeTensors differentiable_inference(const at::Tensor& input,
   const at::Tensor y = InferenceFunction::apply(input, weight, bias, residual, &args, mask_format, &saved, &mask);
   return {y, saved, mask};
 }
-
-}  // namespace
-
-bool saves_u(const BatchNormArguments& args) {
-  return args.activation.name.has_value() && !mask_format_of(args).has_value();
-}
-
-ThreeTensors dispatch_forward(const BatchNormArguments& a, OptionalFormat mask_format) {
-  if (goes_to_kernels(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked, a.residual)) {
-    return batch_norm_of_checked(a, mask_format);
-  }
-  const auto& [name, parameter] = a.activation;
-  if (a.training) {
-    static const auto op = operator_handle<decltype(batch_norm_forward)>("bn_ext::batch_norm_forward");
-    return op.call(a.input,
-                   a.weight,
-                   a.bias,
-                   a.running_mean,
-                   a.running_var,
-                   a.num_batches_tracked,
-                   a.residual,
-                   a.momentum,
-                   a.eps,
-                   name,
-                   parameter,
-                   mask_format,
-                   a.skip.nonfinite,
-                   a.skip.recomputed);
-  }
-  static const auto op = operator_handle<decltype(batch_norm_inference)>("bn_ext::batch_norm_inference");
-  return op.call(
-      a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.residual, a.eps, name, parameter, mask_format);
-}
-
-TensorAndSaved differentiable_batch_norm(const BatchNormArguments& a) {
-  at::Tensor saved;
-  const at::Tensor y = BatchNormFunction::apply(a.input, a.weight, a.bias, a.residual, &a, &saved);
-  return {y, saved};
-}
-
-TORCH_LIBRARY_IMPL(bn_ext, Autograd, m) { m.impl("batch_norm_inference", &differentiable_inference); }
 
 }  // namespace bn_ext

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <tuple>
 
@@ -11,18 +10,22 @@
 
 namespace bn_ext {
 
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> operator_handle(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-// The forward pass of the mode that `args` asks for; see batch_norm.h.
-ThreeTensors dispatch_forward(const BatchNormArguments& args, OptionalFormat mask_format);
-
 // Whether backward needs what is before the activation, u + z, and so bias and residual: not where a mask tells all.
 bool saves_u(const BatchNormArguments& args);
 
 // y, with its backward pass.
 TensorAndSaved differentiable_batch_norm(const BatchNormArguments& args);
+
+// The inner operator of eval, where it is called as such and differentiated.
+ThreeTensors differentiable_inference(const at::Tensor& input,
+                                      const OptionalTensor& weight,
+                                      const OptionalTensor& bias,
+                                      const at::Tensor& running_mean,
+                                      const at::Tensor& running_var,
+                                      const OptionalTensor& residual,
+                                      double eps,
+                                      OptionalName activation,
+                                      double activation_parameter,
+                                      OptionalFormat mask_format);
 
 }  // namespace bn_ext

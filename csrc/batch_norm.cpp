@@ -2,10 +2,9 @@
 #include "batch_norm.h"
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/Functions.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/library.h>
 
 #include "activation.h"
 #include "arguments.h"
@@ -301,21 +300,6 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
   p.dbias = output_mask[2] ? dbias.data_ptr() : nullptr;
   run_backward(x, p);
   return {dx, dweight, dbias, dz};
-}
-
-// The same host code serves both devices; run_forward and run_backward choose the back-end.
-TORCH_LIBRARY_IMPL(bn_ext, CPU, m) {
-  m.impl("batch_norm_forward", &batch_norm_forward);
-  m.impl("batch_norm_inference", &batch_norm_inference);
-  m.impl("batch_norm_repeat", &batch_norm_repeat);
-  m.impl("batch_norm_backward", &batch_norm_backward);
-}
-
-TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {
-  m.impl("batch_norm_forward", &batch_norm_forward);
-  m.impl("batch_norm_inference", &batch_norm_inference);
-  m.impl("batch_norm_repeat", &batch_norm_repeat);
-  m.impl("batch_norm_backward", &batch_norm_backward);
 }
 
 }  // namespace bn_ext

@@ -1,10 +1,7 @@
-// Names only: the operators' schemas and the Python module.
+// Everything that depends on Python: the module, its arguments and one of Python's errors.
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/csrc/utils/python_symnode.h>
 #include <torch/csrc/utils/tensor_numpy.h>
-#include <torch/library.h>
 
 #include "cpu/instruction_set.h"
 #include "explain.h"
@@ -27,54 +24,34 @@ struct pybind11::detail::type_caster<bn_ext::Number> {
  private:
   static bool is_number(handle source) {
     PyObject* object = source.ptr();
-    if (THPVariable_Check(object)) {
-      const at::Tensor& tensor = THPVariable_Unpack(object);
-      return tensor.dim() == 0 && !tensor.requires_grad();
+    make_caster<at::Tensor> tensor;
+    if (isinstance(source, class_of("Tensor")) && tensor.load(source, false)) {
+      return static_cast<at::Tensor&>(tensor).dim() == 0 && !static_cast<at::Tensor&>(tensor).requires_grad();
     }
-    return PyLong_Check(object) || torch::utils::is_numpy_scalar(object) || torch::is_symfloat(source) ||
-           torch::is_symint(source);
+    return PyLong_Check(object) || torch::utils::is_numpy_scalar(object) || isinstance(source, class_of("SymFloat")) ||
+           isinstance(source, class_of("SymInt"));
   }
+
+  // By name: torch's header for these classes takes longer to compile than all that is here.
+  static handle class_of(const char* name) { return module_::import("torch").attr(name).ptr(); }
 };
 
-namespace {
+namespace bn_ext {
 
-// flexible_layout: Inductor gives convolutions their input with channels last, whatever the model's memory format. To
-// be called with the strides that were traced, as operators are by default, costs a copy before each batch norm and
-// one behind it, forward and backward. The price: strides of large contiguous tensors may come padded, on a GPU, and
-// then the operators make the copy.
-const std::vector<at::Tag> kTags{at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
-
-}  // namespace
-
-TORCH_LIBRARY(bn_ext, m) {
-  m.def(
-      "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? weight=None, "
-      "Tensor? bias=None, bool training=False, float? momentum=0.1, float eps=1e-05, *, "
-      "Tensor(c!)? num_batches_tracked=None, Tensor? residual=None, str? activation=None, "
-      "float activation_parameter=0.0, bool skip_nonfinite=False, bool skip_recomputed=False) -> Tensor",
-      kTags);
-  m.def("activate(Tensor input, str activation, float activation_parameter) -> Tensor");
-  m.def(
-      "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, "
-      "str? activation=None, float activation_parameter=0.0, MemoryFormat? mask_format=None, "
-      "bool skip_nonfinite=False, bool skip_recomputed=False) -> (Tensor y, Tensor saved, Tensor mask)",
-      kTags);
-  m.def(
-      "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
-      "Tensor? residual, float eps, str? activation=None, float activation_parameter=0.0, "
-      "MemoryFormat? mask_format=None) -> (Tensor y, Tensor saved, Tensor mask)",
-      kTags);
-  m.def(
-      "batch_norm_repeat(Tensor input, Tensor saved, Tensor? residual, str? activation=None, "
-      "float activation_parameter=0.0) -> Tensor",
-      kTags);
-  m.def(
-      "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor saved, Tensor? residual, Tensor? mask, "
-      "MemoryFormat? mask_format, bool training, str? activation, float activation_parameter, bool[4] output_mask) "
-      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-      kTags);
+double cumulative_momentum(const at::Tensor& count) {
+  const double raised = count.item<double>() + 1;
+  if (raised == 0) {
+    const pybind11::gil_scoped_acquire gil;
+    PyErr_SetString(PyExc_ZeroDivisionError,
+                    "float division by zero: momentum=None needs num_batches_tracked >= 0, got -1");
+    python_error error;
+    error.persist();
+    throw error;
+  }
+  return 1.0 / raised;
 }
+
+}  // namespace bn_ext
 
 namespace {
 

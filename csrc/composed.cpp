@@ -2,9 +2,29 @@
 #include "composed.h"
 
 #include <ATen/Context.h>
-#include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/batch_norm.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/erfc.h>
+#include <ATen/ops/exp.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/hardtanh.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/mish.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <cmath>
+#include <vector>
 
 namespace bn_ext {
 
@@ -22,6 +42,78 @@ bool needs_composed(const BatchNormArguments& args) {
 }
 
 namespace {
+
+at::Tensor blocked(const at::Tensor& u, const Activation& activation) {
+  const at::Tensor low = u.le(0);
+  return std::isnan(activation.upper) ? low : low.logical_or(u.ge(activation.upper));
+}
+
+at::Tensor relu_like_backward(const at::Tensor& g, const at::Tensor& is_blocked, const Activation& activation) {
+  // Not inf * 0.
+  const at::Tensor low = activation.alpha == 0 ? at::zeros_like(g) : g * activation.alpha;
+  return at::where(is_blocked, low, g);
+}
+
+// Of the smooth kinds.
+at::Tensor derivative(const at::Tensor& u, const Activation& activation) {
+  switch (activation.kind) {
+    case ActivationKind::kElu:
+      return at::where(u.gt(0), at::ones_like(u), u.clamp_max(0).exp() * activation.alpha);
+    case ActivationKind::kSilu: {
+      const at::Tensor s = u.sigmoid();
+      return s * (u * (1 - s) + 1);
+    }
+    case ActivationKind::kGelu: {
+      const at::Tensor cdf = at::erfc(u * -std::sqrt(0.5)) * 0.5;
+      return cdf + u * at::exp(u.square() * -0.5) * 0.39894228040143267794;  // 1 / sqrt(2 pi)
+    }
+    case ActivationKind::kGeluTanh: {
+      const double twice = 1.5957691216057307118;  // 2 sqrt(2 / pi)
+      const at::Tensor s = at::sigmoid(u * (u.square() * 0.044715 + 1) * twice);
+      return s + u * s * (1 - s) * ((u.square() * (3 * 0.044715) + 1) * twice);
+    }
+    case ActivationKind::kHardswish: {
+      const at::Tensor low = at::where(u.le(-3), at::zeros_like(u), u / 3 + 0.5);
+      return at::where(u.ge(3), at::ones_like(u), low);
+    }
+    case ActivationKind::kSigmoid: {
+      const at::Tensor s = u.sigmoid();
+      return s * (1 - s);
+    }
+    case ActivationKind::kTanh:
+      return 1 - u.tanh().square();
+    case ActivationKind::kMish: {
+      const at::Tensor t = at::softplus(u).tanh();
+      return t + u * (1 - t.square()) * u.sigmoid();
+    }
+    default:
+      TORCH_INTERNAL_ASSERT(false);
+  }
+}
+
+// g * activation'(u)
+at::Tensor composed_activation_backward(const at::Tensor& g, const at::Tensor& u, const Activation& activation) {
+  if (activation.kind == ActivationKind::kNone) return g;
+  if (activation.kind == ActivationKind::kReluLike) return relu_like_backward(g, blocked(u, activation), activation);
+  return g * derivative(u, activation);
+}
+
+// The same for kReluLike, from the mask of a forward pass whose y had g's sizes and this memory format.
+at::Tensor composed_mask_backward(const at::Tensor& g,
+                                  const at::Tensor& mask,
+                                  at::MemoryFormat format,
+                                  const Activation& activation) {
+  const at::Tensor bits = at::arange(8, mask.options()).unsqueeze(0);
+  const at::Tensor is_blocked = mask.unsqueeze(1).bitwise_right_shift(bits).bitwise_and(1).eq(0).flatten();
+  const at::Tensor in_memory_order = is_blocked.narrow_symint(0, 0, g.sym_numel());
+  if (format == at::MemoryFormat::Contiguous) {
+    return relu_like_backward(g, in_memory_order.view_symint(g.sym_sizes()), activation);
+  }
+  std::vector<c10::SymInt> sizes = g.sym_sizes().vec();  // (N, C, ...) to (N, ..., C)
+  sizes.push_back(sizes[1]);
+  sizes.erase(sizes.begin() + 1);
+  return relu_like_backward(g, in_memory_order.view_symint(sizes).movedim(-1, 1), activation);
+}
 
 at::Tensor aten_batch_norm(const BatchNormArguments& args, double momentum) {
   return at::batch_norm(args.input,
@@ -47,6 +139,33 @@ at::Tensor aten_batch_norm_skipping_nonfinite(const BatchNormArguments& args, do
 }
 
 }  // namespace
+
+at::Tensor composed_activation(const at::Tensor& u, const Activation& activation) {
+  switch (activation.kind) {
+    case ActivationKind::kNone:
+      return u;
+    case ActivationKind::kReluLike:
+      if (!std::isnan(activation.upper)) return at::hardtanh(u, 0, activation.upper);
+      return activation.alpha == 0 ? at::relu(u) : at::leaky_relu(u, activation.alpha);
+    case ActivationKind::kElu:
+      return at::elu(u, activation.alpha);
+    case ActivationKind::kSilu:
+      return at::silu(u);
+    case ActivationKind::kGelu:
+      return at::gelu(u);
+    case ActivationKind::kGeluTanh:
+      return at::gelu(u, "tanh");
+    case ActivationKind::kHardswish:
+      return at::hardswish(u);
+    case ActivationKind::kSigmoid:
+      return at::sigmoid(u);
+    case ActivationKind::kTanh:
+      return at::tanh(u);
+    case ActivationKind::kMish:
+      return at::mish(u);
+  }
+  return u;
+}
 
 at::Tensor composed_batch_norm(const BatchNormArguments& given) {
   const BatchNormArguments args = given.training && skips_this_pass(given.skip) ? without_updates(given) : given;

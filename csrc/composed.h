@@ -18,6 +18,9 @@ bool has_forward_gradient(const OptionalTensor& tensor);
 bool needs_composed(const BatchNormArguments& args);
 at::Tensor composed_batch_norm(const BatchNormArguments& args);
 
+// An activation, differentiable to any order.
+at::Tensor composed_activation(const at::Tensor& u, const Activation& activation);
+
 // What a backward pass knows of its forward pass: undefined where there is none, or it is not needed.
 struct SavedForBackward {
   at::Tensor input;

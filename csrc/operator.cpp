@@ -1,15 +1,16 @@
 // The public operator: checks, then whichever way there is to compute it; see operator.h.
 #include "operator.h"
 
+#include <ATen/TracerMode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/csrc/jit/frontend/tracer.h>
-#include <torch/library.h>
+#include <ATen/core/grad_mode.h>
 
 #include <type_traits>
 
 #include "autograd.h"
 #include "checks.h"
 #include "composed.h"
+#include "dispatch.h"
 
 namespace bn_ext {
 namespace {
@@ -53,7 +54,7 @@ TensorAndSaved run_counted_apart(const BatchNormArguments& a) {
 // y, and what batch_norm_repeat needs to compute it again, where that is at hand.
 TensorAndSaved run_alike(const BatchNormArguments& a) {
   check_arguments(a);
-  const bool is_recorded = torch::jit::tracer::isTracing() && is_torchs(a);
+  const bool is_recorded = at::tracer::impl::is_dispatch_enabled() && is_torchs(a);
   if (needs_composed(a) || is_empty(a.input) || is_recorded) return {composed_batch_norm(a), at::Tensor()};
   if (is_counted_apart(a)) return run_counted_apart(a);
   if (at::GradMode::is_enabled()) {
@@ -106,11 +107,11 @@ TensorAndSaved run(const BatchNormArguments& a) {
   return run_alike(a);
 }
 
+}  // namespace
+
 at::Tensor activate(const at::Tensor& input, std::string_view activation, double activation_parameter) {
   return composed_activation(input, parse({activation, activation_parameter}));
 }
-
-}  // namespace
 
 at::Tensor batch_norm(const at::Tensor& input,
                       const OptionalTensor& running_mean,
@@ -168,24 +169,10 @@ Result batch_norm_from_python(const at::Tensor& input,
                                 {activation, activation_parameter},
                                 {skip_nonfinite, skip_recomputed}};
   TensorAndSaved result;
-  if (!torch::jit::tracer::isTracing() || is_torchs(args)) {
+  if (!at::tracer::impl::is_dispatch_enabled() || is_torchs(args)) {
     result = run(args);
   } else {  // it records what the dispatcher sees
-    static const auto op = operator_handle<decltype(batch_norm)>("bn_ext::batch_norm");
-    std::get<0>(result) = op.call(input,
-                                  running_mean,
-                                  running_var,
-                                  weight,
-                                  bias,
-                                  training,
-                                  momentum,
-                                  eps,
-                                  num_batches_tracked,
-                                  residual,
-                                  activation,
-                                  activation_parameter,
-                                  skip_nonfinite,
-                                  skip_recomputed);
+    std::get<0>(result) = dispatch_batch_norm(args);
   }
   if constexpr (std::is_same_v<Result, at::Tensor>) {
     return std::get<0>(result);
@@ -196,14 +183,5 @@ Result batch_norm_from_python(const at::Tensor& input,
 
 template decltype(batch_norm_from_python<at::Tensor>) batch_norm_from_python<at::Tensor>;
 template decltype(batch_norm_from_python<TensorAndSaved>) batch_norm_from_python<TensorAndSaved>;
-
-TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
-  m.impl("batch_norm", &batch_norm);
-  m.impl("activate", &activate);
-}
-
-// vmap and functionalize do not decompose operators that write to their arguments, unless told to.
-TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) { m.impl("batch_norm", &batch_norm); }
-TORCH_LIBRARY_IMPL(bn_ext, Functionalize, m) { m.impl("batch_norm", &batch_norm); }
 
 }  // namespace bn_ext

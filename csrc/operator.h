@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 #include "batch_norm.h"
 
@@ -25,6 +26,9 @@ at::Tensor batch_norm(const at::Tensor& input,
                       double activation_parameter,
                       bool skip_nonfinite,
                       bool skip_recomputed);
+
+// The activation alone, as TorchScript calls it behind torch's own batch norm.
+at::Tensor activate(const at::Tensor& input, std::string_view activation, double activation_parameter);
 
 // A double that bindings.cpp takes from Python as torch does.
 struct Number {

@@ -9,7 +9,7 @@ if ! command -v "$compiler" > /dev/null; then
 fi
 out="$(mktemp -d)"
 trap 'rm -rf "$out"' EXIT
-for name in isa_baseline isa_avx2 isa_avx512 instruction_set cache pages; do
-  "$compiler" -O0 -Wall -Werror -c "csrc/cpu/$name.cpp" -o "$out/$name.o"
+for source in csrc/cpu/isa/*.cpp csrc/cpu/{instruction_set,cache,pages}.cpp; do
+  "$compiler" -O0 -Wall -Werror -c "$source" -o "$out/$(basename "$source").o"
 done
 echo "arm64_check: the CPU kernels compile with $("$compiler" --version | head -n 1)"

@@ -58,7 +58,8 @@ def test_first_image_unlike_the_rest(device: str, memory_format: torch.memory_fo
     x[0] = 1e4
     y, mean, var = batch_statistics(x.contiguous(memory_format=memory_format))
     exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3))
-    torch.testing.assert_close(mean.double(), exact_mean, rtol=2e-7, atol=0)
+    # The values are 300 times as far from the mean as the mean is from zero: rounding is measured against that.
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=0, atol=5e-8 * float(exact_var.sqrt().min()))
     torch.testing.assert_close(var.double(), exact_var, rtol=5e-7, atol=0)
     torch.testing.assert_close(y.double(), F.batch_norm(x.double(), None, None, training=True), rtol=1e-5, atol=1e-6)
 

@@ -82,16 +82,25 @@ def test_empty_batch_is_counted_and_updates_nothing(options: dict[str, Any], cha
     torch.testing.assert_close(*states)
 
 
+class Index:
+    def __index__(self) -> int:
+        return 1
+
+
 NUMBERS = {
     "tensor": torch.tensor(0.5),
     "float64 tensor": torch.tensor(0.5, dtype=torch.float64),
     "integer tensor": torch.tensor(1),
+    "bool tensor": torch.tensor(True),
     "tensor of one dimension": torch.tensor([0.5]),
+    "integer tensor of one dimension": torch.tensor([1]),
     "tensor with a gradient": torch.tensor(0.5, requires_grad=True),
     "numpy float32": np.float32(0.5),
     "numpy float64": np.float64(0.5),
     "numpy int64": np.int64(1),
     "numpy array": np.array(0.5),
+    "numpy array of an integer": np.array(1),
+    "object with an index": Index(),
     "int": 1,
     "bool": True,
     "str": "0.5",

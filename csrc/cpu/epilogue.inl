@@ -30,6 +30,15 @@ static void differentiate(const Activation& activation, int64_t n, A* u) {
   change_buffer(activation, n, u, [](const auto& formula, Vec<A> v) { return formula.derivative(v); });
 }
 
+// Of a buffer, to memory of any type.
+template <typename T>
+static void store_values(const acc_t<T>* values, int64_t n, T* to, bool streams) {
+  const auto fetch = [](int64_t) {};
+  write_vectors(!streams, streams, to, n, fetch, [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
+    store(to + i, load_vector(values + i), lanes);
+  });
+}
+
 template <typename A>
 BN_EXT_INLINE ReluLike<A> relu_like(const Activation& activation) {
   return {static_cast<A>(activation.alpha), static_cast<A>(activation.upper)};
@@ -131,64 +140,70 @@ static __attribute__((noinline)) void call_apart(const Body& body, Form... form)
 // How y comes from u: at once, and bits of a mask or several steps by way of a buffer.
 enum class ApplyForm { kPlain, kReluLike, kMasked, kBuffered };
 
-// Calls body(the form, whether there is a residual) with integral_constants.
+// Calls body(the form) with an integral_constant.
 template <typename T, typename Body>
 BN_EXT_INLINE void with_form(const ApplyArguments<T>& a, const Body& body) {
-  const auto with_residual = [&](auto form) BN_EXT_LAMBDA {
-    return a.z == nullptr ? call_apart(body, form, std::false_type{}) : call_apart(body, form, std::true_type{});
-  };
   if (a.activation.kind == ActivationKind::kNone) {
-    return with_residual(std::integral_constant<ApplyForm, ApplyForm::kPlain>{});
+    return call_apart(body, std::integral_constant<ApplyForm, ApplyForm::kPlain>{});
   }
   if (a.activation.kind != ActivationKind::kReluLike) {
-    return with_residual(std::integral_constant<ApplyForm, ApplyForm::kBuffered>{});
+    return call_apart(body, std::integral_constant<ApplyForm, ApplyForm::kBuffered>{});
   }
-  if (a.mask == nullptr) return with_residual(std::integral_constant<ApplyForm, ApplyForm::kReluLike>{});
-  return with_residual(std::integral_constant<ApplyForm, ApplyForm::kMasked>{});
+  if (a.mask == nullptr) return call_apart(body, std::integral_constant<ApplyForm, ApplyForm::kReluLike>{});
+  return call_apart(body, std::integral_constant<ApplyForm, ApplyForm::kMasked>{});
 }
 
 // Writes y of the run at `offset`; u_at(i, lanes) gives u of the vector at i of the run.
-template <ApplyForm kForm, bool kHasResidual, typename T, typename U>
+template <ApplyForm kForm, typename T, typename U>
 BN_EXT_INLINE void apply_run(
     const ApplyArguments<T>& a, int64_t ahead, int64_t offset, int64_t n, Buffer<acc_t<T>>& b, const U& u_at) {
   using A = acc_t<T>;
-  const T* z = a.z + (kHasResidual ? offset : 0);
+  const T* x = a.x + offset;
+  const T* z = a.z == nullptr ? nullptr : a.z + offset;
   T* y = a.y + offset;
   const ReluLike<A> formula = relu_like<A>(a.activation);
   constexpr int64_t L = kLanes<A>;
   // Bits of a mask go by vectors that begin with the run: it must begin a line to be streamed.
   const bool streams = a.streams && (kForm != ApplyForm::kMasked || before_line(y) == 0);
   const int64_t ahead_of_y = streams ? 0 : ahead;  // ordinary stores read the lines that they are going to overwrite
+  const int64_t ahead_of_z = ahead == 0 ? 0 : kPageBytes;
   // Where the run's bits begin a byte, whole vectors leave theirs at once.
   const int64_t whole = n / L * L;
   uint8_t* whole_bytes = nullptr;
   if (kForm == ApplyForm::kMasked && L % 8 == 0 && offset % 8 == 0) whole_bytes = a.mask + offset / 8;
-  const auto write = [=, &a, &b](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
-    fetch_ahead(a.x + offset + i, k, ahead);
-    fetch_ahead(y + i, k, ahead_of_y);
-    if constexpr (kHasResidual) fetch_ahead(z + i, k, ahead == 0 ? 0 : kPageBytes);
+  const auto fetch = [=](int64_t i) BN_EXT_LAMBDA {
+    fetch_ahead(x + i, ahead);
+    fetch_ahead(y + i, ahead_of_y);
+    if (z != nullptr) fetch_ahead(z + i, ahead_of_z);
+  };
+  A* values = b.u;
+  const auto write = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
     Vec<A> u = u_at(i, lanes);
-    if constexpr (kHasResidual) u += load(z + i, lanes);
-    if constexpr (kForm == ApplyForm::kBuffered) store_vector(b.u + i, u);
+    if (z != nullptr) u += load(z + i, lanes);
+    if constexpr (kForm == ApplyForm::kBuffered) return store_vector(values + i, u);
     if constexpr (kForm == ApplyForm::kMasked) {
       if (whole_bytes != nullptr && i + L <= whole) {
         const uint32_t passed = passed_bits(formula, u);
         __builtin_memcpy(whole_bytes + i / 8, &passed, L / 8);
       } else {
-        store_vector(b.u + i, u);
+        store_vector(values + i, u);
       }
     }
     if constexpr (kForm == ApplyForm::kReluLike || kForm == ApplyForm::kMasked) u = formula.value(u);
-    if constexpr (kForm != ApplyForm::kBuffered) store(y + i, u, lanes);
+    store(y + i, u, lanes);
   };
   if constexpr (kForm == ApplyForm::kBuffered) {
-    for_each_vector<A>(n, write);
+    const auto visit = [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
+      fetch_ahead(x + i, k, ahead);
+      fetch_ahead(y + i, k, ahead_of_y);
+      if (z != nullptr) fetch_ahead(z + i, k, ahead_of_z);
+      write(i, lanes);
+    };
+    for_each_vector<A>(n, visit);
     activate(a.activation, n, b.u);
-    write_vectors(streams, y, n, [=, u = b.u](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
-      store(y + i, load_vector(u + i), lanes);
-    });
+    store_values(b.u, n, y, streams);
   } else {
-    write_vectors(streams, y, n, write);
+    write_vectors(ahead == 0 && !streams, streams, y, n, fetch, write);
   }
   if constexpr (kForm == ApplyForm::kMasked) {
     const int64_t done = whole_bytes == nullptr ? 0 : whole;
@@ -244,54 +259,42 @@ BN_EXT_INLINE void differentiate_run(
   differentiate(a.activation, n, derivatives);
 }
 
-// Writes dx and dz of the run at `offset`, as they are wanted. dx is dx_of(g, i, lanes) in training, else
-// dx_in_eval(g, i, lanes), which does not look at x: an inf in it must not reach dx.
-template <typename T, typename Gradient, typename Dx, typename DxInEval>
+// Writes dx and dz of the run at `offset`, as they are wanted. dx is g * scale_at(i, lanes), in training plus
+// from_x(i, lanes); in eval x is not read, because an inf in it must not reach dx. The sum is one expression for both:
+// how it is rounded (the compiler makes one instruction of product and sum) must not depend on where it was inlined.
+template <typename T, typename Gradient, typename Scale, typename FromX>
 BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
                                    int64_t ahead,
                                    int64_t offset,
                                    int64_t n,
                                    const Gradient& gradient,
-                                   const Dx& dx_of,
-                                   const DxInEval& dx_in_eval) {
+                                   const Scale& scale_at,
+                                   const FromX& from_x) {
   using A = acc_t<T>;
-  T* dx = a.dx + (a.dx == nullptr ? 0 : offset);
-  T* dz = a.dz + (a.dz == nullptr ? 0 : offset);
+  T* dx = a.dx == nullptr ? nullptr : a.dx + offset;
+  T* dz = a.dz == nullptr ? nullptr : a.dz + offset;
+  const bool training = a.training;
   // Only what is read: in eval dx comes from dy alone, unless u is asked for.
   const bool has_u = a.activation.kind != ActivationKind::kNone && a.mask == nullptr;
-  const int64_t ahead_of_x = has_u || (a.training && dx != nullptr) ? ahead : 0;
+  const int64_t ahead_of_x = has_u || (training && dx != nullptr) ? ahead : 0;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : ahead;
   const T* to = dx == nullptr ? dz : dx;
   const bool streams = a.streams && (dx == nullptr || dz == nullptr || before_line(dz) == before_line(dx));
   const int64_t ahead_of_to = streams ? 0 : ahead;  // as of y
-  const auto fetch = [=, x = a.x + offset, dy = a.dy + (a.dy_repeats ? 0 : offset)](int64_t i, int k) BN_EXT_LAMBDA {
-    fetch_ahead(x + i, k, ahead_of_x);
-    fetch_ahead(dy + i, k, ahead_of_dy);
-    fetch_ahead(to + i, k, ahead_of_to);
+  const T* x = a.x + offset;
+  const T* dy = a.dy + (a.dy_repeats ? 0 : offset);
+  const auto fetch = [=](int64_t i) BN_EXT_LAMBDA {
+    fetch_ahead(x + i, ahead_of_x);
+    fetch_ahead(dy + i, ahead_of_dy);
+    fetch_ahead(to + i, ahead_of_to);
   };
-  const auto write = [=](const auto& dx_of_g) BN_EXT_LAMBDA {
-    if (dz == nullptr) {
-      write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
-        fetch(i, k);
-        store(dx + i, dx_of_g(gradient(i, lanes), i, lanes), lanes);
-      });
-    } else {
-      write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
-        fetch(i, k);
-        const Vec<A> g = gradient(i, lanes);
-        store(dx + i, dx_of_g(g, i, lanes), lanes);
-        store(dz + i, g, lanes);
-      });
+  write_vectors(ahead == 0 && !streams, streams, to, n, fetch, [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
+    const Vec<A> g = gradient(i, lanes);
+    if (dx != nullptr) {
+      Vec<A> sum = broadcast(A(-0.0));  // changes nothing that it is added to
+      if (training) sum = from_x(i, lanes);
+      store(dx + i, g * scale_at(i, lanes) + sum, lanes);
     }
-  };
-  if (dx == nullptr) {
-    write_vectors(streams, to, n, [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
-      fetch(i, k);
-      store(dz + i, gradient(i, lanes), lanes);
-    });
-  } else if (a.training) {
-    write(dx_of);
-  } else {
-    write(dx_in_eval);
-  }
+    if (dz != nullptr) store(dz + i, g, lanes);
+  });
 }

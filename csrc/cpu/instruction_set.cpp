@@ -13,6 +13,25 @@
 namespace bn_ext::cpu {
 namespace {
 
+struct KernelTables {
+  Kernels<float> f32;
+  Kernels<double> f64;
+  Kernels<Half> f16;
+  Kernels<BFloat16> bf16;
+};
+
+KernelTables baseline_tables() {
+  return {baseline::table<float>(), baseline::table<double>(), baseline::table<Half>(), baseline::table<BFloat16>()};
+}
+#if defined(__x86_64__)
+KernelTables avx2_tables() {
+  return {avx2::table<float>(), avx2::table<double>(), avx2::table<Half>(), avx2::table<BFloat16>()};
+}
+KernelTables avx512_tables() {
+  return {avx512::table<float>(), avx512::table<double>(), avx512::table<Half>(), avx512::table<BFloat16>()};
+}
+#endif
+
 struct Candidate {
   const char* name;
   KernelTables (*tables)();
@@ -33,10 +52,10 @@ std::vector<Candidate> candidates() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) found.push_back({"avx512", avx512_kernels});
-  if (avx2) found.push_back({"avx2", avx2_kernels});
+  if (avx512) found.push_back({"avx512", avx512_tables});
+  if (avx2) found.push_back({"avx2", avx2_tables});
 #endif
-  found.push_back({"baseline", baseline_kernels});
+  found.push_back({"baseline", baseline_tables});
   return found;
 }
 

@@ -142,18 +142,20 @@ struct Kernels {
   KernelsOf<T, RowRange> rows;
 };
 
-struct KernelTables {
-  Kernels<float> f32;
-  Kernels<double> f64;
-  Kernels<Half> f16;
-  Kernels<BFloat16> bf16;
-};
-
-// One table per instruction set that this build holds.
-KernelTables baseline_kernels();
+// One set of kernels per instruction set that this build holds; each type's is compiled by itself, from isa/.
+namespace baseline {
+template <typename T>
+Kernels<T> table();
+}
 #if defined(__x86_64__)
-KernelTables avx2_kernels();
-KernelTables avx512_kernels();
+namespace avx2 {
+template <typename T>
+Kernels<T> table();
+}
+namespace avx512 {
+template <typename T>
+Kernels<T> table();
+}
 #endif
 
 }  // namespace bn_ext::cpu

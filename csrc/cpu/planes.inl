@@ -55,7 +55,7 @@ BN_EXT_INLINE PlaneSums sum_plane(const PlaneRange& r, int64_t c, const Add& add
   for_each_run_of(r, c, [&](int64_t offset, int64_t length) BN_EXT_LAMBDA {
     if (pending + length > kMaxRun) {
       collect();
-      for (int k = 0; k < 4; ++k) s[k] = q[k] = Vec<A>{};
+      s[0] = s[1] = s[2] = s[3] = q[0] = q[1] = q[2] = q[3] = Vec<A>{};
       pending = 0;
     }
     add(offset, length, s, q);
@@ -70,7 +70,7 @@ static acc_t<T> run_sum(const T* x, int64_t n) {
   using A = acc_t<T>;
   Vec<A> sum[4] = {};
   for_each_vector<A>(
-      n, [&](int64_t i, const auto& lanes, int u) BN_EXT_LAMBDA { sum[u] += keep(load(x + i, lanes), lanes); });
+      n, [&](int64_t i, const auto& lanes, int u) BN_EXT_LAMBDA { sum[u] += keep<A>(load(x + i, lanes), lanes); });
   return sum_of_four<A>(sum);
 }
 
@@ -81,7 +81,7 @@ static Moments channel_moments(const PlaneRange& r, const T* x, int64_t c, acc_t
   const auto sums = sum_plane<A>(r, c, [&](int64_t offset, int64_t length, Vec<A>(&s)[4], Vec<A>(&q)[4]) BN_EXT_LAMBDA {
     for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int u) BN_EXT_LAMBDA {
       fetch_ahead(x + offset + i, u, r.ahead);
-      const Vec<A> d = keep(load(x + offset + i, lanes) - around, lanes);
+      const Vec<A> d = keep<A>(load(x + offset + i, lanes) - around, lanes);
       s[u] += d;
       q[u] += d * d;
     });
@@ -144,9 +144,9 @@ template <typename T>
 static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
   if (is_simple(r, a)) return simple_apply(r, a);
   Buffer<acc_t<T>> b;
-  with_form(a, [&](auto form, auto has_residual) BN_EXT_LAMBDA {
+  with_form(a, [&](auto form) BN_EXT_LAMBDA {
     for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
-      apply_run<form(), has_residual()>(a, r.ahead, offset, length, b, plane_u(a.affine, c, a.x + offset));
+      apply_run<form()>(a, r.ahead, offset, length, b, plane_u(a.affine, c, a.x + offset));
     });
   });
   if (a.streams) end_of_stream();
@@ -175,8 +175,8 @@ static void simple_grad_sums(PlaneRange r, GradArguments<T> a, GradSums* out) {
       const T* dy = a.dy + (a.dy_repeats ? 0 : offset);
       for_each_vector<A>(length, [&](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
         const Vec<A> g = load(dy + i, lanes);
-        s += keep(g, lanes);
-        q += keep(g * (load(a.x + offset + i, lanes) - mean), lanes);
+        s += keep<A>(g, lanes);
+        q += keep<A>(g * (load(a.x + offset + i, lanes) - mean), lanes);
       });
     });
     out[c - r.c_begin] = {double(add_lanes<A>(s)), double(add_lanes<A>(q))};
@@ -188,7 +188,7 @@ static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Grad
   using A = acc_t<T>;
   const bool is_plain = a.activation.kind == ActivationKind::kNone;
   if (is_plain && r.m_end - r.m_begin <= kFewValues) return simple_grad_sums(r, a, out);
-  Buffer<A> b;
+  Buffer<acc_t<T>> b;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : r.ahead;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
     for (int64_t c = r.c_begin; c < r.c_end; ++c) {
@@ -201,8 +201,8 @@ static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Grad
           fetch_ahead(x + i, k, r.ahead);
           fetch_ahead(dy + i, k, ahead_of_dy);
           const Vec<A> g = gradient(i, lanes);
-          s[k] += keep(g, lanes);
-          q[k] += keep(g * (load(x + i, lanes) - mean), lanes);
+          s[k] += keep<A>(g, lanes);
+          q[k] += keep<A>(g * (load(x + i, lanes) - mean), lanes);
         });
       };
       const auto sums = sum_plane<A>(r, c, add);
@@ -237,7 +237,7 @@ template <typename T>
 static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
   using A = acc_t<T>;
   if (is_simple(r, a)) return a.training ? simple_grad_input<true>(r, a) : simple_grad_input<false>(r, a);
-  Buffer<A> b;
+  Buffer<acc_t<T>> b;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
     for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
       const Vec<A> mean = broadcast(a.affine.mean[c]);
@@ -245,11 +245,11 @@ static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
       const Vec<A> slope = broadcast(a.training ? a.slope[c] : A(0));
       const Vec<A> shift = broadcast(a.training ? a.shift[c] : A(0));
       const T* x = a.x + offset;
-      const auto dx = [=](Vec<A> g, int64_t i, const auto& lanes)
-                          BN_EXT_LAMBDA { return g * scale + ((load(x + i, lanes) - mean) * slope + shift); };
-      const auto dx_in_eval = [=](Vec<A> g, int64_t, const auto&) BN_EXT_LAMBDA { return g * scale; };
+      const auto from_x = [=](int64_t i, const auto& lanes)
+                              BN_EXT_LAMBDA { return (load(x + i, lanes) - mean) * slope + shift; };
+      const auto scale_at = [=](int64_t, const auto&) BN_EXT_LAMBDA { return scale; };
       const auto gradient = plane_gradient<form()>(a, c, offset, length, b);
-      write_gradients(a, r.ahead, offset, length, gradient, dx, dx_in_eval);
+      write_gradients(a, r.ahead, offset, length, gradient, scale_at, from_x);
     });
   });
   if (a.streams) end_of_stream();

@@ -9,14 +9,14 @@ constexpr int64_t kRowsToSum = 8;   // at a time, or one
 // lie farther from that of all.
 constexpr int64_t kValuesForShift = 16;
 
-// Calls body(first row, integral_constant of the number of rows) for [begin, end).
+// Calls body(first row, number of rows) for [begin, end): kRowsToSum or what is left of them, or a constant one.
 template <typename Body>
 BN_EXT_INLINE void for_each_rows(const RowRange& r, int64_t begin, int64_t end, const Body& body) {
-  int64_t row = begin;
   if (r.sums_several) {
-    for (; row + kRowsToSum <= end; row += kRowsToSum) body(row, std::integral_constant<int64_t, kRowsToSum>{});
+    for (int64_t row = begin; row < end; row += kRowsToSum) body(row, smaller(kRowsToSum, end - row));
+  } else {
+    for (int64_t row = begin; row < end; ++row) body(row, std::integral_constant<int64_t, 1>{});
   }
-  for (; row < end; ++row) body(row, std::integral_constant<int64_t, 1>{});
 }
 
 // Two sums per column, kept in double.
@@ -24,6 +24,20 @@ struct ColumnSums {
   double first[kMaxColumns];
   double second[kMaxColumns];
 };
+
+template <typename A>
+BN_EXT_INLINE void add_to(A* sums, Vec<A> values) {
+  store_vector(sums, load_vector(sums) + values);
+}
+
+template <typename A>
+BN_EXT_INLINE void add_four(A* sums, const Vec<A> (&values)[4]) {
+  constexpr int64_t L = kLanes<A>;
+  add_to(sums, values[0]);
+  add_to(sums + L, values[1]);
+  add_to(sums + 2 * L, values[2]);
+  add_to(sums + 3 * L, values[3]);
+}
 
 // Calls terms(row, column, lanes, k, s, q), k as for_each_vector's u, which adds to the vectors s and q, for all rows
 // of the range and its columns, counted from column_begin on; before some rows, prepare(first row, their number), at
@@ -42,21 +56,26 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Prepare& 
     __builtin_memset(second, 0, sizeof(A) * (width + kLanes<A>));
     for_each_rows(r, begin, end, [&](int64_t row, auto rows) BN_EXT_LAMBDA {
       prepare(row, int64_t(rows));
-      const auto add_vectors = [&](int64_t i, const auto& lanes, auto vectors) BN_EXT_LAMBDA {
-        Vec<A> s[vectors] = {};  // of these rows first: short sums round less
-        Vec<A> q[vectors] = {};
-        for (int64_t below = 0; below < rows; ++below) {
-          for (int k = 0; k < vectors; ++k) terms(row + below, i + k * L, lanes, k, s[k], q[k]);
-        }
-        for (int k = 0; k < vectors; ++k) {
-          store_vector(first + i + k * L, load_vector(first + i + k * L) + s[k]);
-          store_vector(second + i + k * L, load_vector(second + i + k * L) + q[k]);
-        }
-      };
       int64_t i = 0;
-      for (; i + 4 * L <= width; i += 4 * L) add_vectors(i, AllLanes{}, std::integral_constant<int, 4>{});
-      const auto add_vector = [&](int64_t j, const auto& lanes, int)
-                                  BN_EXT_LAMBDA { add_vectors(j, lanes, std::integral_constant<int, 1>{}); };
+      for (; i + 4 * L <= width; i += 4 * L) {
+        Vec<A> s[4] = {};  // of these rows first: short sums round less
+        Vec<A> q[4] = {};
+        for (int64_t below = row; below < row + rows; ++below) {
+          terms(below, i, AllLanes{}, 0, s[0], q[0]);
+          terms(below, i + L, AllLanes{}, 1, s[1], q[1]);
+          terms(below, i + 2 * L, AllLanes{}, 2, s[2], q[2]);
+          terms(below, i + 3 * L, AllLanes{}, 3, s[3], q[3]);
+        }
+        add_four(first + i, s);
+        add_four(second + i, q);
+      }
+      const auto add_vector = [&](int64_t j, const auto& lanes, int) BN_EXT_LAMBDA {
+        Vec<A> s = {};
+        Vec<A> q = {};
+        for (int64_t below = row; below < row + rows; ++below) terms(below, j, lanes, 0, s, q);
+        add_to(first + j, s);
+        add_to(second + j, q);
+      };
       for_each_vector<A>(width, add_vector, i);
     });
     for (int64_t i = 0; i < width; ++i) sums.first[i] += first[i];
@@ -95,7 +114,7 @@ static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* sh
   ColumnSums sums;
   sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, int k, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
     fetch_ahead(base + row * r.columns + i, k, r.ahead);
-    const Vec<A> d = keep(load(base + row * r.columns + i, lanes) - load_vector(shift + i), lanes);
+    const Vec<A> d = keep<A>(load(base + row * r.columns + i, lanes) - load_vector(shift + i), lanes);
     s += d;
     q += d * d;
   });
@@ -120,7 +139,7 @@ static void row_moments(const RowRange& r, const T* x, Moments* out) {
   head.row_end = r.row_begin + smaller(r.row_end - r.row_begin, (kValuesForShift + r.run - 1) / r.run);
   ColumnSums sums;
   sum_rows<A>(head, sums, [&](int64_t row, int64_t i, const auto& lanes, int, Vec<A>& s, Vec<A>&) BN_EXT_LAMBDA {
-    s += keep(load(base + row * r.columns + i, lanes), lanes);
+    s += keep<A>(load(base + row * r.columns + i, lanes), lanes);
   });
   add_runs(head, sums.first);
   const double count = double((head.row_end - head.row_begin) * r.run);
@@ -157,9 +176,9 @@ BN_EXT_INLINE void for_each_row_run(const RowRange& r, const Body& body) {
 template <typename T>
 static void row_apply(const RowRange& r, const ApplyArguments<T>& a) {
   Buffer<acc_t<T>> b;
-  with_form(a, [&](auto form, auto has_residual) BN_EXT_LAMBDA {
+  with_form(a, [&](auto form) BN_EXT_LAMBDA {
     for_each_row_run(r, [&](int64_t offset, int64_t width) BN_EXT_LAMBDA {
-      apply_run<form(), has_residual()>(a, r.ahead, offset, width, b, row_u(a.affine, r, a.x + offset));
+      apply_run<form()>(a, r.ahead, offset, width, b, row_u(a.affine, r, a.x + offset));
     });
   });
   if (a.streams) end_of_stream();
@@ -199,8 +218,8 @@ static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums
           fetch_ahead(x + i, k, r.ahead);
           fetch_ahead(dy + i, k, ahead_of_dy);
           const Vec<A> g = gradient_at<form()>(a, dy, offset, of_row, u_at, i, lanes);
-          s += keep(g, lanes);
-          q += keep(g * (load(x + i, lanes) - load(mean + i, lanes)), lanes);
+          s += keep<A>(g, lanes);
+          q += keep<A>(g * (load(x + i, lanes) - load(mean + i, lanes)), lanes);
         });
   });
   add_runs(r, sums.first);
@@ -215,7 +234,7 @@ static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
   const A* scale = a.affine.scale + r.column_begin;
   const A* slope = a.slope + r.column_begin;
   const A* shift = a.shift + r.column_begin;
-  Buffer<A> b;
+  Buffer<acc_t<T>> b;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
     for_each_row_run(r, [&](int64_t offset, int64_t width) BN_EXT_LAMBDA {
       const T* x = a.x + offset;
@@ -224,13 +243,11 @@ static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
       if constexpr (form() == GradientForm::kBuffered) differentiate_run(a, offset, width, b.u, u_at);
       const auto gradient = [=, &a, u = b.u](int64_t i, const auto& lanes)
                                 BN_EXT_LAMBDA { return gradient_at<form()>(a, dy, offset, u, u_at, i, lanes); };
-      const auto dx = [=](Vec<A> g, int64_t i, const auto& lanes) BN_EXT_LAMBDA {
-        const Vec<A> from_x = (load(x + i, lanes) - load(mean + i, lanes)) * load(slope + i, lanes);
-        return g * load(scale + i, lanes) + (from_x + load(shift + i, lanes));
+      const auto from_x = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
+        return (load(x + i, lanes) - load(mean + i, lanes)) * load(slope + i, lanes) + load(shift + i, lanes);
       };
-      const auto dx_in_eval = [=](Vec<A> g, int64_t i, const auto& lanes)
-                                  BN_EXT_LAMBDA { return g * load(scale + i, lanes); };
-      write_gradients(a, r.ahead, offset, width, gradient, dx, dx_in_eval);
+      const auto scale_at = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA { return load(scale + i, lanes); };
+      write_gradients(a, r.ahead, offset, width, gradient, scale_at, from_x);
     });
   });
   if (a.streams) end_of_stream();

@@ -1,5 +1,5 @@
 // Vectors of the compiler's own kind (GCC and Clang vector extensions), as wide as kVectorBytes: one source for every
-// instruction set. Included inside that instruction set's namespace; see isa_*.cpp.
+// instruction set. Included inside that instruction set's namespace; see isa/*.inl.
 
 #define BN_EXT_INLINE inline __attribute__((always_inline))
 #define BN_EXT_LAMBDA __attribute__((always_inline))  // or vectors would go through memory
@@ -29,24 +29,16 @@ typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
 // ---- which lanes of a vector count ----
 
 struct AllLanes {};
-// The vector ends where the data ends and overlaps what was visited before: only the last lanes are new. Memory under
-// the others may be read, and written with the same values again.
-template <typename A>
-struct LastLanes {
-  Mask<A> mask;
-};
-// There is less data than a vector: only the first `count` elements exist in memory.
-template <typename A>
-struct FirstLanes {
-  Mask<A> mask;
-  int64_t count;
-};
 // All, which fill a part of a cache line that is written past the caches.
 struct StreamedLanes {};
-// Only these are written: the others lie in memory that is streamed to, or is not this run's.
-struct SomeLanes {
+// The lanes [first, last) at either end of a run. The other lanes' memory may be read. It may also be rewritten with
+// the values that it holds, unless `is_shared` is set: then it may belong to a streamed line. If a run is shorter than
+// a vector (`is_short`), only the first `last` elements exist in memory.
+struct EndLanes {
   int64_t first;
-  int64_t count;
+  int64_t last;
+  bool is_short;
+  bool is_shared;
 };
 
 template <typename A>
@@ -55,23 +47,15 @@ BN_EXT_INLINE Mask<A> lane_index() {
   for (int i = 0; i < kLanes<A>; ++i) index[i] = i;
   return index;
 }
-template <typename A>
-BN_EXT_INLINE LastLanes<A> last_lanes(int64_t count) {
-  return {lane_index<A>() >= int(kLanes<A> - count)};
-}
-template <typename A>
-BN_EXT_INLINE FirstLanes<A> first_lanes(int64_t count) {
-  return {lane_index<A>() < int(count), count};
-}
-
 // Zero in the lanes that do not count. By bits, so that an inf or NaN there does not matter.
-template <typename V>
-BN_EXT_INLINE V keep(V v, AllLanes) {
+template <typename A>
+BN_EXT_INLINE Vec<A> keep(Vec<A> v, AllLanes) {
   return v;
 }
-template <typename V, typename Lanes>
-BN_EXT_INLINE V keep(V v, const Lanes& lanes) {
-  return (V)((decltype(lanes.mask))v & lanes.mask);
+template <typename A>
+BN_EXT_INLINE Vec<A> keep(Vec<A> v, const EndLanes& lanes) {
+  const Mask<A> index = lane_index<A>();
+  return (Vec<A>)((Mask<A>)v & (index >= int(lanes.first)) & (index < int(lanes.last)));
 }
 
 // ---- memory <-> vector ----
@@ -88,7 +72,7 @@ BN_EXT_INLINE Vec<double> load_vector(const double* p) { return load_bits<Vec<do
 BN_EXT_INLINE void store_vector(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 BN_EXT_INLINE void store_vector(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// 16-bit floats by the processor's own instructions. The macros are of isa_*.cpp: g++ does not define __AVX2__ and its
+// 16-bit floats by the processor's own instructions. The macros are of isa/*.inl: g++ does not define __AVX2__ and its
 // kin after a target pragma.
 #if defined(BN_EXT_AVX512)
 BN_EXT_INLINE Vec<float> load_vector(const BFloat16* p) {
@@ -173,15 +157,45 @@ BN_EXT_INLINE void store_vector(Half* p, Vec<float> v) {
 }
 #endif
 
+// Copies `count` values, less than 2 * kHalf.
+template <int64_t kHalf, typename T>
+BN_EXT_INLINE void copy_some(T* to, const T* from, int64_t count) {
+  const int64_t copied = count & kHalf;
+  if (copied) __builtin_memcpy(to, from, kHalf * sizeof(T));
+  if constexpr (kHalf > 1) copy_some<kHalf / 2>(to + copied, from + copied, count);
+}
+
+// Lanes [first, last) of a vector.
+template <typename T>
+static __attribute__((noinline)) Vec<acc_t<T>> load_first(const T* p, int64_t last) {
+  constexpr int64_t L = kLanes<acc_t<T>>;
+  T buffer[L] = {};
+  copy_some<L / 2>(buffer, p, last);
+  return load_vector(buffer);
+}
+template <typename T>
+static __attribute__((noinline)) void store_some(T* p, Vec<acc_t<T>> v, int64_t first, int64_t last) {
+  constexpr int64_t L = kLanes<acc_t<T>>;
+  T buffer[L];
+  store_vector(buffer, v);
+  copy_some<L>(p + first, buffer + first, last - first);
+}
+
 template <typename T, typename Lanes>
 BN_EXT_INLINE Vec<acc_t<T>> load(const T* p, const Lanes&) {
   return load_vector(p);
 }
 template <typename T>
-BN_EXT_INLINE Vec<acc_t<T>> load(const T* p, const FirstLanes<acc_t<T>>& lanes) {
-  T buffer[kLanes<acc_t<T>>] = {};
-  __builtin_memcpy(buffer, p, lanes.count * sizeof(T));
-  return load_vector(buffer);
+BN_EXT_INLINE Vec<acc_t<T>> load(const T* p, const EndLanes& lanes) {
+  return lanes.is_short ? load_first(p, lanes.last) : load_vector(p);
+}
+template <typename T>
+BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, AllLanes) {
+  store_vector(p, v);
+}
+template <typename T>
+BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const EndLanes& lanes) {
+  lanes.is_shared ? store_some(p, v, lanes.first, lanes.last) : store_vector(p, v);
 }
 // Past the caches, for results that are too large to be found there later: ordinary stores would first read the memory
 // that they are going to overwrite. p is aligned to kBytes.
@@ -198,41 +212,17 @@ BN_EXT_INLINE void stream_bytes(void* p, const void* v) {
 #endif
   __builtin_memcpy(p, v, kBytes);
 }
-// Other threads see what was streamed before.
-BN_EXT_INLINE void end_of_stream() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
-// Copies `count` values, less than 2 * kHalf.
-template <int64_t kHalf, typename T>
-BN_EXT_INLINE void copy_some(T* to, const T* from, int64_t count) {
-  const int64_t copied = count & kHalf;
-  if (copied) __builtin_memcpy(to, from, kHalf * sizeof(T));
-  if constexpr (kHalf > 1) copy_some<kHalf / 2>(to + copied, from + copied, count);
-}
-
-template <typename T, typename Lanes>
-BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const Lanes&) {
-  store_vector(p, v);
-}
-template <typename T>
-BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const SomeLanes& lanes) {
-  constexpr int64_t L = kLanes<acc_t<T>>;
-  T buffer[L];
-  store_vector(buffer, v);
-  copy_some<L>(p + lanes.first, buffer + lanes.first, lanes.count);
-}
-template <typename T>
-BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const FirstLanes<acc_t<T>>& lanes) {
-  store(p, v, SomeLanes{0, lanes.count});
-}
 template <typename T>
 BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, StreamedLanes) {
   T buffer[kLanes<acc_t<T>>];
   store_vector(buffer, v);
   stream_bytes<sizeof(buffer)>(p, buffer);
+}
+// Other threads see what was streamed before.
+BN_EXT_INLINE void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // Not std::min: a library's template compiled for this instruction set might serve the whole program.

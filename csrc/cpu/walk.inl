@@ -6,9 +6,13 @@ constexpr int64_t kLineBytes = 64;
 // Asks for what a walk comes to later: the processor's own prefetchers stop at the end of a page, and do not know where
 // the next run begins. u: as in for_each_vector; mostly, a cache line is asked for once. 0 bytes: nothing.
 template <typename T>
+BN_EXT_INLINE void fetch_ahead(const T* p, int64_t bytes) {
+  if (bytes != 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 2);
+}
+template <typename T>
 BN_EXT_INLINE void fetch_ahead(const T* p, int u, int64_t bytes) {
   constexpr int kPerLine = kLineBytes / int(kLanes<acc_t<T>> * sizeof(T));
-  if (u % kPerLine == 0 && bytes != 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 2);
+  if (u % kPerLine == 0) fetch_ahead(p, bytes);
 }
 
 // Visits [begin, n): body(i, lanes, u) for the vector at i; u in 0..3 numbers the independent accumulators. Before
@@ -24,38 +28,9 @@ BN_EXT_INLINE void for_each_vector(int64_t n, const Body& body, int64_t begin = 
     body(i + 3 * L, AllLanes{}, 3);
   }
   for (; i + L <= n; i += L) body(i, AllLanes{}, 0);
-  const int64_t rest = n - i;
-  if (rest == 0) return;
-  if (n >= L) {
-    body(n - L, last_lanes<A>(rest), 1);
-  } else {
-    body(i, first_lanes<A>(rest), 1);
-  }
-}
-
-// Visits [0, n) to write it past the caches: whole lines, of which `head` values of the run are before the first, with
-// StreamedLanes; the ends, whose lines are shared with a neighbour, with SomeLanes. n is two lines at least.
-template <typename T, typename Body>
-BN_EXT_INLINE void for_each_streamed_vector(int64_t head, int64_t n, const Body& body) {
-  constexpr int64_t L = kLanes<acc_t<T>>;
-  constexpr int64_t kPerLine = kLineBytes / int64_t(sizeof(T));
-  const int64_t tail = head + (n - head) / kPerLine * kPerLine;
-  const auto write_end = [&](int64_t begin, int64_t end) BN_EXT_LAMBDA {
-    for (int64_t i = begin; i < end; i += L) {
-      const int64_t p = smaller(i, n - L);
-      body(p, SomeLanes{i - p, smaller(L, end - i)}, 0);
-    }
-  };
-  write_end(0, head);
-  int64_t i = head;
-  for (; i + 4 * L <= tail; i += 4 * L) {
-    body(i, StreamedLanes{}, 0);
-    body(i + L, StreamedLanes{}, 1);
-    body(i + 2 * L, StreamedLanes{}, 2);
-    body(i + 3 * L, StreamedLanes{}, 3);
-  }
-  for (; i < tail; i += L) body(i, StreamedLanes{}, 0);
-  write_end(tail, n);
+  if (i == n) return;
+  const int64_t p = n < L ? 0 : n - L;
+  body(p, EndLanes{i - p, n - p, n < L, n < L}, 1);
 }
 
 // How many values lie before the first whole cache line.
@@ -64,13 +39,48 @@ BN_EXT_INLINE int64_t before_line(const T* p) {
   return int64_t(-reinterpret_cast<uintptr_t>(p) % kLineBytes / sizeof(T));
 }
 
-// Visits [0, n) to write it to `to`.
-template <typename T, typename Body>
-BN_EXT_INLINE void write_vectors(bool streams, const T* to, int64_t n, const Body& body) {
-  if (streams && n * int64_t(sizeof(T)) >= 2 * kLineBytes) {
-    for_each_streamed_vector<T>(before_line(to), n, body);
-  } else {
-    for_each_vector<acc_t<T>>(n, body);
+// Visits [0, n) to write it to `to`: body(i, lanes) for the vector at i; for each cache line fetch(i), if the values
+// are not in cache. To stream, the whole lines go past the caches; the ends, whose lines are shared with a neighbour,
+// do not.
+template <typename T, typename Fetch, typename Body>
+BN_EXT_INLINE void write_vectors(
+    bool in_cache, bool streams, const T* to, int64_t n, const Fetch& fetch, const Body& body) {
+  constexpr int64_t L = kLanes<acc_t<T>>;
+  constexpr int64_t kPerLine = kLineBytes / int64_t(sizeof(T));
+  if (n < 2 * kPerLine) streams = false;
+  if (n >= L && !streams) {
+    int64_t i = 0;
+    if (in_cache) {
+      for (; i + 4 * L <= n; i += 4 * L) {
+        body(i, AllLanes{});
+        body(i + L, AllLanes{});
+        body(i + 2 * L, AllLanes{});
+        body(i + 3 * L, AllLanes{});
+      }
+    } else {
+      for (; i + kPerLine <= n; i += kPerLine) {
+        fetch(i);
+#pragma GCC unroll 2
+        for (int64_t k = 0; k < kPerLine; k += L) body(i + k, AllLanes{});
+      }
+    }
+    // The last overlaps what was written before: the same values again.
+    for (; i < n; i += L) body(smaller(i, n - L), AllLanes{});
+    return;
+  }
+  const int64_t head = streams ? before_line(to) : 0;
+  int64_t tail = head;
+  for (; streams && tail + kPerLine <= n; tail += kPerLine) {
+    fetch(tail);
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < kPerLine; k += L) body(tail + k, StreamedLanes{});
+  }
+  for (int64_t i = head == 0 ? tail : 0; i < n; i = i < head || i >= tail ? i : tail) {
+    const int64_t stop = i < head ? head : n;
+    const int64_t p = n < L ? 0 : smaller(i, n - L);
+    const int64_t end = smaller(i + L, stop);
+    body(p, EndLanes{i - p, end - p, n < L, true});
+    i = end;
   }
 }
 

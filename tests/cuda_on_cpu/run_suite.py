@@ -41,9 +41,11 @@ EXCEPT = "not instruction_set and not 16_bit_value and not inf_and_nan"
 
 def build_package() -> None:
     """Copy the sources and build the extension in them, or bring both up to date."""
+    shutil.rmtree(FOLDER / "csrc", ignore_errors=True)  # or files that are gone would be compiled
     shutil.copytree(build.ROOT, FOLDER, ignore=NOT_COPIED, dirs_exist_ok=True)
     kernels = build.library(KERNELS)
-    sources = [path for folder in ("csrc", "csrc/cpu") for path in sorted((FOLDER / folder).glob("*.cpp"))]
+    folders = [FOLDER / folder for folder in ("csrc", "csrc/cpu", "csrc/cpu/isa")]
+    sources = [path for folder in folders for path in sorted(folder.glob("*.cpp"))]
     sources = [path for path in sources if path.name != "batch_norm_cpu.cpp"]
     sources += [FOLDER / "csrc/cuda/unavailable.cpp", FOLDER / "tests/cuda_on_cpu/backend.cpp"]
     objects = FOLDER / "build"

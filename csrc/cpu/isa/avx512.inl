@@ -1,11 +1,11 @@
-// The kernels for processors with AVX-512 (F, BW, DQ, VL).
+// One type's kernels, BN_EXT_TYPE's, for processors with AVX-512 (F, BW, DQ, VL).
 // Headers come before the target pragma, so that no inline function of theirs is compiled for more than the baseline.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <type_traits>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
@@ -21,10 +21,8 @@ namespace bn_ext::cpu {
 namespace avx512 {
 #define BN_EXT_AVX512
 constexpr int kVectorBytes = 64;
-#include "table.inl"
+#include "../table.inl"
 }  // namespace avx512
-
-KernelTables avx512_kernels() { return avx512::all_kernels(); }
 }  // namespace bn_ext::cpu
 
 #if defined(__clang__)

@@ -1,11 +1,11 @@
-// The kernels for processors with AVX2, FMA and F16C.
+// One type's kernels, BN_EXT_TYPE's, for processors with AVX2, FMA and F16C.
 // Headers come before the target pragma, so that no inline function of theirs is compiled for more than the baseline.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <type_traits>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -18,10 +18,8 @@ namespace bn_ext::cpu {
 namespace avx2 {
 #define BN_EXT_AVX2
 constexpr int kVectorBytes = 32;
-#include "table.inl"
+#include "../table.inl"
 }  // namespace avx2
-
-KernelTables avx2_kernels() { return avx2::all_kernels(); }
 }  // namespace bn_ext::cpu
 
 #if defined(__clang__)

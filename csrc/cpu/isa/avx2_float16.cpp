@@ -1,0 +1,2 @@
+#define BN_EXT_TYPE Half
+#include "avx2.inl"

@@ -1,0 +1,2 @@
+#define BN_EXT_TYPE float
+#include "avx512.inl"
