@@ -1,6 +1,7 @@
 # What a user and CI run. Everything happens in .venv, made at the first call; `make clean` removes it.
 #   make demo     trains on real images with torch.nn and with bn_ext, side by side
 #   make test     builds and runs the whole test suite
+#   make test-quick  one case of each test that does not take long: for the edit loop
 #   make bench    compares with torch.nn on the best device of this machine
 #   make lint     ruff, mypy, clang-format
 #   make test-cuda-on-cpu  the test suite once more, with the CUDA kernels executed on the CPU
@@ -8,29 +9,39 @@
 #   make test-arm64        compiles the CPU kernels for arm64; needs Debian's g++-aarch64-linux-gnu
 #   make test-gpu          all that a GPU can tell, into the folder OUT: build, tests, compute-sanitizer, benchmarks
 # TORCH=torch==2.13.0 installs that torch, and so do later calls; otherwise one that PYTHON can import is used, else the
-# newest.
+# newest: on a machine without a GPU the newest CPU build, if pip's index has one. Kernels are built for this machine,
+# unless BN_EXT_CUDA or TORCH_CUDA_ARCH_LIST say otherwise.
 
 PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
+# Tests on a GPU measure its memory, so they run one at a time.
+WORKERS ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo 0 || echo 2)
+PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 OUT ?= gpu-check
 RUN := $(VENV)/bin/python
 FORMATTED := $(shell find benchmarks csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-cuda-on-cpu test-cuda-build test-arm64 test-gpu bench lint format build clean
+.PHONY: demo test test-quick test-cuda-on-cpu test-cuda-build test-arm64 test-gpu bench lint format build clean
 
-# The environment, and the extension built in it; again where a source has changed.
-build:
-	@$(PYTHON) scripts/make_env.py --folder $(VENV) --torch "$(TORCH)"
+# env-A-B: makes the environment with the extras A and B, and rebuilds the extension if a source has changed.
+.NOTPARALLEL:
+env-%:
+	@$(PYTHON) scripts/make_env.py --folder $(VENV) --torch "$(TORCH)" --extras $(subst -, ,$*)
 
-demo: build
+build: env-test-demo-lint
+
+demo: env-demo
 	$(RUN) -m examples.digits $(DEMO_OPTIONS)
 
-test: build
-	$(RUN) -m pytest $(TEST_OPTIONS)
+test: env-test-demo
+	$(PYTEST) $(TEST_OPTIONS)
 
-test-cuda-on-cpu: build
-	$(RUN) tests/cuda_on_cpu/run_suite.py $(TEST_OPTIONS)
+test-quick: env-test-demo
+	$(PYTEST) -m quick $(TEST_OPTIONS)
+
+test-cuda-on-cpu: env-test-demo
+	$(RUN) tests/cuda_on_cpu/run_suite.py -n $(WORKERS) --dist worksteal $(TEST_OPTIONS)
 
 # Not in .venv: an environment of its own with the oldest torch, kept in the user's cache folder.
 test-cuda-build:
@@ -43,16 +54,16 @@ test-arm64:
 test-gpu:
 	PYTHON="$(PYTHON)" scripts/gpu_check.sh "$(OUT)"
 
-bench: build
+bench: env-test
 	$(RUN) -m benchmarks $(BENCH_OPTIONS)
 
-lint: build
+lint: env-test-demo-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 
-format: build
+format: env-test-demo-lint
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(FORMATTED)

@@ -23,7 +23,7 @@ from pathlib import Path
 from commands import ROOT, fail, output_of, run
 from cuda_toolkit import find_nvcc
 from kernels_check import ARCHITECTURES, NVCC_FLAGS, check_kernels
-from make_env import BUILD_REQUIREMENTS
+from make_env import BUILD_REQUIREMENTS, requirements_of
 
 TORCH = "torch==2.11.0"
 # Of the checkout, not copied: what git ignores, and git itself.
@@ -61,9 +61,7 @@ def required_nvcc() -> Path:
 
 def requirements() -> list[str]:
     """What goes into the environment: torch, what a build needs, and what the tests need."""
-    project = (ROOT / "pyproject.toml").read_text()
-    (test,) = re.findall(r"^test = (\[.*\])$", project, re.MULTILINE)  # Python 3.10 has no tomllib
-    return [TORCH, *BUILD_REQUIREMENTS, *json.loads(test)]
+    return [TORCH, *BUILD_REQUIREMENTS, *requirements_of("test")]
 
 
 def make_environment(cache: Path) -> Path:
@@ -184,7 +182,8 @@ def main() -> None:
             check_driver(nvcc, sources)
         with part("tests on the CPU, with this build", seconds):
             # tests/cuda_on_cpu compiles the kernels without torch, so one run of it with any torch is enough.
-            tests = ("-m", "pytest", "-q", "--device=cpu", "--ignore=tests/cuda_on_cpu", "-p", "no:cacheprovider")
+            tests = ("-m", "pytest", "-q", "-n", "2", "--device=cpu", "--ignore=tests/cuda_on_cpu")
+            tests += ("-p", "no:cacheprovider")
             run("the test suite", python, *tests, cwd=sources)
     print("\n== all passed: " + ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()))
 

@@ -1,26 +1,56 @@
 """Make the environment that the Makefile's targets run in: .venv, with torch, what is asked for, and bn_ext built.
 
 A torch that this Python can already import is used and not replaced, unless a requirement is named with --torch, now or
-when the environment was made before.
+when the environment was made before. Torch and kernels are chosen for this machine: without a GPU, torch's CPU build if
+pip's index offers one, and no CUDA kernels; with one, kernels for that GPU only.
 """
 
 import argparse
 import importlib.util
+import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
+from progress import Steps
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_REQUIREMENTS = ["setuptools>=77", "wheel", "ninja", "pybind11"]
+OLDEST_TORCH = (2, 11)
+# Prints the compute capabilities of this machine's GPUs, if torch and so its toolkit know them all.
+CAPABILITIES = """
+import torch
+found = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+if all(f"sm_{major}{minor}" in torch.cuda.get_arch_list() for major, minor in found):
+    print(";".join(f"{major}.{minor}" for major, minor in found))
+"""
 
 
-def run(*command: str | Path) -> None:
-    """Run a command in the source folder; stop with its status if it fails."""
-    print("+", *command, flush=True)
-    status = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
+def say(words: str) -> None:
+    """Print what was decided, and why."""
+    print(f"make_env: {words}", flush=True)
+
+
+def run(steps: Steps, words: str, python: Path, *arguments: str, **environment: str) -> None:
+    """Run a step of the environment's Python in the source folder; stop with its status if it fails."""
+    # torch looks for ninja, which is beside that Python, on the PATH; without it, files are compiled one by one.
+    path = os.pathsep.join([str(python.parent.absolute()), os.environ.get("PATH", "")])
+    status = steps.run(words, [python, *arguments], ROOT, {"PATH": path, **environment})
     if status != 0:
-        sys.exit(f"make_env: that command failed with status {status}; docs/install.md lists known causes")
+        sys.exit(f"make_env: '{words}' failed with status {status}, see above; docs/install.md lists known causes")
+
+
+def has_gpu() -> bool:
+    """Whether the driver lists a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return result.returncode == 0 and "GPU " in result.stdout
 
 
 def importable_torch() -> Path | None:
@@ -29,6 +59,48 @@ def importable_torch() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     return Path(spec.origin).parent.parent
+
+
+def newest_cpu_build(listing: str) -> str | None:
+    """The newest version with the label +cpu among those that `pip index versions torch` lists."""
+    found = re.findall(r"(\d+)\.(\d+)\.(\d+)\+cpu", listing)
+    newest = max((tuple(map(int, version)) for version in found), default=(0, 0, 0))
+    return "{}.{}.{}+cpu".format(*newest) if newest >= OLDEST_TORCH else None
+
+
+def choose_torch(python: Path) -> str:
+    """The requirement to install where no torch is at hand and none is named."""
+    if not has_gpu():
+        command = [python, "-m", "pip", "index", "versions", "torch"]
+        listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        version = newest_cpu_build(listing)
+        if version is not None:
+            say(f"no GPU here, so torch {version}, which has no CUDA (TORCH=torch==... installs another)")
+            return f"torch=={version}"
+        say(
+            "no GPU here, but pip's index lists no CPU build of torch: the newest is installed, which has CUDA and "
+            "takes several GB (PIP_EXTRA_INDEX_URL names an index that has one, TORCH=torch==... another version)"
+        )
+    else:
+        say("the newest torch is installed (TORCH=torch==... installs another)")
+    return f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"
+
+
+def build_settings(python: Path) -> dict[str, str]:
+    """Which CUDA kernels to build: what the user's variables say, else what this machine can run."""
+    names = ("BN_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")
+    settings = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if settings:
+        return settings
+    if not has_gpu():
+        say("no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them)")
+        return {"BN_EXT_CUDA": "0"}
+    result = subprocess.run([python, "-c", CAPABILITIES], capture_output=True, text=True, check=False)
+    capabilities = result.stdout.strip()
+    if result.returncode != 0 or not capabilities:
+        return {}  # setup.py says why there are no kernels, or builds the default ones for a newer GPU
+    say(f"CUDA kernels are built for this machine's GPU only, {capabilities} (TORCH_CUDA_ARCH_LIST names others)")
+    return {"TORCH_CUDA_ARCH_LIST": capabilities}
 
 
 def create(folder: Path, shared_packages: Path | None) -> Path:
@@ -42,18 +114,32 @@ def create(folder: Path, shared_packages: Path | None) -> Path:
     return python
 
 
-def make(folder: Path, torch: str) -> Path:
-    """A fresh environment with everything installed and bn_ext built in it; returns its Python."""
+PIP = ("-m", "pip", "install", "--disable-pip-version-check")
+
+
+def requirements_of(*extras: str) -> list[str]:
+    """What pyproject.toml lists for these extras."""
+    project = (ROOT / "pyproject.toml").read_text()
+    found = [re.search(rf"^{extra} = (\[.*\])$", project, re.MULTILINE) for extra in extras]
+    return [requirement for match in found if match for requirement in json.loads(match[1])]  # 3.10 has no tomllib
+
+
+def make(folder: Path, torch: str) -> dict[str, str]:
+    """A fresh environment with torch and bn_ext built; returns the settings of the build."""
     shared = None if torch else importable_torch()
+    steps = Steps(3 if shared is None else 2)
     if shared is not None:
-        print(f"make_env: using the torch in {shared} (name another with TORCH=...)", flush=True)
+        say(f"using the torch in {shared} (TORCH=torch==... installs another)")
+    say(f"a new environment in {folder}")
     python = create(folder, shared)
-    pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    run(*pip, *BUILD_REQUIREMENTS)
+    run(steps, "install the build tools", python, *PIP, *BUILD_REQUIREMENTS)
     if shared is None:
-        run(*pip, torch or "torch>=2.11")
-    run(*pip, "--no-build-isolation", "--editable", ".[test,demo,lint]")
-    return python
+        requirement = torch or choose_torch(python)
+        run(steps, f"install {requirement}", python, *PIP, requirement)
+    settings = build_settings(python)
+    editable = ["--no-build-isolation", "--verbose", "--editable", "."]
+    run(steps, "compile and install bn_ext", python, *PIP, *editable, **settings)
+    return settings
 
 
 def newest_source() -> float:
@@ -62,25 +148,61 @@ def newest_source() -> float:
     return max(path.stat().st_mtime for path in sources)
 
 
+class Note:
+    """What an environment was made for, in a file of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "made_for.json"
+        try:
+            made = json.loads(self.path.read_text())
+        except (OSError, ValueError):  # never made, or not to the end
+            made = {}
+        self.torch: str = made.get("torch", "")
+        self.project: str = made.get("project", "")
+        self.settings: dict[str, str] = made.get("settings", {})
+        self.extras: list[str] = made.get("extras", [])
+        self.built: float = made.get("built", 0.0)
+
+    def write(self) -> None:
+        """At once, so that it is never half of one."""
+        values = {name: value for name, value in vars(self).items() if name != "path"}
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(values))
+        new.replace(self.path)
+
+
 def main() -> None:
     """Create, install and build, each only where it is missing or out of date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv")
     parser.add_argument("--torch", default="", help="requirement to install, as torch==2.13.0; overrides a torch found")
+    parser.add_argument("--extras", nargs="+", default=["test", "demo", "lint"], help="of pyproject.toml")
     options = parser.parse_args()
 
-    # What the environment was made for; the file's time is that of the last build.
-    made_for = options.folder / "made_for.txt"
-    old_torch, _, old_project = made_for.read_text().partition("\n") if made_for.exists() else ("", "", "")
+    python = options.folder / "bin" / "python"
+    note = Note(options.folder)
     project = (ROOT / "pyproject.toml").read_text()
-    torch = options.torch or old_torch
-    if (torch, project) != (old_torch, old_project):
-        python = make(options.folder, torch)
-        run(python, "-m", "bn_ext")
-        made_for.write_text(f"{torch}\n{project}")
-    elif made_for.stat().st_mtime < newest_source():
-        run(options.folder / "bin" / "python", "setup.py", "--quiet", "build_ext", "--inplace")
-        made_for.touch()
+    torch = options.torch or note.torch
+    begin = time.time()  # a source that changes while it is compiled is newer
+    if (note.project, note.torch) != (project, torch):
+        note.path.unlink(missing_ok=True)
+        note.settings = make(options.folder, torch)
+        note.torch, note.project, note.extras, note.built = torch, project, [], begin
+        note.write()
+        run(Steps(1), "python -m bn_ext", python, "-m", "bn_ext")
+    else:
+        settings = build_settings(python)
+        if note.settings != settings or note.built < newest_source():
+            command = ["setup.py", "build_ext", "--inplace", *(["--force"] if note.settings != settings else [])]
+            run(Steps(1), "compile bn_ext", python, *command, **settings)
+            note.settings, note.built = settings, begin
+            note.write()
+    missing = [extra for extra in options.extras if extra not in note.extras]
+    if missing:
+        words = f"install what {' and '.join(missing)} needs"
+        run(Steps(1), words, python, *PIP, *requirements_of(*missing))
+        note.extras += missing
+        note.write()
 
 
 if __name__ == "__main__":

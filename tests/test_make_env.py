@@ -1,40 +1,154 @@
-"""The environment that `make` builds: when it is made anew, and with which torch."""
+"""The environment that `make` builds: when it is made anew, with which torch and kernels, and what is seen of it."""
 
 import importlib.util
+import queue
+import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "make_env.py"
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+VERSIONS = """torch (2.15.0)
+Available versions: 2.15.0, 2.14.1, 2.13.0+cpu, 2.13.0, 2.9.0+cpu, 2.12.0+cu130
+"""
 
 
-def test_a_torch_that_was_named_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`make lint` after `make test TORCH=...` does not bring another torch, even where the project has changed."""
-    spec = importlib.util.spec_from_file_location("make_env", SCRIPT)
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made: list[str] = []
+    return module
 
-    def make(folder: Path, torch: str) -> Path:
-        made.append(torch)
-        return folder
 
-    monkeypatch.setattr(module, "make", make)
-    monkeypatch.setattr(module, "run", lambda *command: None)
+@pytest.fixture
+def make_env(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, on a machine without a GPU."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    for name in ("BN_EXT_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    module = load("make_env")
+    monkeypatch.setattr(module, "has_gpu", lambda: False)
+    return module
 
-    def call(*options: str) -> list[str]:
-        made.clear()
-        monkeypatch.setattr(sys, "argv", ["make_env.py", "--folder", str(tmp_path), *options])
-        module.main()
-        return list(made)
 
-    assert call() == [""]  # whichever torch can be imported
-    assert call() == []
-    assert call("--torch", "torch==2.13.0") == ["torch==2.13.0"]
-    assert call() == []
-    assert call("--torch", "torch==2.13.0") == []
-    note = tmp_path / "made_for.txt"
-    note.write_text(note.read_text() + "# changed\n")
-    assert call() == ["torch==2.13.0"]
-    assert call("--torch", "torch==2.11.0") == ["torch==2.11.0"]
+@pytest.fixture
+def script(make_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Script":
+    return Script(make_env, monkeypatch, tmp_path)
+
+
+class Script:
+    """Calls of make_env.py that note what they would do."""
+
+    def __init__(self, module: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.module, self.monkeypatch, self.folder = module, monkeypatch, folder
+        self.done: list[object] = []
+
+        def make(folder: Path, torch: str) -> dict[str, str]:
+            self.done.append(("make", torch))
+            return dict(module.build_settings(folder))
+
+        monkeypatch.setattr(module, "make", make)
+        monkeypatch.setattr(module, "run", lambda steps, words, *command, **environment: self.done.append(words))
+
+    def __call__(self, *options: str) -> list[object]:
+        self.done.clear()
+        self.monkeypatch.setattr(sys, "argv", ["make_env.py", "--folder", str(self.folder), *options])
+        self.module.main()
+        return list(self.done)
+
+
+def test_a_torch_that_was_named_stays(script: Script) -> None:
+    """`make lint` after `make test TORCH=...` does not bring another torch, even where the project has changed."""
+    made = ["python -m bn_ext", "install what test and demo and lint needs"]
+    assert script() == [("make", ""), *made]  # whichever torch can be imported
+    assert script() == []
+    assert script("--torch", "torch==2.13.0") == [("make", "torch==2.13.0"), *made]
+    assert script() == []
+    assert script("--torch", "torch==2.13.0") == []
+    note = script.folder / "made_for.json"
+    note.write_text(note.read_text().replace("setuptools", "setuptools "))
+    assert script() == [("make", "torch==2.13.0"), *made]
+    assert script("--torch", "torch==2.11.0") == [("make", "torch==2.11.0"), *made]
+    note.write_text(note.read_text()[:20])  # the disk was full
+    assert script() == [("make", ""), *made]
+
+
+def test_what_is_needed_later_is_added(script: Script) -> None:
+    script("--extras", "demo")
+    assert script("--extras", "demo", "test") == ["install what test needs"]
+    assert script("--extras", "demo", "test") == []
+
+
+def test_other_kernels_are_compiled_again(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    script()
+    monkeypatch.setenv("BN_EXT_CUDA", "1")
+    assert script() == ["compile bn_ext"]
+    assert script() == []
+
+
+def test_kernels_are_those_that_this_machine_can_run(
+    make_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_env.build_settings(tmp_path) == {"BN_EXT_CUDA": "0"}
+    assert "no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them)" in capsys.readouterr().out
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho '9.0;10.0'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(make_env, "has_gpu", lambda: True)
+    assert make_env.build_settings(python) == {"TORCH_CUDA_ARCH_LIST": "9.0;10.0"}
+    assert "for this machine's GPU only, 9.0;10.0 (TORCH_CUDA_ARCH_LIST names others)" in capsys.readouterr().out
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert make_env.build_settings(python) == {"TORCH_CUDA_ARCH_LIST": "8.0"}
+
+
+def test_without_a_gpu_torch_is_the_newest_cpu_build(
+    make_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{VERSIONS}'\n")
+    python.chmod(0o755)
+    assert make_env.choose_torch(python) == "torch==2.13.0+cpu"
+    assert "no GPU here, so torch 2.13.0+cpu, which has no CUDA" in capsys.readouterr().out
+    python.write_text("#!/bin/sh\necho 'Available versions: 2.15.0, 2.9.0+cpu'\n")  # that one is too old
+    assert make_env.choose_torch(python) == "torch>=2.11"
+    assert "TORCH=torch==... another version" in capsys.readouterr().out
+    monkeypatch.setattr(make_env, "has_gpu", lambda: True)
+    assert make_env.choose_torch(python) == "torch>=2.11"
+
+
+class Silence:
+    """Lines of a command, one after the other; None: nothing comes for as long as the reader waits."""
+
+    def __init__(self, *lines: str | None) -> None:
+        self.lines = [*lines]
+
+    def get(self, timeout: float) -> str | None:
+        if not self.lines:
+            return None
+        line = self.lines.pop(0)
+        if line is None:
+            raise queue.Empty
+        return line
+
+
+def test_a_silent_command_gives_signs_of_life(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = load("progress").Steps(2)
+    lines = ["bn_ext: CUDA kernels: no\n", "[3/9] c++ -c a/b.cpp -o b.o\n"]
+    output: list[str] = []
+    steps._follow(Silence(lines[0], lines[1], None, None), output)
+    assert output == lines
+    printed = [line.partition("]   ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert printed == ["bn_ext: CUDA kernels: no", "file 3 of 9, b.cpp", "file 3 of 9, b.cpp"]
+
+
+def test_the_output_of_a_command_that_fails_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = load("progress").Steps(2)
+    assert steps.run("pass", ["sh", "-c", "echo much"], tmp_path, {}) == 0
+    assert steps.run("fail", ["sh", "-c", "echo the $REASON; exit 3"], tmp_path, {"REASON": "disk"}) == 3
+    output = re.sub(r"\d+:\d\d", "0:00", capsys.readouterr().out)
+    assert output == "[step 1 of 2, 0:00] pass\n[step 2 of 2, 0:00] fail\nthe disk\n"
