@@ -120,7 +120,7 @@ def train(name: str, norm: Norm | None, digits: Digits, plan: Plan, seed: int) -
     recorder = InputRecorder(model[-2])
     curve = Curve(name)
     losses = []
-    with Progress(f"(a) {name}", plan.steps) as progress:
+    with Progress(f"(a) {name}", plan.steps, is_timed=False) as progress:
         for images, labels in batches(digits, BATCH_SIZE, plan.steps, seed):
             loss = nn.functional.cross_entropy(model(images), labels)
             optimizer.zero_grad()
