@@ -10,7 +10,7 @@ os.environ.update(TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_AUTOGRAD_CACHE
 
 import pytest
 import torch
-from helpers import devices
+from helpers import devices, heartbeat
 from helpers.processes import Workers
 
 from bn_ext import build_info, testing
@@ -27,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large_memory: needs tens of GB of memory, of the GPU where it runs on one")
     config.addinivalue_line("markers", "alone: asks what goes on meanwhile, so nothing else may use the GPU")
     config.addinivalue_line("markers", "processes: starts several processes")
+    config.addinivalue_line("markers", "slow: even one case takes seconds; has no part in make test-quick")
+    config.addinivalue_line("markers", "quick: the first case of each test that is not slow; set by conftest.py")
+    heartbeat.register(config)
     chosen = config.getoption("--device")
     if chosen is not None and chosen not in testing.devices():
         info = build_info()
@@ -34,19 +37,36 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device={chosen}: bn_ext cannot run there: {reason}")
 
 
+# First: pytest's own -m looks at the markers that this sets.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what belongs to another device than --device."""
+    """Deselect what belongs to another device than --device, and mark what is quick."""
+    keep_device(config, items)
+    mark_quick(items)
+
+
+def keep_device(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = config.getoption("--device")
     if chosen is None:
         return
-
-    def belongs(item: pytest.Item) -> bool:
-        callspec = getattr(item, "callspec", None)
-        return (callspec.params.get("device", "cpu") if callspec else "cpu") == chosen
-
-    others = [item for item in items if not belongs(item)]
+    others = [item for item in items if device_of(item) != chosen]
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if belongs(item)]
+    items[:] = [item for item in items if device_of(item) == chosen]
+
+
+def device_of(item: pytest.Item) -> str:
+    callspec = getattr(item, "callspec", None)
+    return str(callspec.params.get("device", "cpu")) if callspec else "cpu"
+
+
+def mark_quick(items: list[pytest.Item]) -> None:
+    """Mark the first case of every test on each device, so that `make test-quick` touches each test once."""
+    seen = set()
+    for item in items:
+        function = item.nodeid.partition("[")[0], device_of(item)
+        if function not in seen and item.get_closest_marker("slow") is None:
+            item.add_marker("quick")
+        seen.add(function)
 
 
 @pytest.fixture(params=testing.devices())

@@ -181,6 +181,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All who can be measured without a GPU; then again, where nothing is left to do."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -99,6 +99,7 @@ def test_parameters_of_the_models(name: str, count: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
+@pytest.mark.slow
 def test_live_bytes() -> None:
     """By hand: y = relu(conv(x)), a 1x1 convolution of 2 to 3 channels without bias on a plane of 100 values."""
     x = torch.randn(1, 2, 10, 10)

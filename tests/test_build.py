@@ -55,6 +55,7 @@ WITHOUT_CUDA = "import torch; torch.version.cuda = None"
 WITH_CUDA = "import torch; torch.version.cuda = '13.0'"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "words"),
     [(WITHOUT_CUDA, "was built without CUDA"), (WITH_CUDA, "no CUDA toolkit was found at build time")],
@@ -80,6 +81,7 @@ def fake_toolkit(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_toolkit_is_where_its_headers_are(sources: Path, tmp_path: Path) -> None:
     """The nvcc that torch finds on PATH may be a script beside no headers."""
     result = setup(sources, WITH_CUDA, CUDA_HOME=str(fake_toolkit(tmp_path / "toolkit")))
@@ -95,6 +97,7 @@ setuptools.setup = lambda ext_modules, **_: print("sources:", *ext_modules[0].so
 """
 
 
+@pytest.mark.slow
 def test_sources_are_built_once_and_the_planner_always(sources: Path, tmp_path: Path) -> None:
     """What bn_ext.explain asks is in every build; the host's side of CUDA or what stands in for it, never both."""
     toolkit = str(fake_toolkit(tmp_path / "toolkit"))

@@ -70,6 +70,7 @@ def test_sizes_that_change(changing: str, layout: str, dynamic: bool | None, tra
     assert counts[-1] - counts[0] == (0 if dynamic else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

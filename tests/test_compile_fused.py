@@ -92,6 +92,7 @@ class Network(nn.Module):
         return F.relu(self.norms[1](self.convs[1](y)) + x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_a_fused_network_by_inductor(device: str, training: bool) -> None:
     """Sizes change from step to step."""

@@ -111,6 +111,7 @@ def test_compiled_autograd_of_a_compiled_step(device: str, library: str) -> None
         torch.testing.assert_close(actual.grad, parameter.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("library", ["bn_ext", "torch.nn"])
 def test_compiled_autograd_of_an_eager_forward(device: str, library: str, training: bool) -> None:

@@ -44,6 +44,7 @@ def test_what_is_not_finite_is_never_within_noise() -> None:
     assert said.endswith("not finite")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", convergence.DTYPES)
 def test_both_variants_are_trained_alike(dtype: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights and batches: the first losses differ by rounding only; in bfloat16 it is autocast's."""
@@ -61,6 +62,7 @@ def test_both_variants_are_trained_alike(dtype: str, device: str, monkeypatch: p
     assert len(seen) == 2 * (4 + 2)  # in training and when measured
 
 
+@pytest.mark.slow
 def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The budget, the files, the sentences and the exit status."""
     pytest.importorskip("sklearn")

@@ -47,6 +47,7 @@ def distributed(rank: int, library: str, place: str, training: bool, fused: bool
     return step(norm, [leaf(distribute_tensor(x, mesh, [placement])) for x in inputs(1 + fused)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -80,6 +81,7 @@ def first_call(rank: int, around: str) -> dict[str, Any]:
         return step(norm, [leaf(distribute_tensor(batch(0, 0, 0), mesh, [Shard(0)]))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("around", AROUND)
 def test_first_call_of_a_process(tmp_path: Path, around: str) -> None:
     """There, too, torch knows what to do with the operators."""

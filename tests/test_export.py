@@ -119,6 +119,7 @@ def in_a_fresh_process(folder: Path, code: str) -> subprocess.CompletedProcess[s
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_a_saved_program_in_another_process(tmp_path: Path, decomposed: bool, training: bool) -> None:
@@ -151,6 +152,7 @@ class Network(nn.Module):
         return self.last(self.plain(self.conv(x)))
 
 
+@pytest.mark.slow
 def test_aot_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package calls the operator; the process that loads it imports bn_ext."""
     monkeypatch.setenv("CI", "true")  # inductor is stricter then

@@ -212,6 +212,7 @@ def flat(rank: int, kind: str, blocks: bool, buffer_dtype: torch.dtype | None) -
     return wrapped, both_modes(rank, model, parallel, batch(rank, 0, dtype=F32), gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", [True, False])
 def test_fully_sharded_data_parallel(workers: Workers, kind: str, blocks: bool) -> None:

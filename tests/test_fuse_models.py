@@ -68,6 +68,7 @@ def test_networks(name: str) -> None:
     check(NETWORKS[name](), EXPECTED[name], 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
 def test_networks_of_transformers(name: str) -> None:
     pytest.importorskip("transformers")
@@ -105,6 +106,7 @@ def test_training_of_a_resnet() -> None:
     torch.testing.assert_close(*evaluated, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_compiled_network() -> None:
     model = ResNet().double()
     stock = copy.deepcopy(model)

@@ -121,6 +121,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_compile(training: bool) -> None:
     fused, stock = outer()

@@ -105,6 +105,7 @@ def test_steps_that_are_asked_for(check: Check) -> None:
     assert check.summary()["passed"] is True
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_keeps_no_other_from_running(check: Check) -> None:
     done = check("verify", "limits", "bytes", FAIL="benchmarks.device_limits")
     assert done.returncode == 1
@@ -114,6 +115,7 @@ def test_a_step_that_fails_keeps_no_other_from_running(check: Check) -> None:
     assert check.summary()["passed"] is False
 
 
+@pytest.mark.slow
 def test_nothing_without_a_build(check: Check) -> None:
     done = check("verify", FAIL="build_ext")
     assert done.returncode == 1
@@ -121,6 +123,7 @@ def test_nothing_without_a_build(check: Check) -> None:
     assert "without a build there is nothing to check" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_was_built_before_is_taken(check: Check) -> None:
     """By a later call into the folder, from the same sources; or from the checkout, if that is asked for."""
     for name in ("_C.so", "_build_config.py"):
@@ -138,6 +141,7 @@ def test_what_was_built_before_is_taken(check: Check) -> None:
     assert check.results() == {"build": "passed"}
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_step_that_runs(check: Check) -> None:
     """What it has written is there, and the summary too."""
     ready = check.folder.parent / "ready"
@@ -148,6 +152,7 @@ def test_a_signal_ends_the_step_that_runs(check: Check) -> None:
     assert check.summary()["complete"] is False
 
 
+@pytest.mark.slow
 def test_cases_that_there_was_no_time_for(check: Check) -> None:
     check("sanitize", INCOMPLETE_TOOL="racecheck")
     results = check.results()
@@ -156,12 +161,14 @@ def test_cases_that_there_was_no_time_for(check: Check) -> None:
     assert check.summary()["passed"] is True
 
 
+@pytest.mark.slow
 def test_a_report_that_is_cut_off(check: Check) -> None:
     check("tests", CUT="40")
     (told,) = check.summary()["tests"].values()
     assert "tests.xml cannot be read" in told["error"]
 
 
+@pytest.mark.slow
 def test_tests_are_counted(check: Check) -> None:
     check("tests", "large")
     found = {"ran": 2, "failed": ["a::c"], "skipped": 1, "reasons": {"needs two GPUs": 1}}
@@ -170,6 +177,7 @@ def test_tests_are_counted(check: Check) -> None:
     assert "-m large_memory" in check.log("large")
 
 
+@pytest.mark.slow
 def test_when_the_time_is_over(check: Check) -> None:
     """What is left is named, and the whole has not passed."""
     assert check("verify", "bytes", GPU_SECONDS="4").returncode == 1

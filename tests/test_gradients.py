@@ -47,6 +47,7 @@ HALF = {torch.bfloat16: {"rtol": 2**-8, "atol": 1e-5}, torch.float16: {"rtol": 2
 FLOAT32_SUM = {"rtol": 1e-5, "atol": 1e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("has_weight", "has_bias"), list(itertools.product((True, False), repeat=2)))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", INPUTS)

@@ -11,6 +11,7 @@ POSITIONS = 2**30 + 8  # of each of two channels: 2^31 + 16 elements, 4.3 GB in 
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MEMORY < 12 * 2**30, reason="needs 12 GiB of memory")
 @pytest.mark.parametrize("shape", [(1, 2, POSITIONS), (POSITIONS, 2)])
 def test_more_than_2_to_the_31_elements(shape: tuple[int, ...]) -> None:

@@ -80,6 +80,7 @@ OPERATORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [None, *NAMES, ("leaky_relu", 0.3), ("elu", 0.7)], ids=str)
 def test_activations_and_residual(activation: Activation) -> None:
     """With any number of images."""
@@ -124,6 +125,7 @@ def test_float16_beside_float32_parameters() -> None:
     assert "BatchNormalization" in check(models, (4, 3, 5, 6), dtype=torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.1, 0.5])
 def test_training(momentum: float) -> None:
     """torch.nn's becomes an operator that uses the running statistics all the same; and so does ours."""

@@ -69,6 +69,7 @@ def inner_arguments(values: dict[str, Any], training: bool) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in unwanted}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_opcheck(sample: str, training: bool) -> None:

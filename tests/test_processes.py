@@ -29,6 +29,7 @@ def hangs(rank: int) -> None:
         threading.Event().wait()
 
 
+@pytest.mark.slow
 def test_failures_are_told_and_the_next_job_runs(tmp_path: Path) -> None:
     workers = Workers(tmp_path)
     try:

@@ -39,6 +39,7 @@ def test_every_16_bit_value_is_loaded_and_rounded_right(name: str) -> None:
 CACHES = pytest.mark.parametrize("cache_bytes", ["", "0"])
 
 
+@pytest.mark.slow
 @CACHES
 @pytest.mark.parametrize("name", instruction_sets())
 def test_every_instruction_set_is_right(name: str, cache_bytes: str) -> None:
@@ -69,6 +70,7 @@ print("right", bn_ext.build_info().instruction_set)
 """
 
 
+@pytest.mark.slow
 @CACHES
 @pytest.mark.parametrize("name", instruction_sets())
 def test_activations_of_every_instruction_set(name: str, cache_bytes: str) -> None:
@@ -95,6 +97,7 @@ print(found.hexdigest())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", instruction_sets())
 def test_streamed_results_are_the_same_to_the_bit(name: str) -> None:
     """Runs that share a cache line with their neighbours are written partly past the caches and partly not."""
@@ -128,6 +131,7 @@ print(forward - before, faults() - forward, x.nbytes // 4096)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages are asked for on Linux")
 def test_large_results_do_not_cost_a_page_fault_per_page() -> None:
     """As torch's do, whose allocator gets memory of this size from the system for every call."""

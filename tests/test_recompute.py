@@ -166,6 +166,7 @@ def test_sources_may_not_change(device: str, changed: str) -> None:
         grad(value, [*convs[1].parameters()])
 
 
+@pytest.mark.slow
 def test_another_tensor_at_the_same_place(device: str) -> None:
     """An output that has gone, and whose memory is used again, is not taken for what lies there now."""
     norm = bn_ext.BatchNorm2d(4, activation="relu", device=device)

@@ -50,6 +50,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "bn_ext", *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_command_line() -> None:
     result = command()
     assert result.returncode == 0
@@ -59,6 +60,7 @@ def test_command_line() -> None:
     assert "invalid choice: 'verfy'" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_verify_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["verify"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -216,6 +216,7 @@ def test_lazy_model_with_a_dry_run() -> None:
     both(run, rtol=1e-4, atol=1e-3)  # float32; the convolution's bias gets differences of what cancels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [train_in_child, train_in_forked_child])
 def test_memory_shared_with_another_process(train: Callable[..., None]) -> None:
     """As in Hogwild training: what a child changes of parameters and statistics is the parent's."""

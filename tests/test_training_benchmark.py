@@ -75,6 +75,7 @@ def test_bytes(dtype: str, layout: str, run: Run) -> None:
     assert [row.split("|")[1].strip() for row in rows if row.startswith("| tiny")] == ["tiny, stock", "tiny, converted"]
 
 
+@pytest.mark.slow
 def test_every_device(device: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What only a GPU does is done there too: the allocator's count, the search for convolutions, kernels' times."""
     monkeypatch.setattr(training.machine, "best_device", lambda: torch.device(device))
@@ -310,6 +311,7 @@ def test_nothing_is_started_that_does_not_fit(run: Run, clock: Clock, monkeypatc
     assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
 
 
+@pytest.mark.slow
 def test_a_run_is_taken_up_where_it_ended(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run()["groups"]
     again = []

@@ -61,6 +61,7 @@ def test_results_give_a_report(path: Path) -> None:
         assert all(f"| {found['model']}, {name} " in text for name in found["variants"])
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One for each dtype, none of them empty; a group without a profile or memory is drawn too."""
     pytest.importorskip("matplotlib")

@@ -30,6 +30,7 @@ LAYOUTS = ["contiguous", "channels_last"]
 RELU_LIKE = ["relu", "leaky_relu", "relu6"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,6 +237,7 @@ def test_only_the_gradients_asked_for(name: str, has_residual: bool, training: b
             assert moved.bytes_written == (dx + dz) * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(6, 65, 7, 7), (3, 3, 40, 52), (9, 48, 9, 9)])
 @pytest.mark.parametrize("name", ["relu", "gelu"])

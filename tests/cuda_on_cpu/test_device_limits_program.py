@@ -53,6 +53,7 @@ def figures_of(part: str, spoils: bool = False) -> list[dict[str, Any]]:
     return list(parts[part]["figures"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", run.PARTS)
 def test_part(part: str) -> None:
     figures = figures_of(part)
@@ -69,6 +70,7 @@ def test_a_wrong_result_is_no_figure() -> None:
     assert "us" not in wrong[0]
 
 
+@pytest.mark.slow
 def test_resident_tensors_fill_the_device() -> None:
     """Waves are full, and all but what is less than a row of each thread of a wave is what was asked for."""
     found = [figure for figure in figures_of("resident") if "rows" in figure and "error" not in figure]
@@ -87,6 +89,7 @@ def test_resident_tensors_fill_the_device() -> None:
             assert figure["rows"] == 1 or abs(figure["bytes"] - wanted) <= row / 2
 
 
+@pytest.mark.slow
 def test_the_report_takes_what_the_program_prints(tmp_path: Path) -> None:
     parts: dict[str, Any] = {}
     device: dict[str, Any] = {}

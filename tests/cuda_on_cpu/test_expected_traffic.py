@@ -83,6 +83,7 @@ def described(plan: Plan) -> str:
     return plan.team_name + " spills" * spills
 
 
+@pytest.mark.slow
 def test_passes_at_random() -> None:
     draw = random.Random(0)
     ran = [one for _ in range(600) for one in run_at_random(draw)]

@@ -108,6 +108,7 @@ def random_call(
     return [y.detach(), *torch.autograd.grad(y, leaves, inputs.dy), mean, var, count]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(6, 65, 7, 7), (3, 3, 40, 52), (9, 48, 9, 9)])
 def test_bit_equal_whatever_the_order_of_threads_and_blocks(shape: tuple[int, ...], layout: str) -> None:
@@ -254,6 +255,7 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], dtype: torch.dtype) -> N
     assert_within_tolerance(testing.check(operator, testing.Case(shape, dtype)))
 
 
+@pytest.mark.slow
 def test_more_than_65535_blocks() -> None:
     case = testing.Case((1, 66_000, 128), torch.float32)
     operator = CudaOnCpu()

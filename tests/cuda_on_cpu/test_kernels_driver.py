@@ -46,6 +46,7 @@ def kernels_at(program: Path) -> dict[int, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "more"), [("ascending", "--unwritten"), ("priorities", "--verbose")])
 def test_every_case_is_right_and_every_kernel_is_run(program: Path, policy: str, more: str) -> None:
     """As the driver itself says, which is compared with what was launched and with what is compiled."""

@@ -83,6 +83,7 @@ def _random(generator: np.random.Generator, count: int, dtype: str) -> np.ndarra
     return values.astype(dtype)
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing() -> None:
     """And the results are those of the other build."""
     library = build.library(SOURCES, "sanitized")

@@ -76,6 +76,7 @@ def assert_moves_what_is_planned(calls: list[Call], size: int) -> None:
         assert (exchanged.bytes_written > 0) == (call.plan.team_name == "grid")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(testing.TOLERANCE))
 @pytest.mark.parametrize("name", TEAMS)
 def test_every_tensor_is_read_once(name: str, dtype: torch.dtype) -> None:
@@ -190,6 +191,7 @@ def test_plans_are_alike_but_for_the_segments() -> None:
     assert (on_chip.team_name, general.team_name) == ("block", "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TEAMS, *(f"{name}: spills" for name in SPILLING)])
 def test_bit_equal_whatever_the_order_of_threads_and_blocks(name: str) -> None:
     machine, shape, layout = TEAMS[name] if name in TEAMS else SPILLING[name.split(":")[0]]

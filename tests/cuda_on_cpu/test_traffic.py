@@ -55,6 +55,7 @@ def test_training_reads_and_writes_no_more_than_it_must(
         assert call.plan.vector * torch.finfo(dtype).bits == 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layer_as_an_h200_runs_it(layout: str) -> None:
     """132 multiprocessors: 3N and 5N, and a few per cent of N for everything else."""
