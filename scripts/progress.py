@@ -20,7 +20,7 @@ def summary_of(line: str) -> str:
         source = re.search(r"(\S+\.(?:cpp|cu))(?=\s)", compiled[3])
         return f"file {compiled[1]} of {compiled[2]}" + (f", {Path(source[1]).name}" if source else "")
     words = " ".join(line.split())
-    return words if words.startswith("bn_ext: ") or " warning: " in words else words[:80]
+    return words if words.startswith("bn_ext: ") or ": warning: " in words else words[:80]
 
 
 class Steps:
@@ -80,7 +80,7 @@ class Steps:
             if line is None:
                 return
             output.append(line)
-            is_news = line.strip().startswith("bn_ext: ") or " warning: " in line
+            is_news = line.strip().startswith("bn_ext: ") or ": warning: " in line
             if is_news or time.monotonic() >= said + BEAT:
                 self.say("  " + summary_of(line))
                 said = time.monotonic()
