@@ -24,7 +24,7 @@ def summary_of(line: str) -> str:
 
 
 class Steps:
-    """Runs a number of commands and prints how they get on."""
+    """Runs a number of commands and prints their progress."""
 
     def __init__(self, count: int) -> None:
         self.count, self.number, self.begin = count, 0, time.monotonic()

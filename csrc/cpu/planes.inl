@@ -188,7 +188,7 @@ static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Grad
   using A = acc_t<T>;
   const bool is_plain = a.activation.kind == ActivationKind::kNone;
   if (is_plain && r.m_end - r.m_begin <= kFewValues) return simple_grad_sums(r, a, out);
-  Buffer<acc_t<T>> b;
+  Buffer<A> b;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : r.ahead;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
     for (int64_t c = r.c_begin; c < r.c_end; ++c) {
@@ -237,7 +237,7 @@ template <typename T>
 static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
   using A = acc_t<T>;
   if (is_simple(r, a)) return a.training ? simple_grad_input<true>(r, a) : simple_grad_input<false>(r, a);
-  Buffer<acc_t<T>> b;
+  Buffer<A> b;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
     for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
       const Vec<A> mean = broadcast(a.affine.mean[c]);

@@ -234,7 +234,7 @@ static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
   const A* scale = a.affine.scale + r.column_begin;
   const A* slope = a.slope + r.column_begin;
   const A* shift = a.shift + r.column_begin;
-  Buffer<acc_t<T>> b;
+  Buffer<A> b;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
     for_each_row_run(r, [&](int64_t offset, int64_t width) BN_EXT_LAMBDA {
       const T* x = a.x + offset;

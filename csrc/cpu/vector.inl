@@ -165,7 +165,7 @@ BN_EXT_INLINE void copy_some(T* to, const T* from, int64_t count) {
   if constexpr (kHalf > 1) copy_some<kHalf / 2>(to + copied, from + copied, count);
 }
 
-// Lanes [first, last) of a vector.
+// The first `last` lanes from memory; the lanes [first, last) to memory.
 template <typename T>
 static __attribute__((noinline)) Vec<acc_t<T>> load_first(const T* p, int64_t last) {
   constexpr int64_t L = kLanes<acc_t<T>>;
