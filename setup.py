@@ -117,9 +117,10 @@ def extension(cuda: bool, reason: str) -> "cpp_extension.CppExtension":
     if cuda:
         return cpp_extension.CUDAExtension(
             "bn_ext._C",
-            sources + paths("csrc/cuda/*.cu"),
+            sources + paths("csrc/cuda/**/*.cu"),
             define_macros=macros,
-            extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+            # Two architectures of a file at a time, so that the last file is done sooner.
+            extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "--threads=2"]},
             extra_link_args=openmp,
             depends=depends,
         )

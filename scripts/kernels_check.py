@@ -1,62 +1,36 @@
-"""Compiles every kernel alone, and checks what the compiler made of it: registers, local memory, and its first wait."""
+"""Checks what the compiler made of each kernel in an extension: registers, local memory, and its first wait."""
 
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from commands import ROOT, fail, output_of
 
 ARCHITECTURES = ("80", "90")  # with PTX of the last: the default of setup.py
-# As torch passes them to nvcc; what setup.py adds is -O3.
-NVCC_FLAGS = (
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-)
 # In machine code: the wait for the kernels before (griddepcontrol.wait), and what reads or writes global memory.
 WAIT = "ACQBULK"
 ACCESSES = re.compile(r"^(LD|LDG|LDGSTS|LDGMC|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UTMALDG|UTMASTG|UBLKPF|CCTL)$")
 
 
 class Kernel(NamedTuple):
-    """What ptxas tells of a kernel for one architecture."""
+    """What cuobjdump tells of a kernel for one architecture."""
 
     name: str
     architecture: str
-    stack: int  # bytes: local memory
-    spill_stores: int
-    spill_loads: int
     registers: int
+    local: int  # bytes of a thread: the stack, and what registers were spilled to
 
 
-def compile_kernels(nvcc: Path, source: Path, folder: Path) -> list[Kernel]:
-    """Compile one file for every architecture, and read what ptxas tells."""
+def kernels_of(cuobjdump: Path, extension: Path) -> list[Kernel]:
+    """The resource usage of every kernel in the extension."""
     kernels = []
-    for architecture in ARCHITECTURES:
-        target = folder / f"{source.stem}_{architecture}.cubin"
-        command = (nvcc, *NVCC_FLAGS, "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-o", target, source)
-        text = output_of(f"nvcc on {source.name} for sm_{architecture}", *command)
-        kernels += parse_ptxas(text)
-    if not kernels:
-        fail(f"ptxas told of no kernel in {source.name}: has the form of its report changed?")
-    return kernels
-
-
-def parse_ptxas(text: str) -> list[Kernel]:
-    """Read `ptxas -v`: an entry function, what it has of local memory, and its registers."""
-    pattern = (
-        r"Compiling entry function '(\S+)' for 'sm_(\d+)'\n.*\n"
-        r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
-        r".*Used (\d+) registers"
-    )
-    kernels = [Kernel(name, sm, *(int(n) for n in numbers)) for name, sm, *numbers in re.findall(pattern, text)]
-    if len(kernels) != text.count("bytes stack frame"):
-        fail("ptxas told of a function in a form that is not known here, or of one that is not inlined into its kernel")
+    for text in output_of("cuobjdump", cuobjdump, "-res-usage", extension).split("\narch = sm_")[1:]:
+        found = re.findall(r"^ Function (\S+):\n +REG:(\d+) STACK:(\d+) .*\bLOCAL:(\d+) ", text, re.MULTILINE)
+        if len(found) != text.count(" Function "):
+            fail("cuobjdump tells of kernels in a form that is not known here")
+        architecture = text.split(maxsplit=1)[0]
+        kernels += [Kernel(name, architecture, int(r), int(stack) + int(local)) for name, r, stack, local in found]
     return kernels
 
 
@@ -64,35 +38,31 @@ def readable(names: list[str]) -> list[str]:
     """Demangled kernel names, without namespaces and parameters."""
     if shutil.which("c++filt"):
         names = output_of("c++filt", "c++filt", *names).splitlines()
-    return [re.sub(r"^void |bn_ext::cuda::|\(anonymous namespace\)::|\(.*$|\((int|bool)\)", "", n) for n in names]
+    return [
+        re.sub(r"^void |\((int|bool|bn_ext::cuda::Variant)\)|bn_ext::cuda::|\(anonymous namespace\)::|\(.*$", "", n)
+        for n in names
+    ]
 
 
-def check_kernels(nvcc: Path, cuobjdump: Path | None, sources: Path) -> None:
+def check_kernels(cuobjdump: Path, extension: Path) -> None:
     """No kernel may spill registers, use local memory, or touch memory too early; prints their registers."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = sorted((sources / "csrc" / "cuda").glob("*.cu"))
-        kernels = [kernel for file in files for kernel in compile_kernels(nvcc, file, Path(folder))]
-        if cuobjdump is None:
-            print("NOT CHECKED: that kernels wait first, as there is no cuobjdump in the toolkit or in triton")
-        else:
-            names_of_90 = {kernel.name for kernel in kernels if kernel.architecture == "90"}
-            check_waits(cuobjdump, sorted(Path(folder).glob("*_90.cubin")), names_of_90)
+    kernels = kernels_of(cuobjdump, extension)
     names = sorted({kernel.name for kernel in kernels})
+    titles = dict(zip(names, readable(names), strict=True))
     registers = {(kernel.name, kernel.architecture): str(kernel.registers) for kernel in kernels}
     print(f"registers of {len(names)} kernels" + "".join(f"  sm_{name}" for name in ARCHITECTURES))
-    for name, title in sorted(zip(names, readable(names), strict=True), key=lambda pair: pair[1]):
+    for name, title in sorted(titles.items(), key=lambda pair: pair[1]):
         print(f"{title:<60}" + "".join(f"{registers.get((name, sm), '-'):>7}" for sm in ARCHITECTURES))
     for kernel in kernels:
-        if kernel.stack or kernel.spill_stores or kernel.spill_loads:
+        if kernel.local:
             fail(
-                f"{readable([kernel.name])[0]} must not use local memory, but on sm_{kernel.architecture} it has a "
-                f"stack of {kernel.stack} bytes, {kernel.spill_stores} bytes of spill stores and {kernel.spill_loads} "
-                "of spill loads"
+                f"{titles[kernel.name]} must not use local memory, but has {kernel.local} bytes of it on "
+                f"sm_{kernel.architecture}"
             )
-    if len(kernels) != len(names) * len(ARCHITECTURES):
+    if not kernels or set(registers) != {(name, sm) for name in names for sm in ARCHITECTURES}:
         fail("some kernel is missing for an architecture, see the table")
-    titles = dict(zip(names, readable(names), strict=True))
     check_listed({(titles[k.name].split("<")[0], k.architecture, k.registers) for k in kernels})
+    check_waits(output_of("cuobjdump", cuobjdump, "-sass", "-arch", "sm_90", extension), titles)
 
 
 def check_listed(registers: set[tuple[str, str, int]]) -> None:
@@ -107,19 +77,17 @@ def check_listed(registers: set[tuple[str, str, int]]) -> None:
             fail(f"{name} has {found} registers on sm_{architecture}, csrc/README.md says {said} at most: correct it")
 
 
-def check_waits(cuobjdump: Path, cubins: list[Path], names: set[str]) -> None:
+def check_waits(machine_code: str, titles: dict[str, str]) -> None:
     """A kernel that may start early waits before its first access to global memory.
 
     The compiler may move a load through ``__ldg`` ahead of the wait: it takes the memory for one that nobody writes.
     """
-    found = {}
-    for cubin in cubins:
-        found |= first_accesses(output_of("cuobjdump", cuobjdump, "-sass", cubin))
-    if set(found) != names:
-        fail("cuobjdump tells of other kernels than ptxas: has the form of its report changed?")
+    found = first_accesses(machine_code)
+    if set(found) != set(titles):
+        fail("cuobjdump tells of other kernels in machine code than in resource usage: has its form changed?")
     for name, instruction in sorted(found.items()):
         if instruction != WAIT:
-            fail(f"{readable([name])[0]} must begin with {WAIT}, but {instruction} is before it on sm_90")
+            fail(f"{titles[name]} must begin with {WAIT}, but {instruction} is before it on sm_90")
     print(f"{len(found)} kernels wait for what is before them, and only then touch memory")
 
 

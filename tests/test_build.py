@@ -108,7 +108,7 @@ def test_sources_are_built_once_and_the_planner_always(sources: Path, tmp_path: 
         assert len(set(built)) == len(built)
         assert {f"csrc/cuda/{name}.cpp" for name in ("plan", "traffic")} <= set(built)
         assert ("csrc/cuda/batch_norm_cuda.cpp" in built, "csrc/cuda/unavailable.cpp" in built) == (cuda, not cuda)
-        assert ("csrc/cuda/forward.cu" in built) == cuda
+        assert ("csrc/cuda/instantiations/forward_float32.cu" in built) == cuda
 
 
 def test_without_torch(sources: Path) -> None:

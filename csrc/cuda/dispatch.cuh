@@ -1,4 +1,4 @@
-// From a type and a plan, known at run time, to template parameters.
+// From a plan and a variant, known at run time, to template parameters.
 #pragma once
 
 #include <type_traits>
@@ -10,34 +10,14 @@
 
 namespace bn_ext::cuda {
 
-// Calls body(T{}, Int<kVector>, std::bool_constant<kOneChannel>); plans of T have accesses of 16 bytes or less.
-template <typename T, int kVector, typename Body>
+// Calls body(Int<kVector>, std::bool_constant<kOneChannel>); plans of T have accesses of 16 bytes or less.
+template <typename T, int kVector = 16 / sizeof(T), typename Body>
 cudaError_t dispatch_plan(const Plan& plan, const Body& body) {
   if constexpr (kVector > 1) {
     if (plan.vector != kVector) return dispatch_plan<T, kVector / 2>(plan, body);
-    if (!plan.one_channel) return body(T{}, Int<kVector>{}, std::false_type{});
+    if (!plan.one_channel) return body(Int<kVector>{}, std::false_type{});
   }
-  return body(T{}, Int<kVector>{}, std::true_type{});
-}
-
-template <typename T, typename Body>
-cudaError_t dispatch_plan(const Plan& plan, const Body& body) {
-  return dispatch_plan<T, 16 / sizeof(T)>(plan, body);
-}
-
-template <typename Body>
-cudaError_t dispatch(DType dtype, const Plan& plan, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return dispatch_plan<float>(plan, body);
-    case DType::kFloat64:
-      return dispatch_plan<double>(plan, body);
-    case DType::kFloat16:
-      return dispatch_plan<__half>(plan, body);
-    case DType::kBFloat16:
-      return dispatch_plan<__nv_bfloat16>(plan, body);
-  }
-  return cudaErrorInvalidValue;
+  return body(Int<kVector>{}, std::true_type{});
 }
 
 // Calls body(std::integral_constant<Variant, ...>), for accesses of kVector values of T.
@@ -49,12 +29,11 @@ cudaError_t dispatch_variant(Variant variant, const Body& body) {
   return cudaErrorInvalidValue;  // no plan of ours has so wide accesses
 }
 
-// Calls body(T{}, Int<kVector>, std::bool_constant<kOneChannel>, std::integral_constant<Variant, ...>).
-template <typename Body>
-cudaError_t dispatch(DType dtype, const Plan& plan, Variant variant, const Body& body) {
-  return dispatch(dtype, plan, [&](auto value, auto vector, auto one_channel) {
-    return dispatch_variant<decltype(value), vector.value>(
-        variant, [&](auto chosen) { return body(value, vector, one_channel, chosen); });
+// Calls body(Int<kVector>, std::bool_constant<kOneChannel>, std::integral_constant<Variant, ...>).
+template <typename T, typename Body>
+cudaError_t dispatch_plan(const Plan& plan, Variant variant, const Body& body) {
+  return dispatch_plan<T>(plan, [&](auto vector, auto one_channel) {
+    return dispatch_variant<T, vector.value>(variant, [&](auto chosen) { return body(vector, one_channel, chosen); });
   });
 }
 

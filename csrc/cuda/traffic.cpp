@@ -1,5 +1,5 @@
-// What a pass moves: the tensors and masks that each of its kernels reads and writes. See forward.cu, backward.cu and
-// gradient.cuh, resident_forward.cu and resident_backward.cu; tests/cuda_on_cpu compares with what they count.
+// What a pass moves: the tensors and masks that each of its kernels reads and writes. See forward.cuh, backward.cuh
+// and gradient.cuh, resident_forward.cuh and resident_backward.cuh; tests/cuda_on_cpu compares with what they count.
 #include "traffic.h"
 
 namespace bn_ext::cuda {

@@ -9,18 +9,12 @@
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
-cuda=$here/../../csrc/cuda
-kernels=("$cuda"/*.cu "$cuda/plan.cpp")
+cuda=$(cd "$here/../../csrc/cuda" && pwd)
+kernels=$(cd "$cuda" && echo kernels.cu instantiations/*.cu plan.cpp)
 
 stop() {
   echo "build.sh: $1" >&2
   exit 2
-}
-
-# The object of a source.
-object() {
-  local name=${1##*/}
-  echo "${name%.*}.o"
 }
 
 [ $# = 1 ] || [ $# = 2 ] || stop "give the program to make, and the folder of the kernels' objects if there is one"
@@ -28,25 +22,24 @@ nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
 command -v "$nvcc" >/dev/null || nvcc=/usr/local/cuda/bin/nvcc
 command -v "$nvcc" >/dev/null || stop "no nvcc was found; set CUDA_HOME to a CUDA toolkit"
 linked=()
-for source in "${kernels[@]}"; do
-  [ $# = 1 ] || [ -f "$2/$(object "$source")" ] ||
-    stop "$2 has no $(object "$source"); give the folder of a build with CUDA, or none"
-  [ $# = 1 ] || linked+=("$2/$(object "$source")")
+for source in $kernels; do
+  object=${source%.*}.o
+  [ $# = 1 ] || [ -f "$2/$object" ] || stop "$2 has no $object; give the folder of a build with CUDA, or none"
+  [ $# = 1 ] || linked+=("$2/$object")
 done
 objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
 
-# A process each. An object that is not made is missed by the linker's line.
+# A process each: compile SOURCE OPTION... An object that is not made is missed by the linker's line.
 compile() {
-  "$nvcc" -O3 -c -o "$objects/$1" "${@:2}" &
-  linked+=("$objects/$1")
+  local name=${1##*/}
+  "$nvcc" -O3 -c -o "$objects/$name.o" "$@" &
+  linked+=("$objects/$name.o")
 }
 
-for source in "$here"/*.cpp; do compile "driver_$(object "$source")" "$source"; done
+for source in "$here"/*.cpp; do compile "$source"; done
 if [ $# = 1 ]; then
-  for source in "${kernels[@]}"; do
-    compile "$(object "$source")" "-arch=${ARCH:-native}" -lineinfo --expt-relaxed-constexpr "$source"
-  done
+  for source in $kernels; do compile "$cuda/$source" "-arch=${ARCH:-native}" -lineinfo --expt-relaxed-constexpr; done
 fi
 wait
 for object in "${linked[@]}"; do [ -f "$object" ] || stop "a source was not compiled, see above"; done

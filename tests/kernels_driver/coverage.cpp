@@ -125,7 +125,7 @@ std::vector<Launched> launched_by(const BackwardParams& params, const Plan& plan
     const bool writes = !plain || p.dz != nullptr || (p.dx != nullptr && !p.training);
     launch("grad_sums_kernel", ", " + words(writes));
     const char* finalise = "finalise_gradients_kernel";
-    pass.launch(finalise, finalise + ("<" + type_of(accumulate_dtype(p.dtype))) + ">");
+    pass.launch(finalise, finalise + ("<" + type_of(p.dtype)) + ">");
     p = bn_ext::cuda::after_sums(p);
   }
   if (p.dx != nullptr || p.dz != nullptr) launch("grad_input_kernel", "");
@@ -133,10 +133,11 @@ std::vector<Launched> launched_by(const BackwardParams& params, const Plan& plan
 }
 
 std::set<std::string> all_kernels() {
-  std::set<std::string> kernels = {"finalise_gradients_kernel<float>", "finalise_gradients_kernel<double>"};
+  std::set<std::string> kernels;
   for (const DType dtype : kDTypes) {
     const int bytes = static_cast<int>(bytes_of(dtype));
     kernels.insert("finalise_statistics_kernel<" + type_of(dtype) + ">");
+    kernels.insert("finalise_gradients_kernel<" + type_of(dtype) + ">");
     for (int vector = 16 / bytes; vector > 0; vector /= 2) {
       for (const bool one_channel : {true, false}) {
         if (vector == 1 && !one_channel) continue;

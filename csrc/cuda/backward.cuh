@@ -1,13 +1,14 @@
 // The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed. In
 // eval mode the first one, where it runs, gives the gradient of the input too. The first of them that runs gives dz.
-// Where teams of blocks can hold slices, one kernel does it all (resident_backward.cu).
+// Where teams of blocks can hold slices, one kernel does it all (resident_backward.cuh).
+#pragma once
+
 #include <algorithm>
 
 #include "dispatch.cuh"
 #include "gradient.cuh"
-#include "kernels.h"
+#include "launches.h"
 #include "pass.cuh"
-#include "resident.h"
 
 namespace bn_ext::cuda {
 namespace {
@@ -72,15 +73,15 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
 
 // Channel by channel: dweight, dbias, and the slope and shift of grad_input_kernel, in (2, C) coefficients.
 // Grid: a group of `lanes` threads per channel.
-template <typename A>
+template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_gradients_kernel(
-    const Plan plan, int lanes, const BackwardParams p, const GradSums* partials, A* coefficients) {
+    const Plan plan, int lanes, const BackwardParams p, const GradSums* partials, acc_t<T>* coefficients) {
   wait_for_earlier_kernels();
   const ChannelSums<GradSums> sums(plan, lanes, partials);
   const GradSums total = merge(sums.group, sums.parts, sums);
   if (!sums.is_first()) return;
 
-  const Slope<A> slope = finalise_gradient<A>(p, sums.channel, total);
+  const Slope<acc_t<T>> slope = finalise_gradient<acc_t<T>>(p, sums.channel, total);
   store_one(coefficients + sums.channel, slope.slope);
   store_one(coefficients + p.shape.c + sums.channel, slope.shift);
 }
@@ -148,7 +149,7 @@ void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Wo
   const size_t shared_bytes =
       std::max(plan.block_partials() * sizeof(GradSums), plan.block_coefficients() * sizeof(Affine<A>));
   pass.on_segments(kernel, shared_bytes, p, workspace.partials);
-  pass.on_channels(finalise_gradients_kernel<A>, p, workspace.partials, static_cast<A*>(workspace.coefficients));
+  pass.on_channels(finalise_gradients_kernel<T>, p, workspace.partials, static_cast<A*>(workspace.coefficients));
 }
 
 template <typename T, int kVector, bool kOneChannel>
@@ -173,23 +174,12 @@ cudaError_t launch_general(Pass& pass, BackwardParams p, const Plan& plan, const
 
 }  // namespace
 
-Plan choose_plan(const BackwardParams& p, const Machine& machine) {
-  Plan plan = plan_backward(p, machine);
-  if (plan.blocks_wait() && !fits(p, plan)) plan = plan_backward(p, machine.without_teams());
-  return plan;
-}
-
-size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {
-  if (plan.resident()) return workspace_of_teams(plan);
-  return p.needs_sums() ? plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double)) : 0;
-}
-
-cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, void* memory, cudaStream_t stream) {
-  if (plan.resident()) return launch_resident_backward(p, plan, memory, stream);
+template <typename T>
+cudaError_t GeneralBackward<T>::launch(const BackwardParams& p, const Plan& plan, void* memory, cudaStream_t stream) {
   const Workspace workspace(plan, memory);
   return Pass::run(plan, stream, [&](Pass& pass) {
-    return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
-      return launch_general<decltype(value), vector.value, one_channel.value>(pass, p, plan, workspace);
+    return dispatch_plan<T>(plan, [&](auto vector, auto one_channel) {
+      return launch_general<T, vector.value, one_channel.value>(pass, p, plan, workspace);
     });
   });
 }

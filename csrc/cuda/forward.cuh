@@ -1,9 +1,10 @@
 // The forward pass in three kernels: statistics, finalise, apply; in eval mode, or once more, apply alone. Where
-// teams of blocks can hold slices, one kernel does it all (resident_forward.cu).
+// teams of blocks can hold slices, one kernel does it all (resident_forward.cuh).
+#pragma once
+
 #include "apply.cuh"
 #include "dispatch.cuh"
-#include "kernels.h"
-#include "resident.h"
+#include "launches.h"
 #include "statistics.cuh"
 
 namespace bn_ext::cuda {
@@ -63,35 +64,10 @@ void launch_statistics(Pass& pass, const ForwardParams& p, const Plan& plan, Mom
 
 }  // namespace
 
-cudaError_t ask_compiled_for(int& architecture) {
-  cudaFuncAttributes attributes = {};
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, finalise_statistics_kernel<float>);
-  architecture = attributes.ptxVersion;
-  return error;
-}
-
-Plan choose_plan(const ForwardParams& p, const Machine& machine) {
-  Plan plan = plan_forward(p, machine);
-  if (plan.blocks_wait() && !fits(p, plan)) plan = plan_forward(p, machine.without_teams());
-  return plan;
-}
-
-size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan) {
-  if (plan.resident()) return workspace_of_teams(plan);
-  return p.training && !p.repeats ? plan.channels * plan.segments * sizeof(Moments) : 0;
-}
-
-cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* workspace, cudaStream_t stream) {
-  ForwardParams p = params;
-  if (p.repeats) p.mask = nullptr;
-  if (p.mask != nullptr && !plan.whole_bytes) {
-    const cudaError_t error = cudaMemsetAsync(p.mask, 0, mask_bytes(p.shape.numel()), stream);
-    if (error != cudaSuccess) return error;
-  }
-  if (plan.resident()) return launch_resident_forward(p, plan, workspace, stream);
+template <typename T>
+cudaError_t GeneralForward<T>::launch(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
   return Pass::run(plan, stream, [&](Pass& pass) {
-    return dispatch(p.dtype, plan, [&](auto value, auto vector, auto one_channel) {
-      using T = decltype(value);
+    return dispatch_plan<T>(plan, [&](auto vector, auto one_channel) {
       constexpr int kVector = vector.value;
       constexpr bool kOneChannel = one_channel.value;
       if (p.training && !p.repeats) {
@@ -104,6 +80,14 @@ cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* 
       });
     });
   });
+}
+
+template <typename T>
+cudaError_t GeneralForward<T>::ask_compiled_for(int& architecture) {
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, finalise_statistics_kernel<T>);
+  architecture = attributes.ptxVersion;
+  return error;
 }
 
 }  // namespace bn_ext::cuda

@@ -1,9 +1,11 @@
 // The forward pass in training, where a team of blocks can hold a slice of x, or a part of it: it is read once, and
 // what does not fit twice.
+#pragma once
+
 #include "apply.cuh"
 #include "dispatch.cuh"
 #include "exchange.cuh"
-#include "resident.h"
+#include "launches.h"
 #include "statistics.cuh"
 #include "tile.cuh"
 
@@ -76,11 +78,10 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
 }
 
 // Calls body(kernel, grid) with the plan's.
-template <typename Body>
+template <typename T, typename Body>
 cudaError_t with_kernel(const ForwardParams& p, const Plan& plan, const Body& body) {
   const Variant variant = variant_of(p.activation, p.z);
-  return dispatch(p.dtype, plan, variant, [&](auto value, auto vector, auto one_channel, auto chosen) {
-    using T = decltype(value);
+  return dispatch_plan<T>(plan, variant, [&](auto vector, auto one_channel, auto chosen) {
     return body(resident_forward_kernel<T, vector.value, one_channel.value, chosen.value>,
                 grid_of_teams(plan, kTensors, sizeof(T)));
   });
@@ -88,17 +89,16 @@ cudaError_t with_kernel(const ForwardParams& p, const Plan& plan, const Body& bo
 
 }  // namespace
 
-bool fits(const ForwardParams& p, const Plan& plan) {
-  bool yes = false;
-  const auto ask = [&](auto* kernel, const Grid& grid) { return ask_whether_fits(kernel, grid, yes); };
-  if (with_kernel(p, plan, ask) == cudaSuccess) return yes;
-  (void)cudaGetLastError();  // so that no one else finds it
-  return false;
+template <typename T>
+cudaError_t ResidentForward<T>::launch(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
+  return with_kernel<T>(
+      p, plan, [&](auto* kernel, const Grid& grid) { return cuda::launch(kernel, grid, stream, plan, p, workspace); });
 }
 
-cudaError_t launch_resident_forward(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
-  return with_kernel(
-      p, plan, [&](auto* kernel, const Grid& grid) { return launch(kernel, grid, stream, plan, p, workspace); });
+template <typename T>
+cudaError_t ResidentForward<T>::ask_whether_fits(const ForwardParams& p, const Plan& plan, bool& fits) {
+  return with_kernel<T>(
+      p, plan, [&](auto* kernel, const Grid& grid) { return cuda::ask_whether_fits(kernel, grid, fits); });
 }
 
 }  // namespace bn_ext::cuda

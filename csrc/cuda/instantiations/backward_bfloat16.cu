@@ -1,0 +1,3 @@
+#include "../backward.cuh"
+
+template struct bn_ext::cuda::GeneralBackward<__nv_bfloat16>;

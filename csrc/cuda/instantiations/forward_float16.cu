@@ -1,0 +1,3 @@
+#include "../forward.cuh"
+
+template struct bn_ext::cuda::GeneralForward<__half>;

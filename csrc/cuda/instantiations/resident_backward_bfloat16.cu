@@ -1,0 +1,3 @@
+#include "../resident_backward.cuh"
+
+template struct bn_ext::cuda::ResidentBackward<__nv_bfloat16>;

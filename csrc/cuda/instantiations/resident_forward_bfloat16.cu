@@ -1,0 +1,3 @@
+#include "../resident_forward.cuh"
+
+template struct bn_ext::cuda::ResidentForward<__nv_bfloat16>;
