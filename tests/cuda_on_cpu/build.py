@@ -1,5 +1,6 @@
 """Compiles CUDA sources and the harness with g++ into a shared library, once for each state of the inputs."""
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -87,14 +88,16 @@ def _object(source: Path, flags: list[str]) -> Path:
 
 
 def _made(target: Path, arguments: list[str | Path]) -> Path:
-    """The file at target, made by the compiler if it is not there; others may be making the same one."""
+    """The file at target, made by the compiler if it is not there; one process makes it, others wait for that."""
     if target.exists():
         return target
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        made = Path(folder) / target.name
-        _run([*arguments, "-o", made])
-        made.replace(target)
+    with (FOLDER / f"{target.name}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            made = Path(folder) / target.name
+            _run([*arguments, "-o", made])
+            made.replace(target)
     return target
 
 

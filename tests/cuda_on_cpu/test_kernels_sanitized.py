@@ -27,12 +27,12 @@ SHAPES = [(3, 65, 7), (2, 5, 49), (1, 3, 300), (2, 4, 289), (9, 300, 1), (2, 64,
 FUSED = [(None, False), ("relu6", True), ("leaky_relu", False), (None, True), ("gelu", True), ("mish", False)]
 
 
-def digest_of_every_kernel(library: Kernels) -> str:
-    """Run every type, width and direction; a digest of all results."""
+def digest_of_every_kernel(library: Kernels, dtype: str) -> str:
+    """Run every width and direction; a digest of all results."""
     digest = hashlib.sha256()
     generator = np.random.default_rng(0)
     fused = itertools.cycle(FUSED[1:])
-    for number, (dtype, (n, c, s)) in enumerate(itertools.product(DTYPES, SHAPES)):
+    for number, (n, c, s) in enumerate(SHAPES, len(SHAPES) * DTYPES.index(dtype)):
         for channels_last, training, machine in itertools.product((False, True), (False, True), MACHINES):
             if machine is not GENERAL and not training:
                 continue
@@ -84,19 +84,20 @@ def _random(generator: np.random.Generator, count: int, dtype: str) -> np.ndarra
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sanitizers_find_nothing(dtype: str) -> None:
     """And the results are those of the other build."""
     library = build.library(SOURCES, "sanitized")
     environment = build.sanitizer_environment() | {
         "PYTHONPATH": str(Path(__file__).parent.parent),
         "PATH": "/usr/bin:/bin",
     }
-    command = [sys.executable, "-c", "from cuda_on_cpu.test_kernels_sanitized import main; main()", str(library)]
+    command = [sys.executable, "-c", "from cuda_on_cpu.test_kernels_sanitized import main; main()", str(library), dtype]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [digest_of_every_kernel(kernels())]
+    assert result.stdout.split() == [digest_of_every_kernel(kernels(), dtype)]
 
 
 def main() -> None:
     """What the other process runs."""
-    print(digest_of_every_kernel(Kernels(Path(sys.argv[1]))))
+    print(digest_of_every_kernel(Kernels(Path(sys.argv[1])), sys.argv[2]))
