@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 SECONDS = 8.0  # of silence
+COLLECTION = "the collection of tests"
 
 
 class Heartbeat:
@@ -15,7 +16,7 @@ class Heartbeat:
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.write, self.clock = write, clock
-        self.running: dict[str, float] = {}
+        self.running = {COLLECTION: clock()}
         self.last = clock()
         self.stopped = threading.Event()
 
@@ -38,6 +39,7 @@ class Heartbeat:
         self.stopped.set()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running.pop(COLLECTION, None)
         self.running[nodeid] = self.clock()
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
