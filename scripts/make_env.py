@@ -22,12 +22,11 @@ from progress import Steps
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_REQUIREMENTS = ["setuptools>=77", "wheel", "ninja", "pybind11"]
 OLDEST_TORCH = (2, 11)
-# Prints the compute capabilities of this machine's GPUs, if torch and so its toolkit know them all.
+# Prints the compute capabilities of this machine's GPUs, and the names of those that torch was compiled for.
 CAPABILITIES = """
-import torch
-found = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-if all(f"sm_{major}{minor}" in torch.cuda.get_arch_list() for major, minor in found):
-    print(";".join(f"{major}.{minor}" for major, minor in found))
+import json, torch
+gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+print(json.dumps([gpus, torch.cuda.get_arch_list()]))
 """
 
 
@@ -86,6 +85,21 @@ def choose_torch(python: Path) -> str:
     return f"torch>={OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}"
 
 
+def architectures(gpus: list[tuple[int, int]], of_torch: list[str]) -> str:
+    """What to compile for: of torch's architectures, which its toolkit knows, the newest whose code each GPU runs.
+
+    "" where a GPU runs none of them.
+    """
+    listed = [(int(major), int(minor)) for major, minor in re.findall(r"\bsm_(\d+)(\d)\b", " ".join(of_torch))]
+    chosen = set()
+    for major, minor in gpus:
+        fitting = [capability for capability in listed if capability[0] == major and capability[1] <= minor]
+        if not fitting:
+            return ""
+        chosen.add(max(fitting))
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(chosen))
+
+
 def build_settings(python: Path) -> dict[str, str]:
     """Which CUDA kernels to build: what the user's variables say, else what this machine can run."""
     names = ("BN_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")
@@ -96,11 +110,16 @@ def build_settings(python: Path) -> dict[str, str]:
         say("no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them)")
         return {"BN_EXT_CUDA": "0"}
     result = subprocess.run([python, "-c", CAPABILITIES], capture_output=True, text=True, check=False)
-    capabilities = result.stdout.strip()
-    if result.returncode != 0 or not capabilities:
-        return {}  # setup.py says why there are no kernels, or builds the default ones for a newer GPU
-    say(f"CUDA kernels are built for this machine's GPU only, {capabilities} (TORCH_CUDA_ARCH_LIST names others)")
-    return {"TORCH_CUDA_ARCH_LIST": capabilities}
+    gpus, of_torch = json.loads(result.stdout) if result.returncode == 0 else ([], [])
+    if not gpus:
+        return {}  # setup.py says why there are no kernels
+    chosen = architectures(gpus, of_torch)
+    if not chosen:
+        found = ", ".join(f"{major}.{minor}" for major, minor in gpus)
+        say(f"this torch has no code for a GPU of compute capability {found}: CUDA kernels are built for 8.0 and 9.0")
+        return {}
+    say(f"CUDA kernels are built for this machine's GPU only, {chosen} (TORCH_CUDA_ARCH_LIST names others)")
+    return {"TORCH_CUDA_ARCH_LIST": chosen}
 
 
 def create(folder: Path, shared_packages: Path | None) -> Path:

@@ -97,13 +97,27 @@ def test_kernels_are_those_that_this_machine_can_run(
     assert make_env.build_settings(tmp_path) == {"BN_EXT_CUDA": "0"}
     assert "no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them)" in capsys.readouterr().out
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho '9.0;10.0'\n")
+    python.write_text('#!/bin/sh\necho \'[[[9, 0], [10, 3]], ["sm_90", "sm_100"]]\'\n')
     python.chmod(0o755)
     monkeypatch.setattr(make_env, "has_gpu", lambda: True)
     assert make_env.build_settings(python) == {"TORCH_CUDA_ARCH_LIST": "9.0;10.0"}
     assert "for this machine's GPU only, 9.0;10.0 (TORCH_CUDA_ARCH_LIST names others)" in capsys.readouterr().out
+    python.write_text('#!/bin/sh\necho \'[[[11, 0]], ["sm_90", "sm_100"]]\'\n')
+    assert make_env.build_settings(python) == {}
+    assert "no code for a GPU of compute capability 11.0: CUDA kernels are built for 8.0 and" in capsys.readouterr().out
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     assert make_env.build_settings(python) == {"TORCH_CUDA_ARCH_LIST": "8.0"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [([(8, 9)], "8.6"), ([(9, 0), (8, 0), (9, 0)], "8.0;9.0"), ([(12, 1)], "12.0"), ([(9, 0), (11, 0)], "")],
+)
+def test_architectures_are_the_newest_that_gpus_run(
+    make_env: ModuleType, gpus: list[tuple[int, int]], expected: str
+) -> None:
+    listed = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_90a", "sm_100", "sm_120", "compute_120"]
+    assert make_env.architectures(gpus, listed) == expected
 
 
 def test_without_a_gpu_torch_is_the_newest_cpu_build(
