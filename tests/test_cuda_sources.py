@@ -1,26 +1,15 @@
 """The kernels' sources include no torch header, directly or through another: nvcc takes half a minute for one."""
 
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cuda_on_cpu.build import included
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 KERNELS = sorted(
     [*CUDA.rglob("*.cu"), *CUDA.glob("*.cuh"), CUDA / "kernels.h", CUDA / "plan.cpp", CUDA / "traffic.cpp"]
 )
 TORCH = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h", "caffe2/")
-
-
-def included(file: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
-    """Every include of a file and of the project's headers that it includes, with the file that it stands in."""
-    seen.add(file)
-    for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', file.read_text(), re.MULTILINE):
-        yield file, name
-        header = (file.parent / name).resolve()
-        if header.exists() and header not in seen:
-            yield from included(header, seen)
 
 
 @pytest.mark.parametrize("file", KERNELS, ids=lambda file: file.name)

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,6 @@ HARNESS = [
     HERE / f"{name}.cpp"
     for name in ("c_api", "copies", "fibre", "launch", "memory", "ordering", "scheduler", "synchronisation")
 ]
-HEADERS = {".h", ".cuh", ".inl"}
 JOBS = 2
 OLDEST_GCC = 11  # the first whose own choice of C++ is 17 or newer
 MISSING = f"kernels are run on the CPU by g++ {OLDEST_GCC} or newer, which is not installed (CXX names another one)"
@@ -53,8 +52,8 @@ def compiler() -> list[str] | None:
 def library(sources: Sequence[Path], variant: str = "plain", defines: Iterable[str] = ()) -> Path:
     """The shared library of these sources and the harness.
 
-    ``defines`` are given to the sources only ("FAULT=1"). What was built before from the same inputs (sources, headers
-    of csrc and tests/cuda_on_cpu, flags, compiler) is found again, object by object.
+    ``defines`` are given to the sources only ("FAULT=1"). What was built before from the same inputs (source, its
+    headers, flags, compiler) is found again, object by object.
     """
     return _linked(sources, variant, defines, ["-shared"], ".so")
 
@@ -74,6 +73,20 @@ def _linked(sources: Sequence[Path], variant: str, defines: Iterable[str], kind:
     return _made(target, [*objects, *kind, *link_flags])
 
 
+def included(file: Path, seen: set[Path]) -> Iterator[tuple[Path, str]]:
+    """Every include of a file and of the project's headers that it includes, with the file that it stands in.
+
+    These files are added to ``seen``.
+    """
+    seen.add(file)
+    for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', file.read_text(), re.MULTILINE):
+        yield file, name
+        for folder in (file.parent, HERE / "include"):
+            header = (folder / name).resolve()
+            if header.exists() and header not in seen:
+                yield from included(header, seen)
+
+
 def sanitizer_environment() -> dict[str, str]:
     """What a Python that loads a sanitized library must be started with."""
     # libstdc++ too: AddressSanitizer looks for its __cxa_throw when it starts, and Python has not loaded it.
@@ -83,7 +96,7 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 def _object(source: Path, flags: list[str]) -> Path:
-    key = _key(str(source), source.read_bytes(), _headers(source.parent), *flags)
+    key = _key(str(source), source.read_bytes(), _headers(source), *flags)
     return _made(FOLDER / f"{source.stem}-{key}.o", [*flags, "-c", "-x", "c++", source])
 
 
@@ -122,11 +135,12 @@ def _version(*command: str) -> str:
     return result.stdout + result.stderr
 
 
-def _headers(own_folder: Path) -> str:
-    """One digest of all headers that a source in this folder may include."""
-    folders = (ROOT / "csrc", HERE, ROOT / "benchmarks" / "device_limits", own_folder)
-    files = sorted({f for folder in folders for f in folder.rglob("*") if f.suffix in HEADERS})
-    return _key(*(part for file in files for part in (str(file), file.read_bytes())))
+def _headers(source: Path) -> str:
+    """One digest of all headers that a source includes."""
+    files: set[Path] = set()
+    for _ in included(source, files):
+        pass
+    return _key(*(part for file in sorted(files) for part in (str(file), file.read_bytes())))
 
 
 def _key(*parts: str | bytes) -> str:
