@@ -26,15 +26,6 @@ from kernels_check import ARCHITECTURES, check_kernels
 from make_env import BUILD_REQUIREMENTS, requirements_of
 
 TORCH = "torch==2.11.0"
-# As a build of the extension passes them to nvcc.
-NVCC_FLAGS = (
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-)
 # Of the checkout, not copied: what git ignores, and git itself.
 NOT_SOURCES = shutil.ignore_patterns(
     ".git",
@@ -123,7 +114,7 @@ def find_cuobjdump(python: Path) -> Path:
     packages = output_of("python", python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     shipped = next(Path(packages).glob("triton/backends/nvidia/bin/cuobjdump"), None)
     on_path = shutil.which("cuobjdump")
-    return shipped or (Path(on_path) if on_path else fail("no cuobjdump is on PATH or in triton; install triton"))
+    return Path(on_path) if on_path else shipped or fail("no cuobjdump is on PATH or in triton; install triton")
 
 
 def check_machine_code(cuobjdump: Path, extension: Path) -> None:
@@ -140,7 +131,16 @@ def check_device_limits(nvcc: Path, sources: Path) -> None:
     """The program of benchmarks/device_limits compiles, for what is newer than the package's architectures too."""
     program = sources / "benchmarks" / "device_limits" / "limits.cu"
     for architecture in (*ARCHITECTURES, "100"):
-        command = (nvcc, *NVCC_FLAGS, "-cubin", f"-arch=sm_{architecture}", "-o", os.devnull, program)
+        command = (
+            nvcc,
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-cubin",
+            f"-arch=sm_{architecture}",
+            "-o",
+            os.devnull,
+            program,
+        )
         output_of(f"nvcc on {program.name} for sm_{architecture}", *command)
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from commands import ROOT, fail, output_of
 
 ARCHITECTURES = ("80", "90")  # with PTX of the last: the default of setup.py
-# In machine code: the wait for the kernels before (griddepcontrol.wait), and what reads or writes global memory.
+# In machine code: the wait for the kernels before (griddepcontrol.wait), and what does or may touch global memory.
 WAIT = "ACQBULK"
-ACCESSES = re.compile(r"^(LD|LDG|LDGSTS|LDGMC|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UTMALDG|UTMASTG|UBLKPF|CCTL)$")
+ACCESSES = re.compile(r"^(CALL|LD|LDG|LDGSTS|LDGMC|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UTMALDG|UTMASTG|UBLKPF|CCTL)$")
 
 
 class Kernel(NamedTuple):
@@ -62,7 +62,16 @@ def check_kernels(cuobjdump: Path, extension: Path) -> None:
     if not kernels or set(registers) != {(name, sm) for name in names for sm in ARCHITECTURES}:
         fail("some kernel is missing for an architecture, see the table")
     check_listed({(titles[k.name].split("<")[0], k.architecture, k.registers) for k in kernels})
+    check_inlined(cuobjdump, extension, set(names))
     check_waits(output_of("cuobjdump", cuobjdump, "-sass", "-arch", "sm_90", extension), titles)
+
+
+def check_inlined(cuobjdump: Path, extension: Path, kernels: set[str]) -> None:
+    """All functions are inlined into kernels, but the compiler's own: check_waits would not see what others do."""
+    for line in output_of("cuobjdump", cuobjdump, "-symbols", extension).splitlines():
+        name = line.split()[-1] if line.startswith("STT_FUNC") else ""
+        if name and name not in kernels and not name.rpartition("$")[2].startswith("__cuda_"):
+            fail(f"{readable([name])[0]} was not inlined: declare it __forceinline__")
 
 
 def check_listed(registers: set[tuple[str, str, int]]) -> None:
@@ -84,7 +93,7 @@ def check_waits(machine_code: str, titles: dict[str, str]) -> None:
     """
     found = first_accesses(machine_code)
     if set(found) != set(titles):
-        fail("cuobjdump tells of other kernels in machine code than in resource usage: has its form changed?")
+        fail("cuobjdump lists other kernels with -sass than with -res-usage: has its form changed?")
     for name, instruction in sorted(found.items()):
         if instruction != WAIT:
             fail(f"{titles[name]} must begin with {WAIT}, but {instruction} is before it on sm_90")
