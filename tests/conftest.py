@@ -7,8 +7,8 @@ from collections.abc import Iterator
 # this one tests. Torch 2.11 also gives back a backward of other strides, where it forgot to guard them
 # (two convolutions and dynamic=True are enough). Read when torch is imported; processes that tests start inherit it.
 os.environ.update(TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_AUTOGRAD_CACHE="0")
-# Two test processes share the processors, and a thread of OpenMP that spins while it waits takes them from the other:
-# a quarter of the time. Read when OpenMP is loaded, with torch.
+# Two test processes share the processors: an OpenMP thread that spins while it waits slows down the other process.
+# Without that, tests take a quarter less time. Read when OpenMP is loaded, with torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest

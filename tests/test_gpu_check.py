@@ -128,7 +128,7 @@ def test_what_was_built_before_is_taken(check: Check) -> None:
     """By a later call into the folder, from the same sources; or from the checkout, if that is asked for."""
     for name in ("_C.so", "_build_config.py"):
         check.makes(f"bn_ext/{name}")
-    check.makes("build/temp.x/csrc/cuda/forward.o")
+    check.makes("build/temp.x/csrc/cuda/kernels.o")
     assert check("build").returncode == 0
     (kept,) = check.folder.glob("built-*.tar")
     assert "build_ext" in check.log("build")

@@ -9,7 +9,7 @@ def test_a_test_that_runs_long_is_named() -> None:
     heartbeat = Heartbeat(lines.append, clock=lambda: now)
     now += SECONDS
     heartbeat.beat()
-    assert lines.pop() == f"the collection of tests runs for {SECONDS:.0f} s"
+    assert lines.pop() == f"collecting the tests runs for {SECONDS:.0f} s"
     heartbeat.pytest_runtest_logstart("one")
     now += SECONDS - 1
     heartbeat.beat()

@@ -1,4 +1,4 @@
-// Which kernels a pass takes: of one kind or the other, by its plan, and of its type.
+// Chooses the kernels of a pass: general or resident ones by its plan, compiled for its type.
 #include "kernels.h"
 #include "launches.h"
 #include "merge.cuh"

@@ -1,5 +1,6 @@
-// Launches of the kernels of one type T of activations. Each file of instantiations/ compiles one of these for one T,
-// so that a build's processors share the work. Workspaces and errors are those of kernels.h, which chooses among them.
+// Launches of the kernels of one type T of activations. Each file of instantiations/ compiles one of these for one T, so
+// that a build's processors share the work; nothing else includes the headers that define them. kernels.cu chooses
+// among them, and kernels.h says what workspaces and errors are.
 #pragma once
 
 #include <cuda_runtime_api.h>

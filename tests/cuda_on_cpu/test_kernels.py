@@ -256,7 +256,7 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], dtype: torch.dtype) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every_path", ["general", "block"], indirect=True)  # the other machines' plan is of blocks too
+@pytest.mark.parametrize("every_path", ["general", "block"], indirect=True)  # the plan of block is the others' too
 def test_more_than_65535_blocks() -> None:
     case = testing.Case((1, 66_000, 128), torch.float32)
     operator = CudaOnCpu()

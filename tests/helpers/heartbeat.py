@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 SECONDS = 8.0  # of silence
-COLLECTION = "the collection of tests"
+COLLECTION = "collecting the tests"
 
 
 class Heartbeat:

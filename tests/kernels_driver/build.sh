@@ -10,7 +10,7 @@ set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 cuda=$(cd "$here/../../csrc/cuda" && pwd)
-kernels=$(cd "$cuda" && echo kernels.cu instantiations/*.cu plan.cpp)
+kernels=$(cd "$cuda" && echo *.cu instantiations/*.cu plan.cpp)
 
 stop() {
   echo "build.sh: $1" >&2
@@ -30,8 +30,9 @@ done
 objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
 
-# A process each: compile SOURCE OPTION... An object that is not made is missed by the linker's line.
+# compile SOURCE OPTION..., as many at a time as there are cores. An object that is not made is missed by the linker's line.
 compile() {
+  while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n || true; done
   local name=${1##*/}
   "$nvcc" -O3 -c -o "$objects/$name.o" "$@" &
   linked+=("$objects/$name.o")
