@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from commands import ROOT, fail, output_of
+from slots_check import check_slots
 
 ARCHITECTURES = ("80", "90")  # with PTX of the last: the default of setup.py
 # In machine code: the wait for the kernels before (griddepcontrol.wait), and what does or may touch global memory.
@@ -63,7 +64,9 @@ def check_kernels(cuobjdump: Path, extension: Path) -> None:
         fail("some kernel is missing for an architecture, see the table")
     check_listed({(titles[k.name].split("<")[0], k.architecture, k.registers) for k in kernels})
     check_inlined(cuobjdump, extension, set(names))
-    check_waits(output_of("cuobjdump", cuobjdump, "-sass", "-arch", "sm_90", extension), titles)
+    machine_code = output_of("cuobjdump", cuobjdump, "-sass", "-arch", "sm_90", extension)
+    check_waits(machine_code, titles)
+    check_slots(machine_code, titles)
 
 
 def check_inlined(cuobjdump: Path, extension: Path, kernels: set[str]) -> None:

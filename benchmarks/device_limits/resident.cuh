@@ -18,13 +18,13 @@ __global__ void __launch_bounds__(512, 2)
   device_limits::Exchange exchange(plan, memory, workspace);
   exchange.start();
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
-    Walk<false> walk(plan, block);
+    Walk<unsigned, false, true> walk(plan, block, x);
     tile.fetch(walk, walk.rows, true);
     tile.wait();
     unsigned sum = 0;
     in_batches<kBatch>(walk.rows, [&](auto count, int done) {
 #pragma unroll
-      for (int i = 0; i < decltype(count)::value; ++i) sum += sum_of(tile.row(0, done + i).bits());
+      for (int i = 0; i < decltype(count)::value; ++i) sum += sum_of(tile.row(0, done + i).words);
     });
 
     // Of warps, then of the block.
@@ -39,13 +39,13 @@ __global__ void __launch_bounds__(512, 2)
     }
     const unsigned key = exchange_keys(plan, exchange, block.slice)->words[0];
 
-    Walk<true> back(plan, block);
+    Walk<unsigned, true, true> back(plan, block, y);
     int i = back.rows;
     in_batches<kBatch>(back.rows, [&](auto count, int) {
 #pragma unroll
       for (int row = 0; row < decltype(count)::value; ++row) {
-        const uint4 value = tile.row(0, --i).bits() + uint4{key, key, key, key};
-        store_last<kVector>(y + back.offset, Vector<unsigned, kVector>::of(value));
+        const uint4 value = tile.row(0, --i).words + uint4{key, key, key, key};
+        store_last(back.in(y, back.at), Vector<unsigned, kVector>{value});
         back.next(plan);
       }
     });

@@ -24,6 +24,13 @@ inline __device__ double normal_cdf_of(double u) { return 0.5 * erfc(u * -0.7071
 #include "../activation.inl"
 #undef BN_EXT_INLINE
 
+struct Relu {
+  template <typename A>
+  __device__ bool blocked(A u) const {
+    return u <= 0;
+  }
+};
+
 struct Identity {
   template <typename A>
   __device__ A value(A u) const {
@@ -36,6 +43,8 @@ template <Variant kVariant, typename A, typename Body>
 __device__ __forceinline__ void with_activation(const Activation& activation, const Body& body) {
   if constexpr (kVariant == Variant::kPlain) {
     body(Identity{});
+  } else if constexpr (kVariant == Variant::kRelu) {
+    body(Relu{});
   } else if constexpr (kVariant == Variant::kReluLike) {
     const bool passes_all = activation.kind == ActivationKind::kNone;
     body(ReluLike<A>{static_cast<A>(passes_all ? 1 : activation.alpha),

@@ -6,6 +6,11 @@
 
 namespace bn_ext::cuda {
 
+// Bytes of each tensor that a thread has in flight: as many as registers allow.
+constexpr int bytes_of_apply(Variant variant, int access) {
+  return variant > Variant::kRelu ? 32 : access == kWidestAccess ? 128 : 64;
+}
+
 // A thread's part in y = activation((x - mean) * scale + offset + z).
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 class Apply {
@@ -14,7 +19,7 @@ class Apply {
   using V = Vector<T, kVector>;
 
   struct Row {
-    int64_t offset;
+    uint64_t at;
     V x;
     V z;
   };
@@ -23,15 +28,18 @@ class Apply {
 
   explicit __device__ Apply(const ForwardParams& p)
       : p_(p),
-        has_z_(kVariant != Variant::kPlain && p.z != nullptr),
+        has_z_(kVariant > Variant::kRelu && p.z != nullptr),
         has_mask_(kVariant == Variant::kReluLike && p.mask != nullptr) {}
 
-  __device__ V z(int64_t offset) const {
-    return has_z_ ? load_last<kVector>(static_cast<const T*>(p_.z) + offset) : V{};
+  // The next row of a walk, with its x.
+  template <typename Walk>
+  __device__ Row row(const Walk& walk, const V& x) const {
+    return {walk.at, x, has_z_ ? load_last<kVector>(walk.in(p_.z, walk.at)) : V{}};
   }
 
-  __device__ void finish(const Plan& plan, const Row& row) const {
-    V y;
+  template <typename Walk>
+  __device__ void finish(const Plan& plan, const Walk& walk, const Row& row) const {
+    A y[kVector];
     unsigned passed = 0;
     with_activation<kVariant, A>(p_.activation, [&](const auto& formula) {
 #pragma unroll
@@ -39,11 +47,15 @@ class Apply {
         A u = affine[kOneChannel ? 0 : i](row.x[i]);
         if (has_z_) u += row.z[i];
         if constexpr (kVariant == Variant::kReluLike) passed |= unsigned{!formula.blocked(u)} << i;
-        y.set(i, formula.value(u));
+        if constexpr (kVariant == Variant::kRelu) {
+          y[i] = u;
+        } else {
+          y[i] = formula.value(u);
+        }
       }
     });
-    store_last(static_cast<T*>(p_.y) + row.offset, y);
-    if (has_mask_) store_bits<kVector>(plan, p_.mask, row.offset, passed);
+    store_last(walk.in(p_.y, row.at), V::template rounded<kVariant == Variant::kRelu>(y));
+    if (has_mask_) store_bits<kVector>(plan, p_.mask, walk.offset(row.at), passed);
   }
 
  private:

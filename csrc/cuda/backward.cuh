@@ -15,10 +15,10 @@ namespace {
 
 // Bytes of each tensor that a thread has in flight: as many as registers allow.
 constexpr int bytes_of_sums(Variant variant, bool one_channel, bool writes) {
-  if (variant != Variant::kPlain) return 16;
+  if (variant > Variant::kRelu) return 16;
   return one_channel ? (writes ? 32 : 64) : (writes ? 16 : 32);
 }
-constexpr int bytes_of_input(Variant variant) { return variant == Variant::kPlain ? 32 : 16; }
+constexpr int bytes_of_input(Variant variant) { return variant <= Variant::kRelu ? 32 : 16; }
 
 // sum(g) and sum(g * (x - mean)): each thread over its rows, each block over its threads, into
 // partials[channel * segments + segment]. kWrites: also dz = g, and in eval mode dx = g * scale, which needs no sums.
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   using V = Vector<T, kVector>;
   using Gradients = Gradient<T, kVector, kVariant, false>;
   const Block block = block_of(plan, blockIdx.x);
-  Walk<false> walk(plan, block);
+  Walk<T, false, kOneChannel> walk(plan, block, p.dy);
   const bool writes_dx = kWrites && !p.training && p.dx != nullptr;
   const bool writes_dz = kWrites && p.dz != nullptr;
   Affine<A> affine[kOneChannel ? 1 : kVector] = {};
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   A sum_dy[kVector] = {};
   A sum_dy_centred[kVector] = {};
   const auto finish = [&](const typename Gradients::Row& row) {
-    V row_dx;
-    V row_dz;
+    A row_dx[kVector];
+    A row_dz[kVector];
     with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
@@ -53,19 +53,19 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
         const A value = g.at(formula, row, i, a);
         sum_dy[i] += value;
         sum_dy_centred[i] += value * (row.x[i] - a.mean);
-        row_dx.set(i, value * a.scale);
-        row_dz.set(i, value);
+        row_dx[i] = value * a.scale;
+        row_dz[i] = value;
       }
     });
-    if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
-    if (writes_dz) store(static_cast<T*>(p.dz) + row.offset, row_dz);  // grad_input_kernel may read it
+    if (writes_dx) store_last(walk.in(p.dx, row.at), V::rounded(row_dx));
+    if (writes_dz) store(walk.in(p.dz, row.at), V::rounded(row_dz));  // grad_input_kernel may read it
   };
   g.template for_rows<bytes_of_sums(kVariant, kOneChannel, kWrites)>(plan, walk, finish);
 
   GradSums sums[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
-  leave_sums<kOneChannel>(plan, walk, sums);
+  leave_sums<kVector, kOneChannel>(plan, walk, sums);
   merge_gradients(plan, block, [&](const GradSums& total, int64_t channel, int) {
     store_sums(place_of(plan, block, partials, channel), total);
   });
@@ -88,8 +88,11 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_gradient
 
 template <typename A>
 __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficients, int64_t channel) {
-  const Affine<A> affine = saved_affine<A>(p, channel, p.dx != nullptr || p.needs_u(), p.needs_u());
-  if (!p.training || p.dx == nullptr) return {affine, {0, 0}};
+  Affine<A> affine = saved_affine<A>(p, channel, p.dx != nullptr || p.needs_u(), p.needs_u());
+  if (!p.training || p.dx == nullptr) {
+    if (!p.needs_u()) affine.mean = 0;  // as x is, which is not read
+    return {affine, {-A(0), -A(0)}};
+  }
   return {affine, {load_one(coefficients + channel), load_one(coefficients + p.shape.c + channel)}};
 }
 
@@ -105,30 +108,36 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   using V = Vector<T, kVector>;
   using Gradients = Gradient<T, kVector, kVariant, true>;
   const Block block = block_of(plan, gridDim.x - 1 - blockIdx.x);
-  Walk<true> walk(plan, block);
+  Walk<T, true, kOneChannel> walk(plan, block, p.dy);
   GradAffine<A> affine[kOneChannel ? 1 : kVector] = {};
   make_coefficients<kVector, kOneChannel>(
       plan, block, walk, affine, [&](int64_t channel, bool) { return grad_affine(p, coefficients, channel); });
 
   const Gradients g(p, p.training && p.dx != nullptr);
-  const bool writes_dx = kVariant == Variant::kPlain || p.dx != nullptr;
-  const bool writes_dz = kVariant != Variant::kPlain && p.dz != nullptr;
-  const auto finish = [&](const typename Gradients::Row& row) {
-    V row_dx;
-    V row_dz;
-    with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
+  const bool writes_dx = kVariant <= Variant::kRelu || p.dx != nullptr;
+  const bool writes_dz = kVariant > Variant::kRelu && p.dz != nullptr;
+  const auto run = [&](auto reads_x) {
+    g.template for_rows<bytes_of_input(kVariant)>(plan, walk, [&](const typename Gradients::Row& row) {
+      A row_dx[kVector];
+      A row_dz[kVector];
+      with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const GradAffine<A>& a = affine[kOneChannel ? 0 : i];
-        const A value = g.at(formula, row, i, a.affine);
-        row_dx.set(i, p.training ? a.of_training(value, row.x[i]) : value * a.affine.scale);
-        row_dz.set(i, value);
-      }
+        for (int i = 0; i < kVector; ++i) {
+          const GradAffine<A>& a = affine[kOneChannel ? 0 : i];
+          const A value = g.at(formula, row, i, a.affine);
+          row_dx[i] = a.dx(value, reads_x ? row.x[i] - a.affine.mean : A(0));
+          row_dz[i] = value;
+        }
+      });
+      if (writes_dx) store_last(walk.in(p.dx, row.at), V::rounded(row_dx));
+      if (writes_dz) store_last(walk.in(p.dz, row.at), V::rounded(row_dz));
     });
-    if (writes_dx) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
-    if (writes_dz) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
   };
-  g.template for_rows<bytes_of_input(kVariant)>(plan, walk, finish);
+  if constexpr (kVariant == Variant::kRelu) {  // a loop for each mode: eight choices fewer in each row
+    p.training ? run(std::true_type{}) : run(std::false_type{});
+  } else {
+    run(kVariant == Variant::kPlain || p.training);
+  }
 }
 
 struct Workspace {
@@ -145,7 +154,7 @@ void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Wo
   // The compile-time choice only where it lets a kernel have more rows in flight.
   const auto kernel = p.dz != nullptr || (p.dx != nullptr && !p.training)
                           ? grad_sums_kernel<T, kVector, kOneChannel, kVariant, true>
-                          : grad_sums_kernel<T, kVector, kOneChannel, kVariant, kVariant != Variant::kPlain>;
+                          : grad_sums_kernel<T, kVector, kOneChannel, kVariant, (kVariant > Variant::kRelu)>;
   const size_t shared_bytes =
       std::max(plan.block_partials() * sizeof(GradSums), plan.block_coefficients() * sizeof(Affine<A>));
   pass.on_segments(kernel, shared_bytes, p, workspace.partials);
@@ -155,7 +164,7 @@ void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Wo
 template <typename T, int kVector, bool kOneChannel>
 cudaError_t launch_general(Pass& pass, BackwardParams p, const Plan& plan, const Workspace& workspace) {
   if (p.needs_sums()) {
-    const cudaError_t error = dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+    const cudaError_t error = dispatch_variant<T, kVector>(variant_of(p, plan), [&](auto variant) {
       launch_sums<T, kVector, kOneChannel, decltype(variant)::value>(pass, p, plan, workspace);
       return pass.error();
     });
@@ -163,7 +172,7 @@ cudaError_t launch_general(Pass& pass, BackwardParams p, const Plan& plan, const
     p = after_sums(p);
   }
   if (p.dx == nullptr && p.dz == nullptr) return cudaSuccess;
-  return dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+  return dispatch_variant<T, kVector>(variant_of(p, plan), [&](auto variant) {
     pass.on_segments(grad_input_kernel<T, kVector, kOneChannel, decltype(variant)::value>,
                      plan.block_coefficients() * sizeof(GradAffine<acc_t<T>>),
                      p,

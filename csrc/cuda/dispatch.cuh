@@ -24,6 +24,9 @@ cudaError_t dispatch_plan(const Plan& plan, const Body& body) {
 template <typename T, int kVector, typename Body>
 cudaError_t dispatch_variant(Variant variant, const Body& body) {
   if (variant == Variant::kPlain) return body(std::integral_constant<Variant, Variant::kPlain>{});
+  if constexpr (kVector * sizeof(T) == kWidestAccess) {
+    if (variant == Variant::kRelu) return body(std::integral_constant<Variant, Variant::kRelu>{});
+  }
   if (variant == Variant::kReluLike) return body(std::integral_constant<Variant, Variant::kReluLike>{});
   if constexpr (kVector <= most_values_of_any(sizeof(T))) return body(std::integral_constant<Variant, Variant::kAny>{});
   return cudaErrorInvalidValue;  // no plan of ours has so wide accesses

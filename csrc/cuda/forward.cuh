@@ -21,9 +21,6 @@ __device__ Affine<A> affine_of_running(const ForwardParams& p, int64_t channel, 
   return affine;
 }
 
-// Bytes of each tensor that a thread has in flight: as many as registers allow.
-constexpr int bytes_of_apply(Variant variant) { return variant == Variant::kPlain ? 64 : 32; }
-
 // y = activation((x - mean) * scale + offset + z), and where a mask is wanted, which values passed. With the saved
 // numbers, which in eval mode it makes and saves itself, unless it is the pass once more.
 // Grid: as statistics_kernel; blocks and rows go backwards, for what that read last is still in the cache. Reads x and
@@ -34,21 +31,21 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) apply_kernel(cons
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   const Block block = block_of(plan, gridDim.x - 1 - blockIdx.x);
-  Walk<true> walk(plan, block);
+  Walk<T, true, kOneChannel> walk(plan, block, p.x);
   Apply<T, kVector, kOneChannel, kVariant> apply(p);
   make_coefficients<kVector, kOneChannel>(plan, block, walk, apply.affine, [&](int64_t channel, bool is_first) {
     return p.training || p.repeats ? saved_affine<A>(p, channel) : affine_of_running<A>(p, channel, is_first);
   });
   using Row = typename decltype(apply)::Row;
-  in_batches<kBatchRows<V, bytes_of_apply(kVariant)>>(walk.rows, [&](auto count, int) {
+  in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V))>>(walk.rows, [&](auto count, int) {
     Row rows[decltype(count)::value] = {};
 #pragma unroll
     for (Row& row : rows) {
-      row = {walk.offset, load_last<kVector>(static_cast<const T*>(p.x) + walk.offset), apply.z(walk.offset)};
+      row = apply.row(walk, load_last<kVector>(walk.in(p.x, walk.at)));
       walk.next(plan);
     }
 #pragma unroll
-    for (const Row& row : rows) apply.finish(plan, row);
+    for (const Row& row : rows) apply.finish(plan, walk, row);
   });
 }
 
@@ -73,7 +70,7 @@ cudaError_t GeneralForward<T>::launch(const ForwardParams& p, const Plan& plan, 
       if (p.training && !p.repeats) {
         launch_statistics<T, kVector, kOneChannel>(pass, p, plan, static_cast<Moments*>(workspace));
       }
-      return dispatch_variant<T, kVector>(variant_of(p.activation, p.z), [&](auto variant) {
+      return dispatch_variant<T, kVector>(variant_of(p, plan), [&](auto variant) {
         const size_t shared_bytes = plan.block_coefficients() * sizeof(Affine<acc_t<T>>);
         pass.on_segments(apply_kernel<T, kVector, kOneChannel, decltype(variant)::value>, shared_bytes, p);
         return pass.error();

@@ -17,7 +17,7 @@ class Gradient {
   using V = Vector<T, kVector>;
 
   struct Row {
-    int64_t offset;
+    uint64_t at;
     V dy;
     V x;  // zeros where not read
     V z;
@@ -28,28 +28,33 @@ class Gradient {
   __device__ Gradient(const BackwardParams& p, bool wants_x)
       : p_(p), reads_x_(wants_x || (kVariant != Variant::kPlain && p.needs_u())) {
     if (!p.dy_is_scalar) return;
+    T values[kVector];
 #pragma unroll
-    for (T& value : all_.values) value = load<1>(static_cast<const T*>(p.dy)).values[0];
+    for (T& value : values) value = load<1>(static_cast<const T*>(p.dy)).value(0);
+    all_ = V::of(values);
   }
 
   // With what is read of the mask; z is not.
-  __device__ Row row(int64_t offset, const V& dy, const V& x) const {
+  template <typename Walk>
+  __device__ Row row(const Walk& walk, const V& dy, const V& x) const {
     const bool has_mask = kVariant == Variant::kReluLike && p_.mask != nullptr;
-    return {offset, dy, x, V{}, has_mask ? load_bits(p_.mask, offset) : 0};
+    return {walk.at, dy, x, V{}, has_mask ? load_bits(p_.mask, walk.offset(walk.at)) : 0};
   }
 
   // Calls finish(row) for all rows, of which so many bytes of each tensor are read at a time.
-  template <int kBytes, bool kBackwards, typename Finish>
-  __device__ void for_rows(const Plan& plan, Walk<kBackwards>& walk, const Finish& finish) const {
+  template <int kBytes, typename Walk, typename Finish>
+  __device__ void for_rows(const Plan& plan, Walk& walk, const Finish& finish) const {
     in_batches<kBatchRows<V, kBytes>>(walk.rows, [&](auto count, int) {
       Row rows[decltype(count)::value] = {};
 #pragma unroll
       for (Row& row : rows) {
-        row.offset = walk.offset;
-        row.dy = p_.dy_is_scalar ? all_ : read(p_.dy, walk.offset);
-        if (reads_x_) row.x = read(p_.x, walk.offset);
-        if (kVariant != Variant::kPlain && reads_z()) row.z = read(p_.z, walk.offset);
-        if (kVariant == Variant::kReluLike && p_.mask != nullptr) row.passed = load_bits(p_.mask, walk.offset);
+        row.at = walk.at;
+        row.dy = p_.dy_is_scalar ? all_ : read(walk.in(p_.dy, walk.at));
+        if (reads_x_) row.x = read(walk.in(p_.x, walk.at));
+        if (kVariant > Variant::kRelu && reads_z()) row.z = read(walk.in(p_.z, walk.at));
+        if (kVariant == Variant::kReluLike && p_.mask != nullptr) {
+          row.passed = load_bits(p_.mask, walk.offset(walk.at));
+        }
         walk.next(plan);
       }
 #pragma unroll
@@ -64,10 +69,12 @@ class Gradient {
       return dy;
     } else {
       A u = affine(row.x[i]);
-      if (reads_z()) u += row.z[i];
+      if (kVariant != Variant::kRelu && reads_z()) u += row.z[i];
       if constexpr (kVariant == Variant::kReluLike) {
         const bool passed = p_.mask != nullptr ? row.passed >> i & 1 : !formula.blocked(u);
         return passed ? dy : formula.held_back(dy);
+      } else if constexpr (kVariant == Variant::kRelu) {
+        return formula.blocked(u) ? 0 : dy;
       } else {
         return dy * formula.derivative(u);
       }
@@ -75,10 +82,7 @@ class Gradient {
   }
 
  private:
-  static __device__ V read(const void* tensor, int64_t offset) {
-    const T* p = static_cast<const T*>(tensor) + offset;
-    return kLast ? load_last<kVector>(p) : load<kVector>(p);
-  }
+  static __device__ V read(const T* p) { return kLast ? load_last<kVector>(p) : load<kVector>(p); }
   __device__ bool reads_z() const { return p_.z != nullptr && p_.mask == nullptr; }
 
   const BackwardParams& p_;  // not copies of its pointers, which would take registers
@@ -113,15 +117,13 @@ __device__ Slope<A> finalise_gradient(const BackwardParams& p, int64_t channel, 
   return {static_cast<A>(-scale * rstd * sum_dy_xhat / count), static_cast<A>(-scale * total.dy / count)};
 }
 
-// In eval mode dx = g * scale, and slope and shift are not looked at.
 template <typename A>
 struct GradAffine {
   Affine<A> affine;
   Slope<A> slope;
 
-  __device__ A of_training(A g, A x) const {
-    return g * affine.scale + ((x - affine.mean) * slope.slope + slope.shift);
-  }
+  // centred: x - mean. In eval mode it is 0, and slope and shift are -0: then dx is g * scale, to the sign of a zero.
+  __device__ A dx(A g, A centred) const { return g * affine.scale + (centred * slope.slope + slope.shift); }
 };
 
 }  // namespace bn_ext::cuda

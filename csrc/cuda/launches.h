@@ -1,5 +1,5 @@
-// Launches of the kernels of one type T of activations. Each file of instantiations/ compiles one of these for one T, so
-// that a build's processors share the work; nothing else includes the headers that define them. kernels.cu chooses
+// Launches of the kernels of one type T of activations. Each file of instantiations/ compiles one of these for one T,
+// so that a build's processors share the work; nothing else includes the headers that define them. kernels.cu chooses
 // among them, and kernels.h says what workspaces and errors are.
 #pragma once
 

@@ -10,7 +10,7 @@ namespace bn_ext::cuda {
 // The bits of a vector of up to eight values, the first one's lowest, and others above them. A vector's offset is a
 // multiple of its size, so its bits lie in one byte.
 inline __device__ unsigned load_bits(const uint8_t* mask, int64_t offset) {
-  return unsigned{load<1>(mask + (offset >> 3)).values[0]} >> (offset & 7);
+  return unsigned{load<1>(mask + (offset >> 3)).value(0)} >> (offset & 7);
 }
 
 // Stores the bits of a vector; other bits are zero. All threads of a block's slice must call it with each of their
@@ -39,7 +39,7 @@ __device__ void store_bits(const Plan& plan, uint8_t* mask, int64_t offset, unsi
       bits |= __shfl_xor_sync(lanes_of_byte, bits, distance);
     }
   }
-  if (lane % kLanes == 0) store_last(mask + (offset >> 3), Vector<uint8_t, 1>{{static_cast<uint8_t>(bits)}});
+  if (lane % kLanes == 0) store_last(mask + (offset >> 3), Vector<uint8_t, 1>::of({static_cast<uint8_t>(bits)}));
 }
 
 }  // namespace bn_ext::cuda

@@ -23,7 +23,7 @@ __device__ Sums load_sums(const Sums* p) {
   using V = Vector<double, 2>;
   static_assert(sizeof(Sums) == sizeof(V), "two doubles, moved at once");
   const V pair = load<2>(reinterpret_cast<const double*>(p));
-  return {pair.values[0], pair.values[1]};
+  return {pair.value(0), pair.value(1)};
 }
 
 inline __device__ void store_sums(Moments* p, const Moments& m) {
@@ -133,10 +133,10 @@ __device__ void merge_in_warp(const Plan& plan, Sums (&sums)[kCount], int count)
   }
 }
 
-// Leaves a thread's sums, one for each value of its vectors, where merge_block looks for them: those of adjacent values
-// of a channel as one. All threads of the block must call this.
-template <bool kOneChannel, typename Sums, int kVector>
-__device__ void leave_sums(const Plan& plan, const Walk<false>& walk, Sums (&sums)[kVector]) {
+// Leaves a thread's sums, one for each value of its vectors or for all of them, where merge_block looks for them: those
+// of adjacent values of a channel as one. All threads of the block must call this.
+template <int kVector, bool kOneChannel, typename Walk, typename Sums, int kCount>
+__device__ void leave_sums(const Plan& plan, const Walk& walk, Sums (&sums)[kCount]) {
   const auto place = [&] {
     return shared_memory<Sums>() + walk.row_lane / plan.warp_rows * plan.partials_stride() +
            walk.column * plan.pieces_stride();

@@ -9,7 +9,6 @@
 namespace bn_ext::cuda {
 namespace {
 
-constexpr int kWidestAccess = 16;  // bytes, of one thread
 constexpr int kWarp = 32;
 constexpr int kByteBits = 8;
 constexpr int kLine = 128;            // bytes of a cache line: slices no narrower, so that few channels share a block
@@ -267,7 +266,7 @@ Plan make_plan(const Request& request, const Machine& machine) {
 
 Plan plan_forward(const ForwardParams& p, const Machine& machine) {
   const int bytes = value_bytes(p.dtype);
-  const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {p.x, p.z, p.y});
+  const int alignment = common_alignment(variant_of(p), bytes, {p.x, p.z, p.y});
   // Alike for calls with a mask and without, so that results do not depend on it.
   const bool for_mask = p.activation.kind == ActivationKind::kReluLike && p.z != nullptr;
   return make_plan({p.shape, bytes, alignment, for_mask, resident_tiles(p)}, machine);
@@ -276,7 +275,7 @@ Plan plan_forward(const ForwardParams& p, const Machine& machine) {
 Plan plan_backward(const BackwardParams& p, const Machine& machine) {
   const int bytes = value_bytes(p.dtype);
   const void* dy = p.dy_is_scalar ? nullptr : p.dy;
-  const int alignment = common_alignment(variant_of(p.activation, p.z), bytes, {dy, p.x, p.z, p.dx, p.dz});
+  const int alignment = common_alignment(variant_of(p), bytes, {dy, p.x, p.z, p.dx, p.dz});
   return make_plan({p.shape, bytes, alignment, false, resident_tiles(p)}, machine);
 }
 

@@ -16,13 +16,22 @@ constexpr int kMaxRowsPerThread = 256;  // float32 sums stay short
 // What a kernel is compiled for.
 enum class Variant {
   kPlain,     // no activation, no residual
+  kRelu,      // relu of the widest accesses, no residual, no mask
   kReluLike,  // one of that kind, or none; with a residual or without
   kAny,       // any other, chosen at run time, alike for the whole grid; with a residual or without
 };
 
-constexpr Variant variant_of(const Activation& activation, const void* z) {
-  if (activation.kind == ActivationKind::kNone) return z == nullptr ? Variant::kPlain : Variant::kReluLike;
-  return activation.kind == ActivationKind::kReluLike ? Variant::kReluLike : Variant::kAny;
+constexpr Variant variant_of(const Activation& activation, bool is_alone) {
+  const bool is_relu = activation.alpha == 0 && activation.upper != activation.upper;
+  if (activation.kind == ActivationKind::kNone) return is_alone ? Variant::kPlain : Variant::kReluLike;
+  if (activation.kind != ActivationKind::kReluLike) return Variant::kAny;
+  return is_relu && is_alone ? Variant::kRelu : Variant::kReluLike;
+}
+constexpr Variant variant_of(const ForwardParams& p) {
+  return variant_of(p.activation, p.z == nullptr && p.mask == nullptr);
+}
+constexpr Variant variant_of(const BackwardParams& p) {
+  return variant_of(p.activation, p.z == nullptr && p.mask == nullptr && p.dz == nullptr);
 }
 
 // Values of one access in kAny's kernels, at most: its formulas leave registers for no more.
@@ -178,6 +187,16 @@ struct Request {
 };
 
 int value_bytes(DType dtype);
+
+constexpr int kWidestAccess = 16;  // bytes, of one thread
+
+// Of the kernels that a pass takes.
+template <typename Params>
+Variant variant_of(const Params& p, const Plan& plan) {
+  const Variant variant = variant_of(p);
+  const bool is_wide = plan.vector * value_bytes(p.dtype) == kWidestAccess;
+  return variant == Variant::kRelu && !is_wide ? Variant::kReluLike : variant;
+}
 
 // Tensors that a team keeps of a slice in this pass; 0: no team could keep what is needed.
 int resident_tiles(const ForwardParams& p);

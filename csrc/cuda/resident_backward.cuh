@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   Exchange<GradSums, Slope<A>> exchange(plan, memory, workspace);
   exchange.start();
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
-    Walk<false> walk(plan, block);
-    Walk<false> ahead = walk;
+    Walk<T, false, kOneChannel> walk(plan, block, p.dy);
+    Walk<T, false, kOneChannel> ahead = walk;
     int count = tile.first_chunk(walk.rows);
     tile.fetch(ahead, count, count == walk.rows);
     Affine<A> affine[kOneChannel ? 1 : kVector] = {};
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     for (int left = walk.rows; left > 0;) {
       tile.wait();
       for (int i = 0; i < count; ++i) {
-        add(g.row(walk.offset, tile.row(0, i), tile.row(1, i)));
+        add(g.row(walk, tile.row(0, i), tile.row(1, i)));
         walk.next(plan);
       }
       left -= count;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     GradSums sums[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
-    leave_sums<kOneChannel>(plan, walk, sums);
+    leave_sums<kVector, kOneChannel>(plan, walk, sums);
     merge_gradients(plan, block, [&](const GradSums& total, int64_t, int place) { exchange.leave_sums(place, total); });
     exchange.for_own_channels(block.slice, [&](const Channel& channel, const auto& get) {
       const GradSums total = merge(channel.group, channel.exists ? plan.segments : 0, get);
@@ -70,38 +70,41 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     });
     const Slope<A>* of_slice = exchange.gather_coefficients(block.slice);
 
-    Walk<true> back(plan, block);
+    Walk<T, true, kOneChannel> back(plan, block, p.dx != nullptr ? p.dx : p.dz);
     Slope<A> slope[kOneChannel ? 1 : kVector] = {};
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, slope);
     const auto finish = [&](const auto& row) {
-      V row_dx;
-      V row_dz;
+      A row_dx[kVector];
+      A row_dz[kVector];
       with_activation<kVariant, A>(p.activation, [&](const auto& formula) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           const GradAffine<A> a = {affine[kOneChannel ? 0 : i], slope[kOneChannel ? 0 : i]};
           const A value = g.at(formula, row, i, a.affine);
-          row_dx.set(i, a.of_training(value, row.x[i]));
-          row_dz.set(i, value);
+          row_dx[i] = a.dx(value, row.x[i] - a.affine.mean);
+          row_dz[i] = value;
         }
       });
-      if (p.dx != nullptr) store_last(static_cast<T*>(p.dx) + row.offset, row_dx);
-      if (kVariant != Variant::kPlain && p.dz != nullptr) store_last(static_cast<T*>(p.dz) + row.offset, row_dz);
+      if (kVariant <= Variant::kRelu || p.dx != nullptr) store_last(back.in(p.dx, row.at), V::rounded(row_dx));
+      if (kVariant > Variant::kRelu && p.dz != nullptr) store_last(back.in(p.dz, row.at), V::rounded(row_dz));
     };
     if (p.dx == nullptr && p.dz == nullptr) continue;
     for (int left = back.rows; left > 0;) {
       int i = tile.last_chunk(left);
       if (left < back.rows) {
-        Walk<true> again = back;
+        Walk<T, true, kOneChannel> again = back;
         tile.fetch(again, i, true);
         tile.wait();
       }
       left -= i;
-      while (i > 0) {
-        --i;
-        finish(g.row(back.offset, tile.row(0, i), tile.row(1, i)));
-        back.next(plan);
-      }
+      in_batches<kVariant <= Variant::kRelu ? 2 : 1>(i, [&](auto count, int) {
+#pragma unroll
+        for (int row = 0; row < decltype(count)::value; ++row) {
+          --i;
+          finish(g.row(back, tile.row(0, i), tile.row(1, i)));
+          back.next(plan);
+        }
+      });
     }
   }
   exchange.finish();
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
 // Calls body(kernel, grid) with the plan's.
 template <typename T, typename Body>
 cudaError_t with_kernel(const BackwardParams& p, const Plan& plan, const Body& body) {
-  const Variant variant = variant_of(p.activation, p.z);
+  const Variant variant = variant_of(p, plan);
   return dispatch_plan<T>(plan, variant, [&](auto vector, auto one_channel, auto chosen) {
     return body(resident_backward_kernel<T, vector.value, one_channel.value, chosen.value>,
                 grid_of_teams(plan, kTensors, sizeof(T)));

@@ -28,17 +28,17 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   exchange.start();
   count_batch(p.num_batches_tracked);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
-    Walk<false> walk(plan, block);
-    RunningMoments<A> moments[kVector] = {};
+    Walk<T, false, kOneChannel> walk(plan, block, p.x);
+    RunningMoments<A> moments[kOneChannel ? 1 : kVector] = {};
     for (int done = 0; done < walk.rows;) {
       const int count = tile.first_chunk(walk.rows - done);
       tile.fetch(walk, count, done + count == walk.rows);
       tile.wait();
       int i = 0;
-      add_rows<T>(done + count, [&] { return tile.row(0, i++); }, moments, done);
+      add_rows<T, kVector>(done + count, [&] { return tile.row(0, i++); }, moments, done);
       done += count;
     }
-    merge_moments<kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int place) {
+    merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int place) {
       exchange.leave_sums(place, total);
     });
     exchange.for_own_channels(block.slice, [&](const Channel& channel, const auto& get) {
@@ -52,25 +52,25 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     const Affine<A>* of_slice = exchange.gather_coefficients(block.slice);
 
     Apply<T, kVector, kOneChannel, kVariant> apply(p);
-    Walk<true> back(plan, block);
+    Walk<T, true, kOneChannel> back(plan, block, p.y);
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, apply.affine);
     for (int left = back.rows; left > 0;) {
       int i = tile.last_chunk(left);
       if (left < back.rows) {
-        Walk<true> ahead = back;
+        Walk<T, true, kOneChannel> ahead = back;
         tile.fetch(ahead, i, true);
         tile.wait();
       }
       left -= i;
-      in_batches<kBatchRows<V, 32>>(i, [&](auto count, int) {
+      in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V))>>(i, [&](auto count, int) {
         typename decltype(apply)::Row rows[decltype(count)::value] = {};
 #pragma unroll
         for (auto& row : rows) {
-          row = {back.offset, tile.row(0, --i), apply.z(back.offset)};
+          row = apply.row(back, tile.row(0, --i));
           back.next(plan);
         }
 #pragma unroll
-        for (const auto& row : rows) apply.finish(plan, row);
+        for (const auto& row : rows) apply.finish(plan, back, row);
       });
     }
   }
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
 // Calls body(kernel, grid) with the plan's.
 template <typename T, typename Body>
 cudaError_t with_kernel(const ForwardParams& p, const Plan& plan, const Body& body) {
-  const Variant variant = variant_of(p.activation, p.z);
+  const Variant variant = variant_of(p, plan);
   return dispatch_plan<T>(plan, variant, [&](auto vector, auto one_channel, auto chosen) {
     return body(resident_forward_kernel<T, vector.value, one_channel.value, chosen.value>,
                 grid_of_teams(plan, kTensors, sizeof(T)));

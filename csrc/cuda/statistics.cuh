@@ -7,6 +7,23 @@
 
 namespace bn_ext::cuda {
 
+inline __device__ float quotient_of(float a, float b) { return __fdividef(a, b); }  // 2 ulp, which a share may have
+inline __device__ double quotient_of(double a, double b) { return a / b; }
+
+// term(0) + ... + term(kCount - 1), by additions of which some need not wait for each other.
+template <int kCount, typename Term>
+__device__ auto sum_of(const Term& term) {
+  constexpr int kChains = std::max(1, kCount / 8);
+  decltype(term(0)) sums[kChains];
+#pragma unroll
+  for (int i = 0; i < kChains; ++i) sums[i] = term(i);
+#pragma unroll
+  for (int i = kChains; i < kCount; ++i) sums[i % kChains] += term(i);
+#pragma unroll
+  for (int i = 1; i < kChains; ++i) sums[0] += sums[i];
+  return sums[0];
+}
+
 // Moments of a thread's values of one channel, batch by batch. The mean is kept in two parts: values are taken as
 // deviations from the greater part, so that a large mean does not cancel, and what that part cannot hold is not lost.
 template <typename A>
@@ -15,21 +32,16 @@ struct RunningMoments {
   A rest;  // of the mean
   A m2;
 
-  // `before`: number of values so far; `share`: the batch's share in all values, the batch included.
+  // `before`: number of values so far; `share`: the batch's share in all values, the batch included. Squares are about
+  // the mean so far: what cancels in the batch's own is no more than what the distance of the means adds to m2.
   template <int kCount>
   __device__ void add(const A (&values)[kCount], A before, A share) {
-    A batch_mean = 0;
-    A batch_m2 = 0;
-#pragma unroll
-    for (const A value : values) batch_mean += value - mean;
-    batch_mean /= kCount;
-#pragma unroll
-    for (const A value : values) {
-      const A deviation = value - mean - batch_mean;
-      batch_m2 += deviation * deviation;
-    }
+    const A sum = sum_of<kCount>([&](int i) { return values[i] - mean; });
+    const A squares = sum_of<kCount>([&](int i) { return (values[i] - mean) * (values[i] - mean); });
+    const A batch_mean = sum / kCount;
     const A delta = batch_mean - rest;
-    m2 += batch_m2 + delta * delta * (before * share);
+    m2 += squares - sum * batch_mean;
+    m2 += delta * (delta * (before * share));
     rest += delta * share;
     const A new_mean = mean + rest;
     rest += mean - new_mean;
@@ -37,46 +49,50 @@ struct RunningMoments {
   }
 };
 
-// Of the values of a thread's vectors, until there are `rows`: next() gives one after the other.
-template <typename T, int kVector, typename Next>
+// Of the values of a thread's vectors, until there are `rows`: next() gives one after the other. Of all values of a row
+// where they belong to one channel, else of each.
+template <typename T, int kVector, typename Next, int kStates>
 __device__ void add_rows(int rows,
                          const Next& next,
-                         RunningMoments<acc_t<T>> (&moments)[kVector],
+                         RunningMoments<acc_t<T>> (&moments)[kStates],
                          int rows_before = 0) {
   using A = acc_t<T>;
-  in_batches<kBatchRows<Vector<T, kVector>, 64>>(
+  constexpr int kOfRow = kVector / kStates;
+  // What is done once for a batch is done for each state. Of doubles, registers allow no more.
+  constexpr int kBytes = kStates * sizeof(T) == kWidestAccess && sizeof(T) < 8 ? 128 : 64;
+  in_batches<kBatchRows<Vector<T, kVector>, kBytes>>(
       rows,
       [&](auto count, int done) {
         constexpr int kRows = decltype(count)::value;
         Vector<T, kVector> batch[kRows];
 #pragma unroll
         for (Vector<T, kVector>& row : batch) row = next();
-        const A share = A(kRows) / A(done + kRows);
+        const A share = quotient_of(A(kRows), A(done + kRows));
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          A values[kRows];
+        for (int state = 0; state < kStates; ++state) {
+          A values[kRows * kOfRow];
 #pragma unroll
-          for (int row = 0; row < kRows; ++row) values[row] = batch[row][i];
-          if (done == 0) moments[i].mean = values[0];
-          moments[i].add(values, A(done), share);
+          for (int i = 0; i < kRows * kOfRow; ++i) values[i] = batch[i / kOfRow][state + i % kOfRow];
+          if (done == 0) moments[state].mean = values[0];
+          moments[state].add(values, A(done * kOfRow), share);
         }
       },
       rows_before);
 }
 
 // Merges the moments of all threads of a block, by channel; finish as of merge_block.
-template <bool kOneChannel, typename A, int kVector, typename Finish>
+template <int kVector, bool kOneChannel, typename Walk, typename A, int kStates, typename Finish>
 __device__ void merge_moments(const Plan& plan,
                               const Block& block,
-                              const Walk<false>& walk,
-                              const RunningMoments<A> (&moments)[kVector],
+                              const Walk& walk,
+                              const RunningMoments<A> (&moments)[kStates],
                               const Finish& finish) {
-  Moments sums[kVector];
+  Moments sums[kStates];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
+  for (int i = 0; i < kStates; ++i) {
     sums[i] = {double(moments[i].mean) + double(moments[i].rest), double(moments[i].m2)};
   }
-  leave_sums<kOneChannel>(plan, walk, sums);
+  leave_sums<kVector, kOneChannel>(plan, walk, sums);
   const int segment_rows = plan.rows_of(block.segment);
   const auto merge_channel = [&](const Group& group, int count, const auto& get, const Parts& parts) {
     const auto count_of = [&](int64_t i) {
@@ -101,17 +117,17 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
   wait_for_earlier_kernels();
   const Block block = block_of(plan, blockIdx.x);
-  Walk<false> walk(plan, block);
+  Walk<T, false, kOneChannel> walk(plan, block, x);
   count_batch(num_batches_tracked);
   const auto next = [&] {
-    const Vector<T, kVector> row = load<kVector>(x + walk.offset);
+    const Vector<T, kVector> row = load<kVector>(walk.in(x, walk.at));
     walk.next(plan);
     return row;
   };
-  RunningMoments<acc_t<T>> moments[kVector] = {};
-  add_rows<T>(walk.rows, next, moments);
-  walk = Walk<false>(plan, block);  // so that it takes no registers meanwhile
-  merge_moments<kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t channel, int) {
+  RunningMoments<acc_t<T>> moments[kOneChannel ? 1 : kVector] = {};
+  add_rows<T, kVector>(walk.rows, next, moments);
+  walk = Walk<T, false, kOneChannel>(plan, block, x);  // so that it takes no registers meanwhile
+  merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t channel, int) {
     store_sums(place_of(plan, block, partials, channel), total);
   });
 }

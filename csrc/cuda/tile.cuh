@@ -11,13 +11,12 @@
 
 namespace bn_ext::cuda {
 
-// 16 bytes to shared memory while the thread goes on; the first to leave the cache where `is_last` says that nothing
-// reads them again.
-inline __device__ void copy_async(void* shared, const void* global, bool is_last) {
+// 16 bytes to shared memory while the thread goes on; the first to leave the cache where nothing reads them again.
+template <bool kLast>
+__device__ void copy_async(void* shared, const void* global) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if (is_last) {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  if constexpr (kLast) {
+    constexpr uint64_t policy = 0x12F0000000000000;  // createpolicy.fractional.L2::evict_first, of all
     const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "l"(policy)
                  : "memory");
@@ -37,7 +36,7 @@ class Tile {
   __device__ Tile(const Plan& plan, size_t begin, const void* const (&tensors)[kTensors])
       : own_(reinterpret_cast<V*>(shared_memory<unsigned char>() + begin) + threadIdx.x), plan_(plan) {
 #pragma unroll
-    for (int i = 0; i < kTensors; ++i) tensors_[i] = static_cast<const T*>(tensors[i]);
+    for (int i = 0; i < kTensors; ++i) tensors_[i] = tensors[i];
   }
 
   // Of so many rows that are still to come.
@@ -48,15 +47,9 @@ class Tile {
 
   // The next rows of a walk are to be here, in memory's order; they are after wait(). is_last: they are not fetched
   // again.
-  template <bool kBackwards>
-  __device__ void fetch(Walk<kBackwards>& walk, int count, bool is_last) const {
-    for (int i = 0; i < count; ++i) {
-#pragma unroll
-      for (int tensor = 0; tensor < kTensors; ++tensor) {
-        copy(place(tensor, kBackwards ? count - 1 - i : i), tensors_[tensor] + walk.offset, is_last);
-      }
-      walk.next(plan_);
-    }
+  template <bool kBackwards, bool kOneChannel>
+  __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, int count, bool is_last) const {
+    is_last ? fetch<true>(walk, count) : fetch<false>(walk, count);
   }
   static __device__ void wait() {
     __pipeline_commit();
@@ -67,10 +60,25 @@ class Tile {
   __device__ const V& row(int tensor, int i) const { return *place(tensor, i); }
 
  private:
-  __device__ V* place(int tensor, int i) const { return own_ + (tensor * plan_.kept_rows + i) * plan_.threads; }
-  static __device__ void copy(V* to, const T* from, bool is_last) {
+  __device__ int tensor_stride() const { return plan_.kept_rows * plan_.threads; }
+  __device__ V* place(int tensor, int i) const { return own_ + tensor * tensor_stride() + i * plan_.threads; }
+  template <bool kLast, bool kBackwards, bool kOneChannel>
+  __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, int count) const {
+    V* to = place(0, kBackwards ? count - 1 : 0);
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+#pragma unroll
+      for (int tensor = 0; tensor < kTensors; ++tensor) {
+        copy<kLast>(to + tensor * tensor_stride(), walk.in(tensors_[tensor], walk.at));
+      }
+      walk.next(plan_);
+      to += kBackwards ? -plan_.threads : plan_.threads;
+    }
+  }
+  template <bool kLast>
+  static __device__ void copy(V* to, const T* from) {
     if constexpr (sizeof(V) == 16) {
-      copy_async(to, from, is_last);
+      copy_async<kLast>(to, from);
     } else if constexpr (sizeof(V) >= 4) {
       __pipeline_memcpy_async(to, from, sizeof(V));
     } else {
@@ -80,7 +88,7 @@ class Tile {
 
   V* own_;
   const Plan& plan_;
-  const T* tensors_[kTensors];
+  const void* tensors_[kTensors];
 };
 
 }  // namespace bn_ext::cuda

@@ -27,9 +27,7 @@ Traffic in_bytes(const Counts& counts, const Shape& shape, DType dtype, const Pl
   return traffic;
 }
 
-bool reads_mask(const BackwardParams& p) {
-  return p.mask != nullptr && variant_of(p.activation, p.z) == Variant::kReluLike;
-}
+bool reads_mask(const BackwardParams& p) { return p.mask != nullptr && variant_of(p) == Variant::kReluLike; }
 
 // What Gradient reads, once; `wants_x`: for something else than u.
 void add_gradient(Counts& counts, const BackwardParams& p, bool wants_x) {

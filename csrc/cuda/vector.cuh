@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "../params.h"
 
@@ -41,6 +42,41 @@ inline __device__ __nv_bfloat16 from_accumulate<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
+// relu, which leaves NaN.
+inline __device__ double clipped(double value) { return value <= 0 ? 0 : value; }
+inline __device__ float clipped(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(value));
+  return value;
+#else
+  return value <= 0 ? 0 : value;
+#endif
+}
+
+// Two values of 16 bits at once, clipped or not: one instruction.
+template <typename T, bool kClips>
+__device__ unsigned round_pair(float first, float second) {
+  unsigned pair = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (kClips && std::is_same_v<T, __half>) {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+  } else if constexpr (kClips) {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+  }
+#endif
+  if constexpr (kClips) return round_pair<T, false>(clipped(first), clipped(second));
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 halves = __floats2half2_rn(first, second);
+    memcpy(&pair, &halves, sizeof(pair));
+  } else {
+    const __nv_bfloat162 halves = __floats2bfloat162_rn(first, second);
+    memcpy(&pair, &halves, sizeof(pair));
+  }
+  return pair;
+}
+
 // What the memory instructions move.
 template <int kBytes>
 struct AccessType;
@@ -65,66 +101,94 @@ struct AccessType<16> {
   using type = uint4;
 };
 
-// kCount adjacent values, read and written in one access; their address is a multiple of their size.
+// kCount adjacent values, read and written in one access; their address is a multiple of their size. The words that are
+// moved, for values of 16 bits would take a register each wherever there is a choice between two vectors.
 template <typename T, int kCount>
 struct Vector {
   using Access = typename AccessType<sizeof(T) * kCount>::type;
-  T values[kCount];
+  Access words;
 
-  __device__ acc_t<T> operator[](int i) const { return to_accumulate(values[i]); }
-  __device__ void set(int i, acc_t<T> value) { values[i] = from_accumulate<T>(value); }
-
-  static __device__ Vector of(Access bits) {
+  static __device__ Vector of(const T (&values)[kCount]) {
     Vector vector;
-    memcpy(&vector, &bits, sizeof(bits));
+    memcpy(&vector.words, values, sizeof(values));
     return vector;
   }
-  __device__ Access bits() const {
-    Access bits;
-    memcpy(&bits, this, sizeof(bits));
-    return bits;
+  // kClips: of relu.
+  template <bool kClips = false>
+  static __device__ Vector rounded(const acc_t<T> (&from)[kCount]) {
+    T values[kCount];
+    if constexpr (sizeof(T) == 2 && kCount > 1) {
+#pragma unroll
+      for (int i = 0; i < kCount; i += 2) {
+        const unsigned pair = round_pair<T, kClips>(from[i], from[i + 1]);
+        memcpy(values + i, &pair, sizeof(pair));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] = from_accumulate<T>(kClips ? clipped(from[i]) : from[i]);
+    }
+    return of(values);
+  }
+
+  __device__ T value(int i) const { return part<T>(i); }
+  __device__ acc_t<T> operator[](int i) const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && kCount > 1) {
+      // The upper half of a float: one instruction on the word that two of them share.
+      const unsigned pair = part<unsigned>(i / 2);
+      return __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+    } else {
+      return to_accumulate(value(i));
+    }
+  }
+
+ private:
+  template <typename Part>
+  __device__ Part part(int i) const {
+    Part part;
+    memcpy(&part, reinterpret_cast<const char*>(&words) + i * sizeof(Part), sizeof(Part));
+    return part;
   }
 };
 
 template <int kCount, typename T>
 __device__ Vector<T, kCount> load(const T* p) {
   using V = Vector<T, kCount>;
-  return V::of(__ldg(reinterpret_cast<const typename V::Access*>(p)));
+  return {__ldg(reinterpret_cast<const typename V::Access*>(p))};
 }
 
 // For values that no later kernel of this pass reads: they are the first to leave the cache.
 template <int kCount, typename T>
 __device__ Vector<T, kCount> load_last(const T* p) {
   using V = Vector<T, kCount>;
-  return V::of(__ldcs(reinterpret_cast<const typename V::Access*>(p)));
+  return {__ldcs(reinterpret_cast<const typename V::Access*>(p))};
 }
 
 template <int kCount, typename T>
 __device__ void store(T* p, const Vector<T, kCount>& vector) {
-  __stwb(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.bits());
+  __stwb(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.words);
 }
 
 // For results that no later kernel of this pass reads.
 template <int kCount, typename T>
 __device__ void store_last(T* p, const Vector<T, kCount>& vector) {
-  __stcs(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.bits());
+  __stcs(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.words);
 }
 
 // A single value, which this kernel may write too.
 template <typename T>
 __device__ T load_one(const T* p) {
   using V = Vector<T, 1>;
-  return V::of(__ldca(reinterpret_cast<const typename V::Access*>(p))).values[0];
+  return V{__ldca(reinterpret_cast<const typename V::Access*>(p))}.value(0);
 }
 template <typename T>
 __device__ void store_one(T* p, T value) {
-  __stwb(reinterpret_cast<typename AccessType<sizeof(T)>::type*>(p), Vector<T, 1>{{value}}.bits());
+  __stwb(reinterpret_cast<typename AccessType<sizeof(T)>::type*>(p), Vector<T, 1>::of({value}).words);
 }
 
 // Two doubles for a later kernel, at an address that is a multiple of 16.
 inline __device__ void store_pair(double* p, double first, double second) {
   using V = Vector<double, 2>;
-  __stwb(reinterpret_cast<V::Access*>(p), V{{first, second}}.bits());
+  __stwb(reinterpret_cast<V::Access*>(p), V::of({first, second}).words);
 }
 
 // What blocks that run at the same time write for each other: past the caches that they do not share. Structs of

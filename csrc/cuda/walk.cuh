@@ -16,7 +16,7 @@ using Int = std::integral_constant<int, kValue>;
 // uses the first one, so that the memory's latency is hidden; then half as many, until there is one left or none.
 template <int kBatch, typename Body>
 __device__ void in_batches(int rows, const Body& body, int done = 0) {
-  for (; done + kBatch <= rows; done += kBatch) body(Int<kBatch>{}, done);
+  for (int left = rows - done; left >= kBatch; left -= kBatch, done += kBatch) body(Int<kBatch>{}, done);
   if constexpr (kBatch > 1) in_batches<kBatch / 2>(rows, body, done);
 }
 
@@ -48,49 +48,64 @@ inline __device__ int rows_of_warp_lanes(const Plan& plan, int segment_rows, int
   return lanes * rounds + min(max(rest - row_lane, 0), lanes);
 }
 
-// The rows of one thread: `rows` of them, the vector of the current one at `offset`. Backwards, the last row is first.
-template <bool kBackwards>
+// The rows of one thread: `rows` of them, and where the vector of the current one is: its address in the tensor that
+// the walk goes through, by which it is found in the others too. Backwards, the last row is first.
+template <typename T, bool kBackwards, bool kOneChannel>
 class Walk {
  public:
   int column;
   int row_lane;
   int rows;
-  int64_t offset;
+  uint64_t at;
 
-  __device__ Walk(const Plan& plan, const Block& block)
-      : column(static_cast<int>(threadIdx.x) % plan.columns), row_lane(static_cast<int>(threadIdx.x) / plan.columns) {
+  __device__ Walk(const Plan& plan, const Block& block, const void* tensor)
+      : column(static_cast<int>(threadIdx.x) % plan.columns),
+        row_lane(static_cast<int>(threadIdx.x) / plan.columns),
+        begin_(reinterpret_cast<uint64_t>(tensor)) {
     const int64_t in_image = block.slice * plan.slice_width + column * plan.vector;
     const bool inside = row_lane < plan.row_lanes && in_image < plan.pitch;
     rows = inside ? rows_of_lane(plan, plan.rows_of(block.segment), row_lane) : 0;
     const int64_t first_row = block.segment * plan.segment_rows() + row_lane;
     const int64_t row = kBackwards && rows > 0 ? first_row + int64_t(rows - 1) * plan.row_lanes : first_row;
     const int64_t position = row % plan.image_rows;
-    offset = row / plan.image_rows * plan.pitch + in_image + position * plan.vector;
+    at = begin_ + (row / plan.image_rows * plan.pitch + in_image + position * plan.vector) * sizeof(T);
     // A thread takes few steps: an image's end that is further off than they reach need not be exact.
     left_ = static_cast<int>(min(kBackwards ? position + 1 : plan.image_rows - position, kFar));
     image_rows_ = static_cast<int>(min(plan.image_rows, kFar));
   }
 
+  // The address of that row in another tensor, and its number of values from the beginning of each.
+  __device__ T* in(void* tensor, uint64_t row) const { return reinterpret_cast<T*>(row + (address(tensor) - begin_)); }
+  __device__ const T* in(const void* tensor, uint64_t row) const {
+    return reinterpret_cast<const T*>(row + (address(tensor) - begin_));
+  }
+  __device__ int64_t offset(uint64_t row) const { return static_cast<int64_t>((row - begin_) / sizeof(T)); }
+
   __device__ void next(const Plan& plan) {
-    offset += kBackwards ? -plan.step_offset : plan.step_offset;
-    left_ -= plan.step_rows;
-    if (left_ <= 0) {
-      left_ += image_rows_;
-      offset += kBackwards ? -plan.wrap_offset : plan.wrap_offset;
+    at += (kBackwards ? -plan.step_offset : plan.step_offset) * int(sizeof(T));
+    if constexpr (kOneChannel) {  // else an image has one row
+      left_ -= plan.step_rows;
+      if (left_ <= 0) {
+        left_ += image_rows_;
+        at += (kBackwards ? -plan.wrap_offset : plan.wrap_offset) * int(sizeof(T));
+      }
     }
   }
 
  private:
+  static __device__ uint64_t address(const void* tensor) { return reinterpret_cast<uint64_t>(tensor); }
+
   static constexpr int64_t kFar = 1 << 30;
-  int left_;  // rows until the image's end, or its beginning
+  uint64_t begin_;  // the tensor's address
+  int left_;        // rows until the image's end, or its beginning
   int image_rows_;
 };
 
 // Fills `coefficients` with those of the channel of each value of a thread's vectors, or of all, out of those of its
 // slice.
-template <int kVector, bool kOneChannel, bool kBackwards, typename Coefficients, int kCount>
+template <int kVector, bool kOneChannel, typename Walk, typename Coefficients, int kCount>
 __device__ void pick_coefficients(const Plan& plan,
-                                  const Walk<kBackwards>& walk,
+                                  const Walk& walk,
                                   const Coefficients* of_slice,
                                   Coefficients (&coefficients)[kCount]) {
   static_assert(kCount == (kOneChannel ? 1 : kVector));
@@ -110,12 +125,9 @@ __device__ void pick_coefficients(const Plan& plan,
 // Fills `coefficients` with make(channel, is_first) for the channel of each value of a thread's vectors, or of all.
 // Where they are several the block's threads make them together, by way of shared memory, so all must call this.
 // is_first: for one of the calls for a channel in the whole grid, or for several that are alike.
-template <int kVector, bool kOneChannel, bool kBackwards, typename Coefficients, int kCount, typename Make>
-__device__ void make_coefficients(const Plan& plan,
-                                  const Block& block,
-                                  const Walk<kBackwards>& walk,
-                                  Coefficients (&coefficients)[kCount],
-                                  const Make& make) {
+template <int kVector, bool kOneChannel, typename Walk, typename Coefficients, int kCount, typename Make>
+__device__ void make_coefficients(
+    const Plan& plan, const Block& block, const Walk& walk, Coefficients (&coefficients)[kCount], const Make& make) {
   static_assert(kCount == (kOneChannel ? 1 : kVector));
   const int64_t first_channel = block.slice * plan.slice_channels;
   if constexpr (kOneChannel) {

@@ -291,6 +291,29 @@ def test_first_values_unlike_the_rest(layout: torch.memory_format, unlike: int) 
     torch.testing.assert_close(var.double(), exact_var, rtol=5e-7, atol=0)
 
 
+RAMP = torch.linspace(0, 1, 40_000)
+ORDERS = {
+    "a ramp": RAMP,
+    "a ramp far from 0": RAMP + 1e3,
+    "sorted": torch.randn(40_000, generator=torch.Generator().manual_seed(0)).sort()[0] + 100,
+    "two halves": torch.cat([RAMP[:20_000] + 50, RAMP[:20_000] - 50]),
+    "in turns": torch.tensor([4.0, 2.0]).repeat(20_000),
+    "constant": torch.full((40_000,), 1234.567),
+}
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 100, 100), (40_000, 1), (2500, 1, 4, 4)])
+@pytest.mark.parametrize("name", ORDERS)
+def test_values_in_an_order(name: str, shape: tuple[int, ...]) -> None:
+    """So that a mean of what was there so far is far from what comes."""
+    x = ORDERS[name].view(shape).repeat_interleave(4, 1).contiguous()
+    mean, var = torch.zeros(4), torch.ones(4)
+    CudaOnCpu()(x, mean, var, None, None, True, 1.0)
+    exact = ORDERS[name].double()
+    torch.testing.assert_close(mean.double(), exact.mean().expand(4), rtol=1.2e-7, atol=3e-8 * float(exact.std()))
+    torch.testing.assert_close(var.double(), exact.var().expand(4), rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(4, 3, 6, 7), (40, 70, 3, 3)])
 def test_squares_beyond_float32(shape: tuple[int, ...], layout: torch.memory_format) -> None:

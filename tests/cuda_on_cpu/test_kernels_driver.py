@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 DRIVER = build.ROOT / "tests" / "kernels_driver"
 VARIANT = r"\(bn_ext::cuda::Variant\)"
-VARIANTS = ["plain", "relu_like", "any"]
+VARIANTS = ["plain", "relu", "relu_like", "any"]
 KERNEL = re.compile(
     r"([0-9a-f]+) \w void bn_ext::cuda::(?:\(anonymous namespace\)::)?"
     rf"(\w+_kernel<(?:[^()<>]|{VARIANT})*>)\([^{{]*\)"

@@ -95,7 +95,7 @@ class Instances {
     for (const DType dtype : kDTypes) {
       for (int access = 16; access >= static_cast<int>(bytes_of(dtype)); access /= 2) {
         for (const Layout layout : {Layout::kWidePlanes, Layout::kNarrowPlanes, Layout::kChannelsLast}) {
-          for (const Variant variant : {Variant::kPlain, Variant::kReluLike, Variant::kAny}) {
+          for (const Variant variant : {Variant::kPlain, Variant::kRelu, Variant::kReluLike, Variant::kAny}) {
             add({dtype, access, layout}, variant);
           }
         }
@@ -107,10 +107,11 @@ class Instances {
   void add(Instance instance, Variant variant) {
     if (variant == Variant::kAny && instance.vector() > bn_ext::cuda::most_values_of_any(instance.value_bytes()))
       return;
+    if (variant == Variant::kRelu && instance.access != bn_ext::cuda::kWidestAccess) return;
     if (instance.layout == Layout::kChannelsLast && count_ % 2 == 0) instance.layout = Layout::kFeatures;
-    ++count_;
+    if (variant != Variant::kRelu) ++count_;  // so that the other variants take turns
     add(Path::kGeneral, instance, variant, true, false);
-    if (variant == Variant::kPlain || count_ % 2 == 0) add(Path::kGeneral, instance, variant, false, false);
+    if (variant <= Variant::kRelu || count_ % 2 == 0) add(Path::kGeneral, instance, variant, false, false);
     if (variant == Variant::kReluLike) add(Path::kGeneral, instance, variant, true, true);
     add(kTeams[count_ % std::size(kTeams)], instance, variant, true, variant == Variant::kReluLike && count_ % 2 == 0);
   }
@@ -119,22 +120,23 @@ class Instances {
   void add(Path path, const Instance& instance, Variant variant, bool training, bool has_residual) {
     const unsigned turn = turns_[static_cast<int>(variant)]++;
     const bool even = turn / 2 % 2 == 0;
-    Case& c = list_.add(path, instance, even, activation_of(variant, turn));
+    Case& c = list_.add(path, instance, even, activation_of(variant, turn, has_residual));
     c.training = training;
     c.has_residual = has_residual;
     c.has_mask = has_residual && variant == Variant::kReluLike;
     if (bytes_of(c.dtype) == 2 && count_ % 3 == 0) c.params_dtype = c.dtype;
   }
 
-  static const NamedActivation& activation_of(Variant variant, unsigned turn) {
+  static const NamedActivation& activation_of(Variant variant, unsigned turn, bool has_residual) {
     if (variant == Variant::kPlain) return identity();
-    const std::vector<NamedActivation>& list = variant == Variant::kReluLike ? relu_likes() : others();
-    return list[turn % list.size()];
+    if (variant == Variant::kRelu) return relu_likes()[0];
+    if (variant == Variant::kReluLike) return relu_likes()[has_residual ? turn % 3 : 1 + turn % 2];
+    return others()[turn % others().size()];
   }
 
   List& list_;
   unsigned count_ = 0;
-  unsigned turns_[3] = {};
+  unsigned turns_[4] = {};
 };
 
 void add_gradients_wanted(List& list, const Instance& instance) {

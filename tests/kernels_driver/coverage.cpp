@@ -15,7 +15,7 @@ using bn_ext::cuda::Plan;
 using bn_ext::cuda::Team;
 using bn_ext::cuda::Variant;
 
-constexpr const char* kVariants[] = {"plain", "relu_like", "any"};
+constexpr const char* kVariants[] = {"plain", "relu", "relu_like", "any"};  // as in plan.h
 constexpr const char* kKinds[] = {
     "none", "relu_like", "elu", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid", "tanh", "mish"};  // as in params.h
 constexpr const char* kTeams[] = {"none", "block", "cluster", "grid"};                                 // as in plan.h
@@ -43,8 +43,9 @@ std::string instance(const char* name, DType dtype, const Plan& plan) {
   return instance(name, dtype, plan.vector, plan.one_channel);
 }
 
-std::string variant(const Activation& activation, const void* z) {
-  return std::string(", ") + kVariants[static_cast<int>(bn_ext::cuda::variant_of(activation, z))];
+template <typename Params>
+std::string variant(const Params& p, const Plan& plan) {
+  return std::string(", ") + kVariants[static_cast<int>(bn_ext::cuda::variant_of(p, plan))];
 }
 
 class Pass {
@@ -94,7 +95,7 @@ std::vector<Launched> launched_by(const ForwardParams& p, const Plan& plan) {
     pass.way(p.cumulative && p.num_batches_tracked != nullptr, "cumulative");
   }
   const char* last = has_statistics && plan.resident() ? "resident_forward_kernel" : "apply_kernel";
-  pass.launch(last, instance(last, p.dtype, plan) + variant(p.activation, p.z) + ">");
+  pass.launch(last, instance(last, p.dtype, plan) + variant(p, plan) + ">");
   pass.activation_ways(p.activation, p.z);
   pass.way(p.mask != nullptr && !p.repeats, mask_way(plan));
   pass.way(!p.training, "eval");
@@ -107,9 +108,9 @@ std::vector<Launched> launched_by(const BackwardParams& params, const Plan& plan
   Pass pass(plan);
   const auto launch = [&](const char* name, const std::string& more) {
     const void* z = p.mask == nullptr ? p.z : nullptr;  // else it is not looked at
-    pass.launch(name, instance(name, p.dtype, plan) + variant(p.activation, p.z) + more + ">");
+    pass.launch(name, instance(name, p.dtype, plan) + variant(p, plan) + more + ">");
     pass.activation_ways(p.activation, z);
-    const bool has_mask = p.mask != nullptr && bn_ext::cuda::variant_of(p.activation, p.z) == Variant::kReluLike;
+    const bool has_mask = p.mask != nullptr && bn_ext::cuda::variant_of(p) == Variant::kReluLike;
     pass.way(has_mask, "mask");
     pass.way(p.dy_is_scalar, "one dy");
     pass.way(!p.training, "eval");
@@ -121,8 +122,8 @@ std::vector<Launched> launched_by(const BackwardParams& params, const Plan& plan
     return pass.take();
   }
   if (p.needs_sums()) {
-    const bool plain = bn_ext::cuda::variant_of(p.activation, p.z) == Variant::kPlain;
-    const bool writes = !plain || p.dz != nullptr || (p.dx != nullptr && !p.training);
+    const bool chooses = bn_ext::cuda::variant_of(p, plan) <= Variant::kRelu;
+    const bool writes = !chooses || p.dz != nullptr || (p.dx != nullptr && !p.training);
     launch("grad_sums_kernel", ", " + words(writes));
     const char* finalise = "finalise_gradients_kernel";
     pass.launch(finalise, finalise + ("<" + type_of(p.dtype)) + ">");
@@ -148,12 +149,14 @@ std::set<std::string> all_kernels() {
         add("grad_sums_kernel", ", plain, false");
         for (const char* name : kVariants) {
           const std::string chosen = std::string(", ") + name;
-          if (name == kVariants[2] && vector > bn_ext::cuda::most_values_of_any(bytes)) continue;
+          if (name == kVariants[1] && vector * bytes != bn_ext::cuda::kWidestAccess) continue;
+          if (name == kVariants[3] && vector > bn_ext::cuda::most_values_of_any(bytes)) continue;
           for (const char* kernel :
                {"apply_kernel", "resident_forward_kernel", "grad_input_kernel", "resident_backward_kernel"}) {
             add(kernel, chosen);
           }
           add("grad_sums_kernel", chosen + ", true");
+          if (name == kVariants[1]) add("grad_sums_kernel", chosen + ", false");
         }
       }
     }

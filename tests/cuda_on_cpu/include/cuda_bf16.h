@@ -7,6 +7,9 @@
 struct __nv_bfloat16 {
   std::uint16_t bits;
 };
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
 
 inline float __bfloat162float(__nv_bfloat16 b) {
   const std::uint32_t bits = static_cast<std::uint32_t>(b.bits) << 16;
@@ -22,4 +25,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fff};
   bits += 0x7fff + (bits >> 16 & 1);  // beyond the largest number this carries into infinity
   return {static_cast<std::uint16_t>(bits >> 16)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }

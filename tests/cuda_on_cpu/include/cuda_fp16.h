@@ -7,6 +7,9 @@
 struct __half {
   std::uint16_t bits;
 };
+struct __half2 {
+  __half x, y;
+};
 
 inline float __half2float(__half h) {
   // The bits moved into place are the value times 2^-112, subnormal numbers included.
@@ -40,3 +43,4 @@ inline __half __float2half_rn(float f) {
   magnitude += 0xfff + (magnitude >> 13 & 1);
   return {static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000) >> 13))};
 }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }

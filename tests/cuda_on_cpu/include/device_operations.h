@@ -162,6 +162,13 @@ inline void cudaGridDependencySynchronize() { cuda_on_cpu::wait_for_earlier_laun
 inline void __nanosleep(unsigned, CUDA_ON_CPU_PLACE) { cuda_on_cpu::sleep(place); }
 inline void __threadfence() {}
 
+inline float __uint_as_float(unsigned bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+inline float __fdividef(float a, float b) { return a / b; }
+
 // Global memory. Caches have no meaning here: all loads are alike, and all stores.
 
 #define CUDA_ON_CPU_LOAD(name)                  \

@@ -1,0 +1,100 @@
+"""Counts the issue slots that a kernel's loops take for a row of 16-byte vectors, from its machine code.
+
+Where memory pays for fewer slots than a loop takes, the loop is what a kernel waits for (docs/tuning.md).
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from commands import ROOT, fail
+
+TYPES = {"__nv_bfloat16, 8": "bfloat16", "float, 4": "float32"}
+VARIANTS = ("plain", "relu")  # as in plan.h
+
+
+class Phase(NamedTuple):
+    """A loop: what it is told by, and how many of these instructions a row has."""
+
+    marks: str
+    of_row: int
+    without: str
+
+
+FETCH, LOAD, STORE, TILE = (rf"\b{name}\b.*\.128\b" for name in ("LDGSTS", "LDG", "STG", "LDS"))
+PHASES = {
+    "resident_forward_kernel": [Phase(FETCH, 1, STORE), Phase(TILE, 1, STORE), Phase(STORE, 1, FETCH)],
+    "resident_backward_kernel": [Phase(FETCH, 2, STORE), Phase(TILE, 2, STORE), Phase(STORE, 1, FETCH)],
+    "statistics_kernel": [Phase(LOAD, 1, STORE)],
+    "apply_kernel": [Phase(STORE, 1, FETCH)],
+    "grad_sums_kernel": [Phase(LOAD, 2, STORE)],
+    "grad_input_kernel": [Phase(STORE, 1, FETCH)],
+}
+
+
+def innermost_loops(machine_code: str) -> list[list[str]]:
+    """The instructions of each loop of a kernel that holds no other, as ``cuobjdump -sass`` lists them."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", machine_code)
+    places = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    instructions = [instruction for _, instruction in found]
+    ranges = []
+    for end, instruction in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*(0x[0-9a-f]+)", instruction)
+        begin = places.get(int(target[1], 16), end) if target else end
+        if begin < end:
+            ranges.append((begin, end))
+    return [
+        instructions[begin : end + 1]
+        for begin, end in ranges
+        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in ranges)
+    ]
+
+
+def slots_of_row(loops: Iterable[list[str]], phase: Phase) -> float:
+    """Slots for a row in the loop that does most rows at a time; in the longest one if there are several."""
+
+    def count(loop: list[str], pattern: str) -> int:
+        return sum(re.search(pattern, instruction) is not None for instruction in loop)
+
+    fitting = [
+        (count(loop, phase.marks) // phase.of_row, len(loop)) for loop in loops if not count(loop, phase.without)
+    ]
+    rows, slots = max(fitting, default=(0, 0))
+    return slots / rows if rows else 0
+
+
+def count_slots(machine_code: str, titles: dict[str, str]) -> dict[tuple[str, str, str], float]:
+    """Of each kernel in PHASES, type and variant: the slots for a row, of the instance that takes most."""
+    found: dict[tuple[str, str, str], float] = {}
+    for text in machine_code.split("Function : ")[1:]:
+        title = titles[text.split(maxsplit=1)[0]]
+        match = re.fullmatch(r"(\w+)<([\w ]+, \d+), \w+(?:, (\d))?(?:, (\w+))?>", title)
+        # The kernel of sums that writes too is taken where more is asked for.
+        if not match or match[1] not in PHASES or match[2] not in TYPES or match[4] == "true":
+            continue
+        variant = int(match[3] or 0)
+        if variant >= len(VARIANTS):
+            continue
+        loops = innermost_loops(text)
+        parts = [slots_of_row(loops, phase) for phase in PHASES[match[1]]]
+        if not all(parts):
+            fail(f"a loop of {title} was not found in its machine code")
+        key = match[1], TYPES[match[2]], VARIANTS[variant]
+        found[key] = max(found.get(key, 0), sum(parts))
+    return found
+
+
+def check_slots(machine_code: str, titles: dict[str, str]) -> None:
+    """No kernel takes more slots than csrc/README.md says."""
+    row = re.compile(r"^\| `(\w+_kernel)`, (\w+) \| (\d+) \| (\d+|-) \|", re.MULTILINE)
+    listed = {}
+    for name, dtype, plain, relu in row.findall((ROOT / "csrc" / "README.md").read_text()):
+        listed |= {(name, dtype, variant): said for variant, said in zip(VARIANTS, (plain, relu), strict=True)}
+    found = count_slots(machine_code, titles)
+    if missing := {key for key, said in listed.items() if said != "-"} - set(found):
+        fail(f"{' '.join(min(missing))} is in csrc/README.md, but not in the machine code")
+    for key, slots in sorted(found.items()):
+        said = listed.get(key, "0")
+        print(f"{' '.join(key):<45}{slots:>7.1f} slots for a row, at most {said}")
+        if said == "-" or slots > int(said):
+            fail(f"{' '.join(key)} takes {slots:.1f} slots for a row, csrc/README.md says {said} at most: correct it")
