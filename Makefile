@@ -69,4 +69,5 @@ format: env-test-demo-lint
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 clean:
-	rm -rf $(VENV) build *.egg-info bn_ext/_build_config.py bn_ext/*.so demo-output gpu-check
+	@if ls $(VENV)/made_* > /dev/null 2>&1; then rm -rf $(VENV); fi
+	rm -rf build *.egg-info bn_ext/_build_config.py bn_ext/*.so demo-output gpu-check

@@ -6,6 +6,7 @@ pip's index offers one, and no CUDA kernels; with one, kernels for that GPU only
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,11 +18,16 @@ import time
 import venv
 from pathlib import Path
 
+if sys.version_info < (3, 10):  # noqa: UP036 (whoever has an older one gets here)
+    sys.exit(
+        f"make_env: Python 3.10 or newer is needed, and this is {sys.version.split()[0]} (PYTHON=... names another)"
+    )
 from progress import Steps
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_REQUIREMENTS = ["setuptools>=77", "wheel", "ninja", "pybind11"]
 OLDEST_TORCH = (2, 11)
+MARKER = "made_by_make"  # a file in each environment
 # Prints the compute capabilities of this machine's GPUs, and the names of those that torch was compiled for.
 CAPABILITIES = """
 import json, torch
@@ -69,7 +75,8 @@ def newest_cpu_build(listing: str) -> str | None:
 
 def choose_torch(python: Path) -> str:
     """The requirement to install where no torch is at hand and none is named."""
-    if not has_gpu():
+    wants_cuda = os.environ.get("BN_EXT_CUDA") == "1" or bool(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    if not has_gpu() and not wants_cuda:
         command = [python, "-m", "pip", "index", "versions", "torch"]
         listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         version = newest_cpu_build(listing)
@@ -107,7 +114,7 @@ def build_settings(python: Path) -> dict[str, str]:
     if settings:
         return settings
     if not has_gpu():
-        say("no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them)")
+        say("no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them, with a torch for CUDA)")
         return {"BN_EXT_CUDA": "0"}
     result = subprocess.run([python, "-c", CAPABILITIES], capture_output=True, text=True, check=False)
     gpus, of_torch = json.loads(result.stdout) if result.returncode == 0 else ([], [])
@@ -122,9 +129,24 @@ def build_settings(python: Path) -> dict[str, str]:
     return {"TORCH_CUDA_ARCH_LIST": chosen}
 
 
+def clear(folder: Path) -> None:
+    """An empty folder that is marked as made here; stop rather than remove what is somebody else's."""
+    if folder.exists():
+        entries = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
+        if entries and not any(name.startswith("made_") for name in entries):  # MARKER, or a note
+            sys.exit(f"make_env: {folder} was not made by make: remove it, or name another folder by VENV=")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+
+
 def create(folder: Path, shared_packages: Path | None) -> Path:
     """A fresh environment, which also sees the packages in `shared_packages`; returns its Python."""
-    venv.create(folder, with_pip=True, clear=True)
+    clear(folder)
+    try:
+        venv.create(folder, with_pip=True)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"make_env: this Python has no pip for a new environment ({error}): install Debian's python3-venv")
     python = folder / "bin" / "python"
     if shared_packages is not None:
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -161,10 +183,25 @@ def make(folder: Path, torch: str) -> dict[str, str]:
     return settings
 
 
-def newest_source() -> float:
-    """When a file that the extension is built from was last changed."""
-    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
-    return max(path.stat().st_mtime for path in sources)
+def sources() -> list[Path]:
+    """What the extension is built from."""
+    return [ROOT / "setup.py", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+
+
+def state_of_sources() -> str:
+    """A digest of their names and contents: a file that was copied or renamed may be older than the build."""
+    digest = hashlib.sha256()
+    for path in sources():
+        digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_again(python: Path, settings: dict[str, str], built: float) -> None:
+    """Compile what has changed since then; all of it where the changed files do not look newer."""
+    if max(path.stat().st_mtime for path in sources()) <= built:
+        for folder in (ROOT / "build").glob("temp*"):
+            shutil.rmtree(folder)
+    run(Steps(1), "compile bn_ext", python, "setup.py", "build_ext", "--inplace", "--force", **settings)
 
 
 class Note:
@@ -180,6 +217,7 @@ class Note:
         self.project: str = made.get("project", "")
         self.settings: dict[str, str] = made.get("settings", {})
         self.extras: list[str] = made.get("extras", [])
+        self.sources: str = made.get("sources", "")
         self.built: float = made.get("built", 0.0)
 
     def write(self) -> None:
@@ -198,23 +236,23 @@ def main() -> None:
     parser.add_argument("--extras", nargs="+", default=["test", "demo", "lint"], help="of pyproject.toml")
     options = parser.parse_args()
 
-    python = options.folder / "bin" / "python"
-    note = Note(options.folder)
+    folder = options.folder.absolute()
+    python = folder / "bin" / "python"
+    note = Note(folder)
     project = (ROOT / "pyproject.toml").read_text()
     torch = options.torch or note.torch
-    begin = time.time()  # a source that changes while it is compiled is newer
+    begin, state = time.time(), state_of_sources()  # now: they may change while they are compiled
     if (note.project, note.torch) != (project, torch):
-        note.path.unlink(missing_ok=True)
-        note.settings = make(options.folder, torch)
-        note.torch, note.project, note.extras, note.built = torch, project, [], begin
+        note.path.unlink(missing_ok=True)  # the folder's mark stays
+        note.settings = make(folder, torch)
+        note.torch, note.project, note.extras, note.sources, note.built = torch, project, [], state, begin
         note.write()
         run(Steps(1), "python -m bn_ext", python, "-m", "bn_ext")
     else:
         settings = build_settings(python)
-        if note.settings != settings or note.built < newest_source():
-            command = ["setup.py", "build_ext", "--inplace", *(["--force"] if note.settings != settings else [])]
-            run(Steps(1), "compile bn_ext", python, *command, **settings)
-            note.settings, note.built = settings, begin
+        if (note.settings, note.sources) != (settings, state):
+            compile_again(python, settings, note.built)
+            note.settings, note.sources, note.built = settings, state, begin
             note.write()
     missing = [extra for extra in options.extras if extra not in note.extras]
     if missing:
@@ -225,4 +263,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("make_env: interrupted; the next make goes on")

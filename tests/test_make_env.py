@@ -1,6 +1,7 @@
 """The environment that `make` builds: when it is made anew, with which torch and kernels, and what is seen of it."""
 
 import importlib.util
+import os
 import queue
 import re
 import sys
@@ -78,6 +79,43 @@ def test_a_torch_that_was_named_stays(script: Script) -> None:
     assert script() == [("make", ""), *made]
 
 
+def test_what_make_did_not_make_stays(make_env: ModuleType, tmp_path: Path) -> None:
+    """The folder that VENV names may be somebody's own."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("words")
+    for folder in (own, own / "thesis.txt"):
+        with pytest.raises(SystemExit, match=r"was not made by make: remove it, or name another folder by VENV="):
+            make_env.clear(folder)
+    assert (own / "thesis.txt").read_text() == "words"
+    (own / make_env.MARKER).touch()  # as in an environment whose making was interrupted
+    make_env.clear(own)
+    assert [path.name for path in own.iterdir()] == [make_env.MARKER]
+
+
+def test_a_source_that_looks_old_is_noticed(
+    script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A file that is renamed, or copied with its time, is older than the build."""
+    root = tmp_path_factory.mktemp("sources")
+    source, old = root / "csrc" / "a.cpp", (1e9, 1e9)
+    for path in (root / "setup.py", root / "pyproject.toml", source, root / "build" / "temp.x" / "a.o"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, old)
+    monkeypatch.setattr(script.module, "ROOT", root)
+    monkeypatch.setattr(script.module, "requirements_of", lambda *extras: [])
+    script()
+    assert script() == []
+    source.write_text("changed")
+    os.utime(source, old)
+    assert script() == ["compile bn_ext"]
+    assert not (root / "build" / "temp.x").exists()
+    assert script() == []
+    source.rename(root / "csrc" / "b.cpp")
+    assert script() == ["compile bn_ext"]
+
+
 def test_what_is_needed_later_is_added(script: Script) -> None:
     script("--extras", "demo")
     assert script("--extras", "demo", "test") == ["install what test needs"]
@@ -95,7 +133,7 @@ def test_kernels_are_those_that_this_machine_can_run(
     make_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert make_env.build_settings(tmp_path) == {"BN_EXT_CUDA": "0"}
-    assert "no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them)" in capsys.readouterr().out
+    assert "no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them, with a" in capsys.readouterr().out
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho \'[[[9, 0], [10, 3]], ["sm_90", "sm_100"]]\'\n')
     python.chmod(0o755)
