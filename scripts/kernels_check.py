@@ -11,7 +11,9 @@ from slots_check import check_slots
 ARCHITECTURES = ("80", "90")  # with PTX of the last: the default of setup.py
 # In machine code: the wait for the kernels before (griddepcontrol.wait), and what does or may touch global memory.
 WAIT = "ACQBULK"
-ACCESSES = re.compile(r"^(CALL|LD|LDG|LDGSTS|LDGMC|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UTMALDG|UTMASTG|UBLKPF|CCTL)$")
+ACCESSES = re.compile(
+    r"^(CALL|LD|LDG|LDGSTS|LDGMC|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED|UBLKPF|UTMA\w+|TEX|TLD|SULD|SUST|CCTL)$"
+)
 
 
 class Kernel(NamedTuple):
@@ -71,9 +73,12 @@ def check_kernels(cuobjdump: Path, extension: Path) -> None:
 
 def check_inlined(cuobjdump: Path, extension: Path, kernels: set[str]) -> None:
     """All functions are inlined into kernels, but the compiler's own: check_waits would not see what others do."""
-    for line in output_of("cuobjdump", cuobjdump, "-symbols", extension).splitlines():
-        name = line.split()[-1] if line.startswith("STT_FUNC") else ""
-        if name and name not in kernels and not name.rpartition("$")[2].startswith("__cuda_"):
+    lines = output_of("cuobjdump", cuobjdump, "-symbols", extension).splitlines()
+    functions = {line.split()[-1] for line in lines if line.startswith("STT_FUNC")}
+    if not kernels <= functions:
+        fail("cuobjdump lists other kernels with -symbols than with -res-usage: has its form changed?")
+    for name in sorted(functions - kernels):
+        if not name.rpartition("$")[2].startswith("__cuda_"):
             fail(f"{readable([name])[0]} was not inlined: declare it __forceinline__")
 
 
@@ -107,8 +112,9 @@ def first_accesses(text: str) -> dict[str, str]:
     """Of each kernel that ``cuobjdump -sass`` lists, the first instruction that waits or touches global memory."""
     found = {}
     for kernel in text.split("Function : ")[1:]:
-        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?(\w+)", kernel)
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/ +(@!?U?P\w+ +)?(\w+)", kernel)
         found[kernel.split(maxsplit=1)[0]] = next(
-            (i for i in instructions if i == WAIT or ACCESSES.match(i)), "nothing of the kind"
+            (predicate + name for predicate, name in instructions if name == WAIT or ACCESSES.match(name)),
+            "nothing of the kind",
         )
     return found
