@@ -37,16 +37,16 @@ def innermost_loops(machine_code: str) -> list[list[str]]:
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", machine_code)
     places = {int(address, 16): i for i, (address, _) in enumerate(found)}
     instructions = [instruction for _, instruction in found]
-    ranges = []
+    ranges = {}  # of several branches back to one place, the last
     for end, instruction in enumerate(instructions):
         target = re.search(r"\bBRA\b.*(0x[0-9a-f]+)", instruction)
-        begin = places.get(int(target[1], 16), end) if target else end
+        begin = places[int(target[1], 16)] if target else end
         if begin < end:
-            ranges.append((begin, end))
+            ranges[begin] = end
     return [
         instructions[begin : end + 1]
-        for begin, end in ranges
-        if not any((b, e) != (begin, end) and begin <= b and e <= end for b, e in ranges)
+        for begin, end in ranges.items()
+        if not any(begin < b and e <= end for b, e in ranges.items())
     ]
 
 
@@ -56,11 +56,14 @@ def slots_of_row(loops: Iterable[list[str]], phase: Phase) -> float:
     def count(loop: list[str], pattern: str) -> int:
         return sum(re.search(pattern, instruction) is not None for instruction in loop)
 
+    # Loops in double merge sums; they are not of rows.
     fitting = [
-        (count(loop, phase.marks) // phase.of_row, len(loop)) for loop in loops if not count(loop, phase.without)
+        (count(loop, phase.marks) / phase.of_row, len(loop))
+        for loop in loops
+        if not count(loop, phase.without) and not count(loop, r"\bD(ADD|FMA|MUL)\b")
     ]
     rows, slots = max(fitting, default=(0, 0))
-    return slots / rows if rows else 0
+    return slots / rows if rows == int(rows) > 0 else 0
 
 
 def count_slots(machine_code: str, titles: dict[str, str]) -> dict[tuple[str, str, str], float]:

@@ -16,7 +16,7 @@ constexpr int kMaxRowsPerThread = 256;  // float32 sums stay short
 // What a kernel is compiled for.
 enum class Variant {
   kPlain,     // no activation, no residual
-  kRelu,      // relu of the widest accesses, no residual, no mask
+  kRelu,      // relu of the widest accesses, no residual, no mask, no dz wanted
   kReluLike,  // one of that kind, or none; with a residual or without
   kAny,       // any other, chosen at run time, alike for the whole grid; with a residual or without
 };

@@ -33,7 +33,8 @@ struct RunningMoments {
   A m2;
 
   // `before`: number of values so far; `share`: the batch's share in all values, the batch included. Squares are about
-  // the mean so far: what cancels in the batch's own is no more than what the distance of the means adds to m2.
+  // the mean so far. What cancels in the batch's own is of the size of what the distance of the means adds to m2; only
+  // in the first batch, whose mean so far is its first value, is it more: 2e-6 of m2 where that value alone is far off.
   template <int kCount>
   __device__ void add(const A (&values)[kCount], A before, A share) {
     const A sum = sum_of<kCount>([&](int i) { return values[i] - mean; });

@@ -16,7 +16,7 @@ template <bool kLast>
 __device__ void copy_async(void* shared, const void* global) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (kLast) {
-    constexpr uint64_t policy = 0x12F0000000000000;  // createpolicy.fractional.L2::evict_first, of all
+    constexpr uint64_t policy = 0x12F0000000000000;  // evict_first of all, as ptxas makes it
     const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "l"(policy)
                  : "memory");

@@ -53,7 +53,7 @@ inline __device__ float clipped(float value) {
 #endif
 }
 
-// Two values of 16 bits at once, clipped or not: one instruction.
+// Two values of 16 bits at once, clipped or not: one instruction from sm_80 on.
 template <typename T, bool kClips>
 __device__ unsigned round_pair(float first, float second) {
   unsigned pair = 0;
@@ -101,8 +101,8 @@ struct AccessType<16> {
   using type = uint4;
 };
 
-// kCount adjacent values, read and written in one access; their address is a multiple of their size. The words that are
-// moved, for values of 16 bits would take a register each wherever there is a choice between two vectors.
+// kCount adjacent values, read and written in one access; their address is a multiple of their size. Kept as the words
+// that are moved: as values of 16 bits the compiler gives each a register where it chooses between two vectors.
 template <typename T, int kCount>
 struct Vector {
   using Access = typename AccessType<sizeof(T) * kCount>::type;

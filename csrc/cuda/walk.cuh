@@ -83,7 +83,7 @@ class Walk {
 
   __device__ void next(const Plan& plan) {
     at += (kBackwards ? -plan.step_offset : plan.step_offset) * int(sizeof(T));
-    if constexpr (kOneChannel) {  // else an image has one row
+    if constexpr (kOneChannel) {  // else an image has one row, by choose_narrow_planes
       left_ -= plan.step_rows;
       if (left_ <= 0) {
         left_ += image_rows_;
