@@ -69,5 +69,5 @@ format: env-test-demo-lint
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 clean:
-	@if ls $(VENV)/made_* > /dev/null 2>&1; then rm -rf $(VENV); fi
+	@if ls $(VENV)/made_by_make $(VENV)/made_for.* 2> /dev/null | grep -q .; then rm -rf $(VENV); fi
 	rm -rf build *.egg-info bn_ext/_build_config.py bn_ext/*.so demo-output gpu-check

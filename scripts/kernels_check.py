@@ -1,4 +1,4 @@
-"""Checks what the compiler made of each kernel in an extension: registers, local memory, and its first wait."""
+"""Checks the machine code of each kernel in an extension: registers, local memory, first wait, issue slots."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ from commands import ROOT, fail, output_of
 from slots_check import check_slots
 
 ARCHITECTURES = ("80", "90")  # with PTX of the last: the default of setup.py
-# In machine code: the wait for the kernels before (griddepcontrol.wait), and what does or may touch global memory.
+# In machine code: the wait for earlier kernels (griddepcontrol.wait), and instructions that may access global memory.
 WAIT = "ACQBULK"
 ACCESSES = re.compile(
     r"^(CALL|LD|LDG|LDGSTS|LDGMC|ST|STG|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED|UBLKPF|UTMA\w+|TEX|TLD|SULD|SUST|CCTL)$"
@@ -17,7 +17,7 @@ ACCESSES = re.compile(
 
 
 class Kernel(NamedTuple):
-    """What cuobjdump tells of a kernel for one architecture."""
+    """A kernel's resource usage on one architecture, as cuobjdump reports it."""
 
     name: str
     architecture: str
@@ -31,7 +31,9 @@ def kernels_of(cuobjdump: Path, extension: Path) -> list[Kernel]:
     for text in output_of("cuobjdump", cuobjdump, "-res-usage", extension).split("\narch = sm_")[1:]:
         found = re.findall(r"^ Function (\S+):\n +REG:(\d+) STACK:(\d+) .*\bLOCAL:(\d+) ", text, re.MULTILINE)
         if len(found) != text.count(" Function "):
-            fail("cuobjdump tells of kernels in a form that is not known here")
+            fail(
+                "the output of cuobjdump -res-usage has an unknown format: adapt kernels_of in scripts/kernels_check.py"
+            )
         architecture = text.split(maxsplit=1)[0]
         kernels += [Kernel(name, architecture, int(r), int(stack) + int(local)) for name, r, stack, local in found]
     return kernels
@@ -72,11 +74,11 @@ def check_kernels(cuobjdump: Path, extension: Path) -> None:
 
 
 def check_inlined(cuobjdump: Path, extension: Path, kernels: set[str]) -> None:
-    """All functions are inlined into kernels, but the compiler's own: check_waits would not see what others do."""
+    """All functions except the compiler's own are inlined: check_waits reads the code of kernels only."""
     lines = output_of("cuobjdump", cuobjdump, "-symbols", extension).splitlines()
     functions = {line.split()[-1] for line in lines if line.startswith("STT_FUNC")}
     if not kernels <= functions:
-        fail("cuobjdump lists other kernels with -symbols than with -res-usage: has its form changed?")
+        fail("cuobjdump -symbols and -res-usage list different kernels: has their format changed?")
     for name in sorted(functions - kernels):
         if not name.rpartition("$")[2].startswith("__cuda_"):
             fail(f"{readable([name])[0]} was not inlined: declare it __forceinline__")
@@ -101,7 +103,7 @@ def check_waits(machine_code: str, titles: dict[str, str]) -> None:
     """
     found = first_accesses(machine_code)
     if set(found) != set(titles):
-        fail("cuobjdump lists other kernels with -sass than with -res-usage: has its form changed?")
+        fail("cuobjdump -sass and -res-usage list different kernels: has their format changed?")
     for name, instruction in sorted(found.items()):
         if instruction != WAIT:
             fail(f"{titles[name]} must begin with {WAIT}, but {instruction} is before it on sm_90")

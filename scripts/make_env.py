@@ -130,10 +130,12 @@ def build_settings(python: Path) -> dict[str, str]:
 
 
 def clear(folder: Path) -> None:
-    """An empty folder that is marked as made here; stop rather than remove what is somebody else's."""
+    """Empty a folder that make made and mark it; stop if the folder is somebody else's."""
     if folder.exists():
         entries = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
-        if entries and not any(name.startswith("made_") for name in entries):  # MARKER, or a note
+        if entries and not {MARKER, "made_for.json", "made_for.txt"} & set(
+            entries
+        ):  # older environments have a note only
             sys.exit(f"make_env: {folder} was not made by make: remove it, or name another folder by VENV=")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

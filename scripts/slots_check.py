@@ -1,6 +1,6 @@
-"""Counts the issue slots that a kernel's loops take for a row of 16-byte vectors, from its machine code.
+"""Counts the issue slots of a kernel's loops per row of 16-byte vectors, in its machine code.
 
-Where memory pays for fewer slots than a loop takes, the loop is what a kernel waits for (docs/tuning.md).
+If a loop needs more slots than fit into the time of its memory accesses, issue bounds the kernel (docs/tuning.md).
 """
 
 import re
@@ -14,7 +14,7 @@ VARIANTS = ("plain", "relu")  # as in plan.h
 
 
 class Phase(NamedTuple):
-    """A loop: what it is told by, and how many of these instructions a row has."""
+    """How to recognise a loop: by instructions that it has, so many per row, and an instruction that it lacks."""
 
     marks: str
     of_row: int
@@ -33,7 +33,7 @@ PHASES = {
 
 
 def innermost_loops(machine_code: str) -> list[list[str]]:
-    """The instructions of each loop of a kernel that holds no other, as ``cuobjdump -sass`` lists them."""
+    """The instructions of each innermost loop of a kernel, as ``cuobjdump -sass`` prints them."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", machine_code)
     places = {int(address, 16): i for i, (address, _) in enumerate(found)}
     instructions = [instruction for _, instruction in found]
@@ -51,12 +51,12 @@ def innermost_loops(machine_code: str) -> list[list[str]]:
 
 
 def slots_of_row(loops: Iterable[list[str]], phase: Phase) -> float:
-    """Slots for a row in the loop that does most rows at a time; in the longest one if there are several."""
+    """Slots per row in the loop with the most rows per iteration; in the longest such loop."""
 
     def count(loop: list[str], pattern: str) -> int:
         return sum(re.search(pattern, instruction) is not None for instruction in loop)
 
-    # Loops in double merge sums; they are not of rows.
+    # Loops with double arithmetic merge sums and process no rows.
     fitting = [
         (count(loop, phase.marks) / phase.of_row, len(loop))
         for loop in loops
@@ -67,12 +67,12 @@ def slots_of_row(loops: Iterable[list[str]], phase: Phase) -> float:
 
 
 def count_slots(machine_code: str, titles: dict[str, str]) -> dict[tuple[str, str, str], float]:
-    """Of each kernel in PHASES, type and variant: the slots for a row, of the instance that takes most."""
+    """The slots per row of each kernel in PHASES, type and variant: the largest count among its instances."""
     found: dict[tuple[str, str, str], float] = {}
     for text in machine_code.split("Function : ")[1:]:
         title = titles[text.split(maxsplit=1)[0]]
         match = re.fullmatch(r"(\w+)<([\w ]+, \d+), \w+(?:, (\d))?(?:, (\w+))?>", title)
-        # The kernel of sums that writes too is taken where more is asked for.
+        # A grad_sums_kernel that also writes has no limit.
         if not match or match[1] not in PHASES or match[2] not in TYPES or match[4] == "true":
             continue
         variant = int(match[3] or 0)
@@ -88,16 +88,16 @@ def count_slots(machine_code: str, titles: dict[str, str]) -> dict[tuple[str, st
 
 
 def check_slots(machine_code: str, titles: dict[str, str]) -> None:
-    """No kernel takes more slots than csrc/README.md says."""
+    """No kernel exceeds its limit in csrc/README.md."""
     row = re.compile(r"^\| `(\w+_kernel)`, (\w+) \| (\d+) \| (\d+|-) \|", re.MULTILINE)
     listed = {}
     for name, dtype, plain, relu in row.findall((ROOT / "csrc" / "README.md").read_text()):
         listed |= {(name, dtype, variant): said for variant, said in zip(VARIANTS, (plain, relu), strict=True)}
     found = count_slots(machine_code, titles)
     if missing := {key for key, said in listed.items() if said != "-"} - set(found):
-        fail(f"{' '.join(min(missing))} is in csrc/README.md, but not in the machine code")
+        fail(f"{' '.join(min(missing))} is in csrc/README.md but not in the machine code: correct the table")
     for key, slots in sorted(found.items()):
         said = listed.get(key, "0")
-        print(f"{' '.join(key):<45}{slots:>7.1f} slots for a row, at most {said}")
+        print(f"{' '.join(key):<45}{slots:>7.1f} slots per row, at most {said}")
         if said == "-" or slots > int(said):
-            fail(f"{' '.join(key)} takes {slots:.1f} slots for a row, csrc/README.md says {said} at most: correct it")
+            fail(f"{' '.join(key)} takes {slots:.1f} slots per row, csrc/README.md allows {said}: mend either")

@@ -84,6 +84,7 @@ def test_what_make_did_not_make_stays(make_env: ModuleType, tmp_path: Path) -> N
     own = tmp_path / "own"
     own.mkdir()
     (own / "thesis.txt").write_text("words")
+    (own / "made_of_words.txt").touch()  # not the name of a mark
     for folder in (own, own / "thesis.txt"):
         with pytest.raises(SystemExit, match=r"was not made by make: remove it, or name another folder by VENV="):
             make_env.clear(folder)

@@ -11,7 +11,7 @@
 namespace bn_ext::cuda {
 
 // Calls body(Int<kVector>, std::bool_constant<kOneChannel>); plans of T have accesses of 16 bytes or less.
-template <typename T, int kVector = 16 / sizeof(T), typename Body>
+template <typename T, int kVector = kWidestAccess / sizeof(T), typename Body>
 cudaError_t dispatch_plan(const Plan& plan, const Body& body) {
   if constexpr (kVector > 1) {
     if (plan.vector != kVector) return dispatch_plan<T, kVector / 2>(plan, body);

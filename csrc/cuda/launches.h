@@ -1,6 +1,6 @@
 // Launches of the kernels of one type T of activations. Each file of instantiations/ compiles one of these for one T,
-// so that a build's processors share the work; nothing else includes the headers that define them. kernels.cu chooses
-// among them, and kernels.h says what workspaces and errors are.
+// so that a build's processors share the work; no other file includes the headers that define them. kernels.cu chooses
+// among them; kernels.h describes workspaces and errors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@
 
 namespace bn_ext::cuda {
 
-// Three kernels, or those of them that are needed.
+// Up to three kernels: those that the pass needs.
 template <typename T>
 struct GeneralForward {
   static cudaError_t launch(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);
@@ -21,7 +21,8 @@ struct GeneralBackward {
   static cudaError_t launch(const BackwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);
 };
 
-// One kernel: each team of blocks holds a slice on chip, so that every tensor is read once, but for what does not fit.
+// One kernel: each team of blocks keeps a slice on chip and reads every tensor once. Rows that do not fit are read
+// twice.
 template <typename T>
 struct ResidentForward {
   static cudaError_t launch(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);
