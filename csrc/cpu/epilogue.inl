@@ -121,8 +121,8 @@ static void write_mask(const ReluLike<A>& formula, const A* u, int64_t n, int64_
 template <typename A>
 BN_EXT_INLINE Vec<A> select_passed(const uint8_t* mask, int64_t first, Vec<A> a, Vec<A> b) {
   uint32_t bits;
-  __builtin_memcpy(&bits, mask + first / 8, sizeof(bits));
-  bits >>= first % 8;
+  __builtin_memcpy(&bits, mask + (first >> 3), sizeof(bits));
+  bits >>= first & 7;
 #if defined(BN_EXT_AVX512)
   if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_mask_blend_ps(__mmask16(bits), (__m512)b, (__m512)a);
 #endif
@@ -130,8 +130,9 @@ BN_EXT_INLINE Vec<A> select_passed(const uint8_t* mask, int64_t first, Vec<A> a,
 }
 
 // Calls body(form...) as a function of its own: the loops of all forms together in one would not get registers enough.
+// body comes by value, and holds arguments by value: what a store cannot reach is not read again after it.
 template <typename Body, typename... Form>
-static __attribute__((noinline)) void call_apart(const Body& body, Form... form) {
+static __attribute__((noinline)) void call_apart(Body body, Form... form) {
   body(form...);
 }
 
@@ -140,26 +141,29 @@ static __attribute__((noinline)) void call_apart(const Body& body, Form... form)
 // How y comes from u: at once, and bits of a mask or several steps by way of a buffer.
 enum class ApplyForm { kPlain, kReluLike, kMasked, kBuffered };
 
-// Calls body(the form) with an integral_constant.
+// Calls body(the form, whether there is a residual), both as an integral_constant.
 template <typename T, typename Body>
 BN_EXT_INLINE void with_form(const ApplyArguments<T>& a, const Body& body) {
+  const auto call = [&](auto form) BN_EXT_LAMBDA {
+    a.z == nullptr ? call_apart(body, form, std::false_type{}) : call_apart(body, form, std::true_type{});
+  };
   if (a.activation.kind == ActivationKind::kNone) {
-    return call_apart(body, std::integral_constant<ApplyForm, ApplyForm::kPlain>{});
+    return call(std::integral_constant<ApplyForm, ApplyForm::kPlain>{});
   }
   if (a.activation.kind != ActivationKind::kReluLike) {
-    return call_apart(body, std::integral_constant<ApplyForm, ApplyForm::kBuffered>{});
+    return call(std::integral_constant<ApplyForm, ApplyForm::kBuffered>{});
   }
-  if (a.mask == nullptr) return call_apart(body, std::integral_constant<ApplyForm, ApplyForm::kReluLike>{});
-  return call_apart(body, std::integral_constant<ApplyForm, ApplyForm::kMasked>{});
+  if (a.mask == nullptr) return call(std::integral_constant<ApplyForm, ApplyForm::kReluLike>{});
+  return call(std::integral_constant<ApplyForm, ApplyForm::kMasked>{});
 }
 
 // Writes y of the run at `offset`; u_at(i, lanes) gives u of the vector at i of the run.
-template <ApplyForm kForm, typename T, typename U>
+template <ApplyForm kForm, bool kHasResidual, typename T, typename U>
 BN_EXT_INLINE void apply_run(
     const ApplyArguments<T>& a, int64_t ahead, int64_t offset, int64_t n, Buffer<acc_t<T>>& b, const U& u_at) {
   using A = acc_t<T>;
   const T* x = a.x + offset;
-  const T* z = a.z == nullptr ? nullptr : a.z + offset;
+  const T* z = kHasResidual ? a.z + offset : nullptr;
   T* y = a.y + offset;
   const ReluLike<A> formula = relu_like<A>(a.activation);
   constexpr int64_t L = kLanes<A>;
@@ -174,12 +178,12 @@ BN_EXT_INLINE void apply_run(
   const auto fetch = [=](int64_t i) BN_EXT_LAMBDA {
     fetch_ahead(x + i, ahead);
     fetch_ahead(y + i, ahead_of_y);
-    if (z != nullptr) fetch_ahead(z + i, ahead_of_z);
+    if constexpr (kHasResidual) fetch_ahead(z + i, ahead_of_z);
   };
   A* values = b.u;
   const auto write = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
     Vec<A> u = u_at(i, lanes);
-    if (z != nullptr) u += load(z + i, lanes);
+    if constexpr (kHasResidual) u += load(z + i, lanes);
     if constexpr (kForm == ApplyForm::kBuffered) return store_vector(values + i, u);
     if constexpr (kForm == ApplyForm::kMasked) {
       if (whole_bytes != nullptr && i + L <= whole) {
@@ -196,7 +200,7 @@ BN_EXT_INLINE void apply_run(
     const auto visit = [=](int64_t i, const auto& lanes, int k) BN_EXT_LAMBDA {
       fetch_ahead(x + i, k, ahead);
       fetch_ahead(y + i, k, ahead_of_y);
-      if (z != nullptr) fetch_ahead(z + i, k, ahead_of_z);
+      if constexpr (kHasResidual) fetch_ahead(z + i, k, ahead_of_z);
       write(i, lanes);
     };
     for_each_vector<A>(n, visit);
@@ -223,7 +227,7 @@ BN_EXT_INLINE void with_form(const GradArguments<T>& a, const Body& body) {
     return call_apart(body, std::integral_constant<GradientForm, GradientForm::kPlain>{});
   }
   if (a.mask != nullptr) return call_apart(body, std::integral_constant<GradientForm, GradientForm::kMasked>{});
-  if (a.activation.kind == ActivationKind::kReluLike && a.z == nullptr) {
+  if (a.activation.kind == ActivationKind::kReluLike && a.z == nullptr && a.dz == nullptr) {
     return call_apart(body, std::integral_constant<GradientForm, GradientForm::kReluLike>{});
   }
   return call_apart(body, std::integral_constant<GradientForm, GradientForm::kBuffered>{});
@@ -247,6 +251,18 @@ BN_EXT_INLINE Vec<acc_t<T>> gradient_at(const GradArguments<T>& a,
   if constexpr (kForm == GradientForm::kMasked) return select_passed<A>(a.mask, offset + i, g, formula.held_back(g));
 }
 
+// Calls body(whether dx is wanted, whether dz is), both as an integral_constant. Where dz never is, dx is.
+template <GradientForm kForm, typename T, typename Body>
+BN_EXT_INLINE void with_outputs(const GradArguments<T>& a, const Body& body) {
+  if constexpr (kForm == GradientForm::kPlain || kForm == GradientForm::kReluLike) {
+    return body(std::true_type{}, std::false_type{});
+  } else {
+    if (a.dz == nullptr) return call_apart(body, std::true_type{}, std::false_type{});
+    if (a.dx == nullptr) return call_apart(body, std::false_type{}, std::true_type{});
+    return call_apart(body, std::true_type{}, std::true_type{});
+  }
+}
+
 // activation'(u + z) of the run at `offset`, into the buffer.
 template <typename T, typename U>
 BN_EXT_INLINE void differentiate_run(
@@ -262,7 +278,7 @@ BN_EXT_INLINE void differentiate_run(
 // Writes dx and dz of the run at `offset`, as they are wanted. dx is g * scale_at(i, lanes), in training plus
 // from_x(i, lanes); in eval x is not read, because an inf in it must not reach dx. The sum is one expression for both:
 // how it is rounded (the compiler makes one instruction of product and sum) must not depend on where it was inlined.
-template <typename T, typename Gradient, typename Scale, typename FromX>
+template <bool kDx, bool kDz, typename T, typename Gradient, typename Scale, typename FromX>
 BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
                                    int64_t ahead,
                                    int64_t offset,
@@ -271,15 +287,15 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
                                    const Scale& scale_at,
                                    const FromX& from_x) {
   using A = acc_t<T>;
-  T* dx = a.dx == nullptr ? nullptr : a.dx + offset;
-  T* dz = a.dz == nullptr ? nullptr : a.dz + offset;
+  T* dx = kDx ? a.dx + offset : nullptr;
+  T* dz = kDz ? a.dz + offset : nullptr;
   const bool training = a.training;
   // Only what is read: in eval dx comes from dy alone, unless u is asked for.
   const bool has_u = a.activation.kind != ActivationKind::kNone && a.mask == nullptr;
-  const int64_t ahead_of_x = has_u || (training && dx != nullptr) ? ahead : 0;
+  const int64_t ahead_of_x = has_u || (training && kDx) ? ahead : 0;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : ahead;
-  const T* to = dx == nullptr ? dz : dx;
-  const bool streams = a.streams && (dx == nullptr || dz == nullptr || before_line(dz) == before_line(dx));
+  const T* to = kDx ? dx : dz;
+  const bool streams = a.streams && (!kDx || !kDz || before_line(dz) == before_line(dx));
   const int64_t ahead_of_to = streams ? 0 : ahead;  // as of y
   const T* x = a.x + offset;
   const T* dy = a.dy + (a.dy_repeats ? 0 : offset);
@@ -290,11 +306,11 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
   };
   write_vectors(ahead == 0 && !streams, streams, to, n, fetch, [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
     const Vec<A> g = gradient(i, lanes);
-    if (dx != nullptr) {
+    if constexpr (kDx) {
       Vec<A> sum = broadcast(A(-0.0));  // changes nothing that it is added to
       if (training) sum = from_x(i, lanes);
       store(dx + i, g * scale_at(i, lanes) + sum, lanes);
     }
-    if (dz != nullptr) store(dz + i, g, lanes);
+    if constexpr (kDz) store(dz + i, g, lanes);
   });
 }

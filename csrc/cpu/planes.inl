@@ -144,9 +144,9 @@ template <typename T>
 static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
   if (is_simple(r, a)) return simple_apply(r, a);
   Buffer<acc_t<T>> b;
-  with_form(a, [&](auto form) BN_EXT_LAMBDA {
+  with_form(a, [=, &b](auto form, auto has_residual) BN_EXT_LAMBDA {
     for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
-      apply_run<form()>(a, r.ahead, offset, length, b, plane_u(a.affine, c, a.x + offset));
+      apply_run<form(), has_residual()>(a, r.ahead, offset, length, b, plane_u(a.affine, c, a.x + offset));
     });
   });
   if (a.streams) end_of_stream();
@@ -190,7 +190,7 @@ static void plane_grad_sums(const PlaneRange& r, const GradArguments<T>& a, Grad
   if (is_plain && r.m_end - r.m_begin <= kFewValues) return simple_grad_sums(r, a, out);
   Buffer<A> b;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : r.ahead;
-  with_form(a, [&](auto form) BN_EXT_LAMBDA {
+  with_form(a, [=, &b](auto form) BN_EXT_LAMBDA {
     for (int64_t c = r.c_begin; c < r.c_end; ++c) {
       const Vec<A> mean = broadcast(a.affine.mean[c]);
       const auto add = [&](int64_t offset, int64_t length, Vec<A>(&s)[4], Vec<A>(&q)[4]) BN_EXT_LAMBDA {
@@ -239,17 +239,19 @@ static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
   if (is_simple(r, a)) return a.training ? simple_grad_input<true>(r, a) : simple_grad_input<false>(r, a);
   Buffer<A> b;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
-    for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
-      const Vec<A> mean = broadcast(a.affine.mean[c]);
-      const Vec<A> scale = broadcast(a.affine.scale[c]);
-      const Vec<A> slope = broadcast(a.training ? a.slope[c] : A(0));
-      const Vec<A> shift = broadcast(a.training ? a.shift[c] : A(0));
-      const T* x = a.x + offset;
-      const auto from_x = [=](int64_t i, const auto& lanes)
-                              BN_EXT_LAMBDA { return (load(x + i, lanes) - mean) * slope + shift; };
-      const auto scale_at = [=](int64_t, const auto&) BN_EXT_LAMBDA { return scale; };
-      const auto gradient = plane_gradient<form()>(a, c, offset, length, b);
-      write_gradients(a, r.ahead, offset, length, gradient, scale_at, from_x);
+    with_outputs<form()>(a, [=, &b](auto has_dx, auto has_dz) BN_EXT_LAMBDA {
+      for_each_run(r, [&](int64_t c, int64_t offset, int64_t length) BN_EXT_LAMBDA {
+        const Vec<A> mean = broadcast(a.affine.mean[c]);
+        const Vec<A> scale = broadcast(a.affine.scale[c]);
+        const Vec<A> slope = broadcast(a.training ? a.slope[c] : A(0));
+        const Vec<A> shift = broadcast(a.training ? a.shift[c] : A(0));
+        const T* x = a.x + offset;
+        const auto from_x = [=](int64_t i, const auto& lanes)
+                                BN_EXT_LAMBDA { return (load(x + i, lanes) - mean) * slope + shift; };
+        const auto scale_at = [=](int64_t, const auto&) BN_EXT_LAMBDA { return scale; };
+        const auto gradient = plane_gradient<form()>(a, c, offset, length, b);
+        write_gradients<has_dx(), has_dz()>(a, r.ahead, offset, length, gradient, scale_at, from_x);
+      });
     });
   });
   if (a.streams) end_of_stream();

@@ -109,15 +109,16 @@ BN_EXT_INLINE void repeat_runs(const RowRange& r, A* values) {
 template <typename T>
 static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* shift, Moments* out) {
   using A = acc_t<T>;
-  const T* base = x + r.column_begin;
   const double count = double((r.row_end - r.row_begin) * r.run);
   ColumnSums sums;
-  sum_rows<A>(r, sums, [&](int64_t row, int64_t i, const auto& lanes, int k, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
-    fetch_ahead(base + row * r.columns + i, k, r.ahead);
-    const Vec<A> d = keep<A>(load(base + row * r.columns + i, lanes) - load_vector(shift + i), lanes);
+  const auto add = [=, x = x + r.column_begin, columns = r.columns, ahead = r.ahead](
+                       int64_t row, int64_t i, const auto& lanes, int k, Vec<A>& s, Vec<A>& q) BN_EXT_LAMBDA {
+    fetch_ahead(x + row * columns + i, k, ahead);
+    const Vec<A> d = keep<A>(load(x + row * columns + i, lanes) - load_vector(shift + i), lanes);
     s += d;
     q += d * d;
-  });
+  };
+  sum_rows<A>(r, sums, add);
   add_runs(r, sums.first);
   add_runs(r, sums.second);
   bool any_far = false;
@@ -176,9 +177,9 @@ BN_EXT_INLINE void for_each_row_run(const RowRange& r, const Body& body) {
 template <typename T>
 static void row_apply(const RowRange& r, const ApplyArguments<T>& a) {
   Buffer<acc_t<T>> b;
-  with_form(a, [&](auto form) BN_EXT_LAMBDA {
+  with_form(a, [=, &b](auto form, auto has_residual) BN_EXT_LAMBDA {
     for_each_row_run(r, [&](int64_t offset, int64_t width) BN_EXT_LAMBDA {
-      apply_run<form()>(a, r.ahead, offset, width, b, row_u(a.affine, r, a.x + offset));
+      apply_run<form(), has_residual()>(a, r.ahead, offset, width, b, row_u(a.affine, r, a.x + offset));
     });
   });
   if (a.streams) end_of_stream();
@@ -199,7 +200,7 @@ static void row_grad_sums(const RowRange& r, const GradArguments<T>& a, GradSums
   const A* mean = a.affine.mean + r.column_begin;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : r.ahead;
   ColumnSums sums;
-  with_form(a, [&](auto form) BN_EXT_LAMBDA {
+  with_form(a, [=, &sums, &derivatives](auto form) BN_EXT_LAMBDA {
     const auto prepare = [&](int64_t first, int64_t rows) BN_EXT_LAMBDA {
       if constexpr (form() != GradientForm::kBuffered) return;
       for (int64_t row = first; row < first + rows; ++row) {
@@ -236,18 +237,20 @@ static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
   const A* shift = a.shift + r.column_begin;
   Buffer<A> b;
   with_form(a, [&](auto form) BN_EXT_LAMBDA {
-    for_each_row_run(r, [&](int64_t offset, int64_t width) BN_EXT_LAMBDA {
-      const T* x = a.x + offset;
-      const T* dy = dy_of_row(a, offset);
-      const auto u_at = row_u(a.affine, r, x);
-      if constexpr (form() == GradientForm::kBuffered) differentiate_run(a, offset, width, b.u, u_at);
-      const auto gradient = [=, &a, u = b.u](int64_t i, const auto& lanes)
-                                BN_EXT_LAMBDA { return gradient_at<form()>(a, dy, offset, u, u_at, i, lanes); };
-      const auto from_x = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
-        return (load(x + i, lanes) - load(mean + i, lanes)) * load(slope + i, lanes) + load(shift + i, lanes);
-      };
-      const auto scale_at = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA { return load(scale + i, lanes); };
-      write_gradients(a, r.ahead, offset, width, gradient, scale_at, from_x);
+    with_outputs<form()>(a, [=, &b](auto has_dx, auto has_dz) BN_EXT_LAMBDA {
+      for_each_row_run(r, [&](int64_t offset, int64_t width) BN_EXT_LAMBDA {
+        const T* x = a.x + offset;
+        const T* dy = dy_of_row(a, offset);
+        const auto u_at = row_u(a.affine, r, x);
+        if constexpr (form() == GradientForm::kBuffered) differentiate_run(a, offset, width, b.u, u_at);
+        const auto gradient = [=, &a, u = b.u](int64_t i, const auto& lanes)
+                                  BN_EXT_LAMBDA { return gradient_at<form()>(a, dy, offset, u, u_at, i, lanes); };
+        const auto from_x = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
+          return (load(x + i, lanes) - load(mean + i, lanes)) * load(slope + i, lanes) + load(shift + i, lanes);
+        };
+        const auto scale_at = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA { return load(scale + i, lanes); };
+        write_gradients<has_dx(), has_dz()>(a, r.ahead, offset, width, gradient, scale_at, from_x);
+      });
     });
   });
   if (a.streams) end_of_stream();
