@@ -60,7 +60,8 @@ inline Plan plan_of(const TeamShape& shape) {
 
 // When all blocks of the team have left their sums of the slice's channels: the keys. All threads must call this.
 inline __device__ const Key* exchange_keys(const Plan& plan, Exchange& exchange, int64_t slice) {
-  exchange.for_own_channels(slice, [&](const bn_ext::cuda::Channel& channel, const auto& get) {
+  const auto load = [](int64_t) { return 0; };  // channels have no numbers of their own here
+  exchange.for_own_channels(slice, load, [&](const bn_ext::cuda::Channel& channel, int, const auto& get) {
     const GradSums total = merge(channel.group, channel.exists ? plan.segments : 0, get);
     if (!channel.is_first()) return;
     exchange.leave_coefficients(channel.place, Key{{key_of(total.dy, total.dy_centred), 0, 0}});

@@ -77,11 +77,15 @@ template <typename T>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_gradients_kernel(
     const Plan plan, int lanes, const BackwardParams p, const GradSums* partials, acc_t<T>* coefficients) {
   wait_for_earlier_kernels();
+  using A = acc_t<T>;
   const ChannelSums<GradSums> sums(plan, lanes, partials);
+  SavedScale saved = {};
+  if (sums.is_first()) saved = load_scale<A>(p, sums.channel);
   const GradSums total = merge(sums.group, sums.parts, sums);
   if (!sums.is_first()) return;
 
-  const Slope<acc_t<T>> slope = finalise_gradient<acc_t<T>>(p, sums.channel, total);
+  store_gradients(p, sums.channel, saved.rstd, total);
+  const Slope<A> slope = slope_of<A>(p, saved, total);
   store_one(coefficients + sums.channel, slope.slope);
   store_one(coefficients + p.shape.c + sums.channel, slope.shift);
 }

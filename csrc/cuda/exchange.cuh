@@ -63,9 +63,10 @@ class Exchange {
 
   __device__ Block first_block() const { return {first_slice_, segment_}; }
 
-  // Once, before anything else; all threads of the grid must call this.
-  __device__ void start() const {
-    if (plan_.team != Team::kGrid) return;
+  // For each slice, before anything else is called; all threads of the grid must call this. It waits for them, once.
+  __device__ void start() {
+    if (plan_.team != Team::kGrid || started_) return;
+    started_ = true;
     if (segment_ == 0 && threadIdx.x == 0) __stcg(counter(), 0u);
     cooperative_groups::this_grid().sync();
   }
@@ -79,19 +80,42 @@ class Exchange {
     }
   }
 
-  // When all blocks have left theirs: calls finish(channel, get) for this block's share of channels, where get(i) are
-  // the sums of the i-th block. All threads of the block must call this, and those of a warp are in finish together.
-  template <typename Finish>
-  __device__ void for_own_channels(int64_t slice, const Finish& finish) {
-    wait();
+  // When all blocks have left theirs: calls finish(channel, own, get) for this block's share of channels, where get(i)
+  // are the sums of the i-th block. For the first thread of a channel, own is load(the channel's index), which does not
+  // wait for other blocks if this is the thread's first channel. All threads of the block must call this, and those of
+  // a warp are in finish together.
+  template <typename Load, typename Finish>
+  __device__ void for_own_channels(int64_t slice, const Load& load, const Finish& finish) {
     const int blocks = static_cast<int>(plan_.segments);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int first = segment_ + thread / plan_.team_lanes * blocks;
+    const int64_t first_index = slice * plan_.slice_channels + first;
+    decltype(load(first_index)) own = {};
+    if (thread % plan_.team_lanes == 0 && first < plan_.channels_of(slice)) own = load(first_index);
+    wait();
     for_channels(plan_, slice, plan_.team_lanes, segment_, blocks, [&](const Channel& channel) {
-      finish(channel, [&](int64_t block) {
+      if (channel.is_first() && channel.place != first) own = load(channel.index);
+      finish(channel, own, [&](int64_t block) {
         if (plan_.team == Team::kGrid) return load_of_peer(sums_in_workspace(channel.place) + block);
         return plan_.team == Team::kBlock ? sums_[channel.place]
                                           : of_peer(sums_ + channel.place, static_cast<int>(block));
       });
     });
+  }
+
+  // By the thread of for_own_channels that knows what a channel's sums are in all: for for_own_totals, in the place of
+  // the block's, which it alone has read.
+  __device__ void keep_total(int place, const Sums& total) const { sums_[place] = total; }
+
+  // After gather_coefficients: calls body(channel's index, total, coefficients) for this block's share of channels, by
+  // one thread each: what nobody waits for is done here.
+  template <typename Body>
+  __device__ void for_own_totals(int64_t slice, const Body& body) const {
+    const int blocks = static_cast<int>(plan_.segments), threads = plan_.threads * blocks;
+    for (int place = segment_ + static_cast<int>(threadIdx.x) * blocks; place < plan_.channels_of(slice);
+         place += threads) {
+      body(slice * plan_.slice_channels + place, sums_[place], coefficients_[place]);
+    }
   }
 
   // By one thread of the block whose share the channel is.
@@ -157,6 +181,7 @@ class Exchange {
   unsigned char* memory_of_team_;
   int64_t first_slice_;
   int segment_;
+  bool started_ = false;
   unsigned arrivals_ = 0;  // of blocks, that the team's counter is to reach
 };
 

@@ -12,11 +12,11 @@ namespace {
 
 template <typename A>
 __device__ Affine<A> affine_of_running(const ForwardParams& p, int64_t channel, bool saves) {
-  const A mean = read_param<A>(p.running_mean, p.params_dtype, channel, 0);
-  const A rstd = 1 / sqrt(read_param<A>(p.running_var, p.params_dtype, channel, 1) + static_cast<A>(p.eps));
-  const Affine<A> affine = {mean,
-                            rstd * read_param<A>(p.weight, p.params_dtype, channel, 1),
-                            read_param<A>(p.bias, p.params_dtype, channel, 0)};
+  A mean = 0, var = 1, weight = 1, bias = 0;
+  read_params(p.running_mean, p.running_var, p.params_dtype, channel, mean, var);
+  read_params(p.weight, p.bias, p.params_dtype, channel, weight, bias);
+  const A rstd = 1 / sqrt(var + static_cast<A>(p.eps));
+  const Affine<A> affine = {mean, rstd * weight, bias};
   if (saves) save(p, channel, rstd, affine);
   return affine;
 }

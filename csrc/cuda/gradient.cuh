@@ -105,16 +105,28 @@ struct Slope {
   A shift;
 };
 
-// dweight and dbias of a channel, and what makes its dx.
+// What is saved of a channel and used for its dweight and dx.
+struct SavedScale {
+  double rstd;
+  double scale;
+};
 template <typename A>
-__device__ Slope<A> finalise_gradient(const BackwardParams& p, int64_t channel, const GradSums& total) {
-  const double rstd = load_one(static_cast<const A*>(p.rstd) + channel);
-  const double scale = load_one(static_cast<const A*>(p.scale) + channel);
-  const double sum_dy_xhat = total.dy_centred * rstd;
-  write_param(p.dweight, p.params_dtype, channel, sum_dy_xhat);
-  write_param(p.dbias, p.params_dtype, channel, total.dy);
+__device__ SavedScale load_scale(const BackwardParams& p, int64_t channel) {
+  return {load_one(static_cast<const A*>(p.rstd) + channel), load_one(static_cast<const A*>(p.scale) + channel)};
+}
+
+// What makes dx.
+template <typename A>
+__device__ Slope<A> slope_of(const BackwardParams& p, const SavedScale& saved, const GradSums& total) {
   const double count = double(p.shape.values_per_channel());
-  return {static_cast<A>(-scale * rstd * sum_dy_xhat / count), static_cast<A>(-scale * total.dy / count)};
+  const double sum_dy_xhat = total.dy_centred * saved.rstd;
+  return {static_cast<A>(-saved.scale * saved.rstd * sum_dy_xhat / count),
+          static_cast<A>(-saved.scale * total.dy / count)};
+}
+
+inline __device__ void store_gradients(const BackwardParams& p, int64_t channel, double rstd, const GradSums& total) {
+  write_param(p.dweight, p.params_dtype, channel, total.dy_centred * rstd);
+  write_param(p.dbias, p.params_dtype, channel, total.dy);
 }
 
 template <typename A>

@@ -47,6 +47,23 @@ struct Group {
   }
 };
 
+// Calls body(i, get(i)) for a lane's share of the parts, in order; some are asked for before the first is waited for.
+template <typename Get, typename Body>
+__device__ void for_parts(const Group& group, int64_t parts, const Get& get, const Body& body) {
+  constexpr int kAtATime = 4;
+  for (int64_t i = group.lane; i < parts; i += kAtATime * group.lanes) {
+    decltype(get(i)) some[kAtATime] = {};
+#pragma unroll
+    for (int k = 0; k < kAtATime; ++k) {
+      if (i + k * group.lanes < parts) some[k] = get(i + k * group.lanes);
+    }
+#pragma unroll
+    for (int k = 0; k < kAtATime; ++k) {
+      if (i + k * group.lanes < parts) body(i + k * group.lanes, some[k]);
+    }
+  }
+}
+
 // Merges get(0) ... get(parts - 1), of count_of(i) values each, `count` in all: means taken from the first one's, so
 // that a large one does not cancel, and squares that make up for the distance from the common mean (Chan, Golub and
 // LeVeque 1979, for all parts at once).
@@ -54,25 +71,23 @@ template <typename Get, typename CountOf>
 __device__ Moments merge(const Group& group, int64_t parts, const Get& get, const CountOf& count_of, double count) {
   const double first_mean = parts > 0 ? get(0).mean : 0;
   double sum = 0;
-  for (int64_t i = group.lane; i < parts; i += group.lanes) sum += count_of(i) * (get(i).mean - first_mean);
+  for_parts(group, parts, get, [&](int64_t i, const Moments& part) { sum += count_of(i) * (part.mean - first_mean); });
   const double mean = first_mean + group.sum(sum) / count;
   double m2 = 0;
-  for (int64_t i = group.lane; i < parts; i += group.lanes) {
-    const Moments part = get(i);
+  for_parts(group, parts, get, [&](int64_t i, const Moments& part) {
     const double delta = part.mean - mean;
     m2 += part.m2 + count_of(i) * (delta * delta);
-  }
+  });
   return {mean, group.sum(m2)};
 }
 
 template <typename Get>
 __device__ GradSums merge(const Group& group, int64_t parts, const Get& get) {
   GradSums total = {0, 0};
-  for (int64_t i = group.lane; i < parts; i += group.lanes) {
-    const GradSums part = get(i);
+  for_parts(group, parts, get, [&](int64_t, const GradSums& part) {
     total.dy += part.dy;
     total.dy_centred += part.dy_centred;
-  }
+  });
   return {group.sum(total.dy), group.sum(total.dy_centred)};
 }
 

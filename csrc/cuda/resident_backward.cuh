@@ -11,7 +11,8 @@
 namespace bn_ext::cuda {
 namespace {
 
-constexpr int kTensors = 2;  // in tiles
+constexpr int kTensors = 2;    // in tiles
+constexpr int kGroupRows = 4;  // of copies into them
 
 // Sums of g and g * (x - mean) of a slice from its tiles, then, backwards, dx and dz, as they are wanted.
 // Grid: the teams' blocks. Reads dy and x once, what is not in tiles twice, a mask twice; writes each result once.
@@ -25,12 +26,12 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   const Tile<T, kVector, kTensors> tile(plan, memory.tiles, {p.dy, p.x});
   const Gradient<T, kVector, kVariant, true> g(p, true);
   Exchange<GradSums, Slope<A>> exchange(plan, memory, workspace);
-  exchange.start();
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     Walk<T, false, kOneChannel> walk(plan, block, p.dy);
     Walk<T, false, kOneChannel> ahead = walk;
     int count = tile.first_chunk(walk.rows);
-    tile.fetch(ahead, count, count == walk.rows);
+    tile.template fetch_in_groups<kGroupRows>(ahead, count, count == walk.rows);
+    exchange.start();
     Affine<A> affine[kOneChannel ? 1 : kVector] = {};
     make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
       return saved_affine<A>(p, channel, true, p.needs_u());
@@ -49,28 +50,36 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       });
     };
     for (int left = walk.rows; left > 0;) {
-      tile.wait();
-      for (int i = 0; i < count; ++i) {
-        add(g.row(walk, tile.row(0, i), tile.row(1, i)));
-        walk.next(plan);
-      }
+      in_batches<kVariant <= Variant::kRelu ? kGroupRows : 1>(count, [&](auto rows, int done) {
+#pragma unroll
+        for (int i = done; i < done + decltype(rows)::value; ++i) {
+          if (i % kGroupRows == 0) tile.wait_for_group();
+          add(g.row(walk, tile.row(0, i), tile.row(1, i)));
+          walk.next(plan);
+        }
+      });
       left -= count;
       count = tile.last_chunk(left);
-      tile.fetch(ahead, count, count == left);
+      tile.template fetch_in_groups<kGroupRows>(ahead, count, count == left);
     }
     GradSums sums[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
     leave_sums<kVector, kOneChannel>(plan, walk, sums);
     merge_gradients(plan, block, [&](const GradSums& total, int64_t, int place) { exchange.leave_sums(place, total); });
-    exchange.for_own_channels(block.slice, [&](const Channel& channel, const auto& get) {
+    Walk<T, true, kOneChannel> back(plan, block, p.dx != nullptr ? p.dx : p.dz);  // as in forward
+    const auto load = [&](int64_t channel) { return load_scale<A>(p, channel); };
+    exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& saved, const auto& get) {
       const GradSums total = merge(channel.group, channel.exists ? plan.segments : 0, get);
       if (!channel.is_first()) return;
-      exchange.leave_coefficients(channel.place, finalise_gradient<A>(p, channel.index, total));
+      exchange.keep_total(channel.place, total);
+      exchange.leave_coefficients(channel.place, slope_of<A>(p, saved, total));
     });
     const Slope<A>* of_slice = exchange.gather_coefficients(block.slice);
+    exchange.for_own_totals(block.slice, [&](int64_t channel, const GradSums& total, const Slope<A>&) {
+      store_gradients(p, channel, load_one(static_cast<const A*>(p.rstd) + channel), total);
+    });
 
-    Walk<T, true, kOneChannel> back(plan, block, p.dx != nullptr ? p.dx : p.dz);
     Slope<A> slope[kOneChannel ? 1 : kVector] = {};
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, slope);
     const auto finish = [&](const auto& row) {

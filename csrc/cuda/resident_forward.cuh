@@ -25,34 +25,46 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   const ResidentMemory memory(plan, kTensors, sizeof(T));
   const Tile<T, kVector, kTensors> tile(plan, memory.tiles, {p.x});
   Exchange<Moments, Affine<A>> exchange(plan, memory, workspace);
-  exchange.start();
   count_batch(p.num_batches_tracked);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     Walk<T, false, kOneChannel> walk(plan, block, p.x);
-    RunningMoments<A> moments[kOneChannel ? 1 : kVector] = {};
+    constexpr int kStates = kOneChannel ? 1 : kVector;
+    constexpr int kGroupRows = kAddedRows<T, kVector, kStates>;
+    int count = tile.first_chunk(walk.rows);
+    tile.template fetch_in_groups<kGroupRows>(walk, count, count == walk.rows);
+    exchange.start();
+    RunningMoments<A> moments[kStates] = {};
     for (int done = 0; done < walk.rows;) {
-      const int count = tile.first_chunk(walk.rows - done);
-      tile.fetch(walk, count, done + count == walk.rows);
-      tile.wait();
       int i = 0;
-      add_rows<T, kVector>(done + count, [&] { return tile.row(0, i++); }, moments, done);
+      const auto next = [&] {
+        if (i % kGroupRows == 0) tile.wait_for_group();
+        return tile.row(0, i++);
+      };
+      add_rows<T, kVector>(done + count, next, moments, done);
       done += count;
+      count = tile.last_chunk(walk.rows - done);
+      tile.template fetch_in_groups<kGroupRows>(walk, count, done + count == walk.rows);
     }
     merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int place) {
       exchange.leave_sums(place, total);
     });
-    exchange.for_own_channels(block.slice, [&](const Channel& channel, const auto& get) {
+    Walk<T, true, kOneChannel> back(plan, block, p.y);  // here, where other blocks are waited for anyway
+    const auto load = [&](int64_t channel) { return load_weight_and_bias(p, channel); };
+    exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& own, const auto& get) {
       const double count = double(p.shape.values_per_channel());
       const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
       const Moments merged = merge(channel.group, channel.exists ? plan.segments : 0, get, count_of, count);
       const Moments total = mend_overflow<T>(channel.group, p, channel.index, channel.exists, merged);
       if (!channel.is_first()) return;
-      exchange.leave_coefficients(channel.place, finalise_channel<A>(p, channel.index, total));
+      exchange.keep_total(channel.place, total);
+      exchange.leave_coefficients(channel.place, affine_of_batch<A>(p, own, total));
     });
     const Affine<A>* of_slice = exchange.gather_coefficients(block.slice);
+    exchange.for_own_totals(block.slice, [&](int64_t channel, const Moments& total, const Affine<A>& affine) {
+      store_statistics(p, channel, total, affine);
+    });
 
     Apply<T, kVector, kOneChannel, kVariant> apply(p);
-    Walk<T, true, kOneChannel> back(plan, block, p.y);
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, apply.affine);
     for (int left = back.rows; left > 0;) {
       int i = tile.last_chunk(left);

@@ -50,6 +50,13 @@ struct RunningMoments {
   }
 };
 
+// Bytes of the rows that are added at a time, and their number. What is done once for them is done for each state. Of
+// doubles, registers allow no more.
+template <typename T, int kStates>
+constexpr int kAddedBytes = kStates * sizeof(T) == kWidestAccess && sizeof(T) < 8 ? 128 : 64;
+template <typename T, int kVector, int kStates>
+constexpr int kAddedRows = kBatchRows<Vector<T, kVector>, kAddedBytes<T, kStates>>;
+
 // Of the values of a thread's vectors, until there are `rows`: next() gives one after the other. Of all values of a row
 // where they belong to one channel, else of each.
 template <typename T, int kVector, typename Next, int kStates>
@@ -59,9 +66,7 @@ __device__ void add_rows(int rows,
                          int rows_before = 0) {
   using A = acc_t<T>;
   constexpr int kOfRow = kVector / kStates;
-  // What is done once for a batch is done for each state. Of doubles, registers allow no more.
-  constexpr int kBytes = kStates * sizeof(T) == kWidestAccess && sizeof(T) < 8 ? 128 : 64;
-  in_batches<kBatchRows<Vector<T, kVector>, kBytes>>(
+  in_batches<kAddedRows<T, kVector, kStates>>(
       rows,
       [&](auto count, int done) {
         constexpr int kRows = decltype(count)::value;
@@ -169,31 +174,50 @@ __device__ void save(const ForwardParams& p, int64_t channel, A rstd, const Affi
   store_one(static_cast<A*>(p.offset) + channel, affine.offset);
 }
 
-// What is made of a channel's moments: running statistics, what is saved, and what it is normalised with.
+// A channel's own numbers.
+struct WeightAndBias {
+  double weight;
+  double bias;
+};
+inline __device__ WeightAndBias load_weight_and_bias(const ForwardParams& p, int64_t channel) {
+  WeightAndBias own = {1, 0};
+  read_params(p.weight, p.bias, p.params_dtype, channel, own.weight, own.bias);
+  return own;
+}
+
 template <typename A>
-__device__ Affine<A> finalise_channel(const ForwardParams& p, int64_t channel, const Moments& total) {
+__device__ A rstd_of(const ForwardParams& p, const Moments& total) {
+  return static_cast<A>(1 / sqrt(total.m2 / double(p.shape.values_per_channel()) + p.eps));
+}
+
+// What a channel is normalised with.
+template <typename A>
+__device__ Affine<A> affine_of_batch(const ForwardParams& p, const WeightAndBias& own, const Moments& total) {
+  const A mean = static_cast<A>(total.mean);
+  const A scale = rstd_of<A>(p, total) * static_cast<A>(own.weight);
+  // Makes up for the mean's rounding.
+  const A offset = static_cast<A>(own.bias - (total.mean - double(mean)) * double(scale));
+  return {mean, scale, offset};
+}
+
+// Running statistics, and what is saved.
+template <typename A>
+__device__ void store_statistics(const ForwardParams& p,
+                                 int64_t channel,
+                                 const Moments& total,
+                                 const Affine<A>& affine) {
+  save(p, channel, rstd_of<A>(p, total), affine);
+  if (p.running_mean == nullptr) return;
   const double count = double(p.shape.values_per_channel());
   const double momentum =
       p.cumulative && p.num_batches_tracked != nullptr ? 1.0 / double(load_one(p.num_batches_tracked)) : p.momentum;
-  const auto updated = [&](const void* running, double value) {
-    return momentum * value + (1 - momentum) * read_param<double>(running, p.params_dtype, channel, 0);
-  };
-  if (p.running_mean != nullptr) {
-    const double mean = updated(p.running_mean, total.mean), var = updated(p.running_var, total.m2 / (count - 1));
-    if (!p.skip_nonfinite || (can_hold(p.params_dtype, mean) && can_hold(p.params_dtype, var))) {
-      write_param(p.running_mean, p.params_dtype, channel, mean);
-      write_param(p.running_var, p.params_dtype, channel, var);
-    }
-  }
-  const A mean = static_cast<A>(total.mean);
-  const A rstd = static_cast<A>(1 / sqrt(total.m2 / count + p.eps));
-  const A scale = rstd * read_param<A>(p.weight, p.params_dtype, channel, 1);
-  // Makes up for the mean's rounding.
-  const double bias = read_param<double>(p.bias, p.params_dtype, channel, 0);
-  const A offset = static_cast<A>(bias - (total.mean - double(mean)) * double(scale));
-  const Affine<A> affine = {mean, scale, offset};
-  save(p, channel, rstd, affine);
-  return affine;
+  double mean = 0, var = 0;
+  read_params(p.running_mean, p.running_var, p.params_dtype, channel, mean, var);
+  mean = momentum * total.mean + (1 - momentum) * mean;
+  var = momentum * (total.m2 / (count - 1)) + (1 - momentum) * var;
+  if (p.skip_nonfinite && !(can_hold(p.params_dtype, mean) && can_hold(p.params_dtype, var))) return;
+  write_param(p.running_mean, p.params_dtype, channel, mean);
+  write_param(p.running_var, p.params_dtype, channel, var);
 }
 
 // Channel by channel, from the partial moments.
@@ -203,11 +227,14 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     finalise_statistics_kernel(const Plan plan, int lanes, const ForwardParams p, const Moments* partials) {
   wait_for_earlier_kernels();
   const ChannelSums<Moments> sums(plan, lanes, partials);
+  WeightAndBias own = {};
+  if (sums.is_first()) own = load_weight_and_bias(p, sums.channel);
   const double count = double(p.shape.values_per_channel());
   const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
   const Moments merged = merge(sums.group, sums.parts, sums, count_of, count);
   const Moments total = mend_overflow<T>(sums.group, p, sums.channel, sums.parts > 0, merged);
-  if (sums.is_first()) finalise_channel<acc_t<T>>(p, sums.channel, total);
+  if (!sums.is_first()) return;
+  store_statistics(p, sums.channel, total, affine_of_batch<acc_t<T>>(p, own, total));
 }
 
 }  // namespace bn_ext::cuda

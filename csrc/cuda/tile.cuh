@@ -28,6 +28,10 @@ __device__ void copy_async(void* shared, const void* global) {
 
 // Rows of some tensors. A thread's rows go through it in chunks of plan.kept_rows, of which the first one is what is
 // left over; the last one stays, until all have been there once and they come again from the end.
+//
+// Copies are committed in groups, so that rows are read while later ones are still on their way. An instruction that
+// waits names, as a constant, how many groups may be left. It is kGroups - 1 for every group, because at first kGroups
+// are committed, if need be without copies, and one more after each wait.
 template <typename T, int kVector, int kTensors>
 class Tile {
  public:
@@ -49,20 +53,33 @@ class Tile {
   // again.
   template <bool kBackwards, bool kOneChannel>
   __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, int count, bool is_last) const {
-    is_last ? fetch<true>(walk, count) : fetch<false>(walk, count);
+    is_last ? fetch<kAllRows, true>(walk, count) : fetch<kAllRows, false>(walk, count);
   }
   static __device__ void wait() {
     __pipeline_commit();
-    __pipeline_wait_prior(0);
-    asm volatile("" ::: "memory");  // nothing is read before: CUDA's own wait does not say so to the compiler
+    wait_until_left<0>();
+  }
+
+  // The same in groups of kGroupRows; the rows of a group are there after one wait_for_group() more.
+  template <int kGroupRows, bool kOneChannel>
+  __device__ void fetch_in_groups(Walk<T, false, kOneChannel>& walk, int count, bool is_last) const {
+    is_last ? fetch<kGroupRows, true>(walk, count) : fetch<kGroupRows, false>(walk, count);
+    for (int groups = count / kGroupRows; groups < kGroups; ++groups) __pipeline_commit();
+  }
+  static __device__ void wait_for_group() {
+    wait_until_left<kGroups - 1>();
+    __pipeline_commit();
   }
 
   __device__ const V& row(int tensor, int i) const { return *place(tensor, i); }
 
  private:
+  static constexpr int kGroups = 8;
+  static constexpr int kAllRows = 0;  // in one group, which is not committed
+
   __device__ int tensor_stride() const { return plan_.kept_rows * plan_.threads; }
   __device__ V* place(int tensor, int i) const { return own_ + tensor * tensor_stride() + i * plan_.threads; }
-  template <bool kLast, bool kBackwards, bool kOneChannel>
+  template <int kGroupRows, bool kLast, bool kBackwards, bool kOneChannel>
   __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, int count) const {
     V* to = place(0, kBackwards ? count - 1 : 0);
 #pragma unroll 8
@@ -73,7 +90,15 @@ class Tile {
       }
       walk.next(plan_);
       to += kBackwards ? -plan_.threads : plan_.threads;
+      if constexpr (kGroupRows != kAllRows) {
+        if (i % kGroupRows == kGroupRows - 1) __pipeline_commit();
+      }
     }
+  }
+  template <int kLeft>
+  static __device__ void wait_until_left() {
+    __pipeline_wait_prior(kLeft);
+    asm volatile("" ::: "memory");  // nothing is read before: CUDA's own wait does not say so to the compiler
   }
   template <bool kLast>
   static __device__ void copy(V* to, const T* from) {

@@ -218,39 +218,42 @@ __device__ void store_for_peers(T* p, const T& value) {
   for (const Word& word : words) __stcg(to++, word);
 }
 
-// p[i] of a (C,) vector of any type; `otherwise` if there is none.
-template <typename A>
-__device__ A read_param(const void* p, DType dtype, int64_t i, A otherwise) {
-  if (p == nullptr) return otherwise;
+// Calls body(T{}) with the type of parameters.
+template <typename Body>
+__device__ void with_param_type(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::kFloat32:
-      return static_cast<A>(load_one(static_cast<const float*>(p) + i));
+      return body(float{});
     case DType::kFloat64:
-      return static_cast<A>(load_one(static_cast<const double*>(p) + i));
+      return body(double{});
     case DType::kFloat16:
-      return to_accumulate(load_one(static_cast<const __half*>(p) + i));
+      return body(__half{});
     case DType::kBFloat16:
-      return to_accumulate(load_one(static_cast<const __nv_bfloat16*>(p) + i));
+      return body(__nv_bfloat16{});
   }
-  return otherwise;
 }
 
+// a[i] and b[i] of (C,) vectors of any type, the same; of one that there is not, what was there. Both are asked for
+// before either is waited for.
+template <typename A>
+__device__ void read_params(const void* a, const void* b, DType dtype, int64_t i, A& a_value, A& b_value) {
+  with_param_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    T of_a{}, of_b{};
+    if (a != nullptr) of_a = load_one(static_cast<const T*>(a) + i);
+    if (b != nullptr) of_b = load_one(static_cast<const T*>(b) + i);
+    if (a != nullptr) a_value = static_cast<A>(to_accumulate(of_a));
+    if (b != nullptr) b_value = static_cast<A>(to_accumulate(of_b));
+  });
+}
+
+// p[i] of a (C,) vector of any type, if there is one.
 inline __device__ void write_param(void* p, DType dtype, int64_t i, double value) {
   if (p == nullptr) return;
-  switch (dtype) {
-    case DType::kFloat32:
-      store_one(static_cast<float*>(p) + i, static_cast<float>(value));
-      break;
-    case DType::kFloat64:
-      store_one(static_cast<double*>(p) + i, value);
-      break;
-    case DType::kFloat16:
-      store_one(static_cast<__half*>(p) + i, __float2half_rn(static_cast<float>(value)));
-      break;
-    case DType::kBFloat16:
-      store_one(static_cast<__nv_bfloat16*>(p) + i, __float2bfloat16_rn(static_cast<float>(value)));
-      break;
-  }
+  with_param_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    store_one(static_cast<T*>(p) + i, from_accumulate<T>(static_cast<acc_t<T>>(value)));
+  });
 }
 
 }  // namespace bn_ext::cuda

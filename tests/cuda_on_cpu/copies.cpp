@@ -1,5 +1,6 @@
 // Copies from global to shared memory that run while their thread goes on: as late as that is allowed, or now and then
 // at once.
+#include <algorithm>
 #include <cstring>
 
 #include "include/cuda_pipeline.h"
@@ -33,12 +34,15 @@ void commit_copies() { running_thread().copies.emplace_back(); }
 // The open group is not one that is waited for.
 void wait_for_copies(std::size_t groups_left) {
   std::vector<CopyGroup>& copies = running_thread().copies;
-  if (copies.size() - 1 <= groups_left) return;
-  const auto end = copies.end() - 1 - static_cast<std::ptrdiff_t>(groups_left);
+  const std::size_t groups = copies.size() - 1;
+  const auto end = copies.begin() + static_cast<std::ptrdiff_t>(groups - std::min(groups, groups_left));
   for (auto group = copies.begin(); group != end; ++group) {
     for (const PendingCopy& copy : *group) std::memcpy(copy.to, copy.from, copy.bytes);
   }
   copies.erase(copies.begin(), end);
+  for (const CopyGroup& group : copies) {
+    for (const PendingCopy& copy : group) count_awaited_later(copy.bytes);
+  }
 }
 
 }  // namespace cuda_on_cpu

@@ -19,13 +19,14 @@ class Fault(RuntimeError):  # noqa: N818 (as in C++)
 
 
 class Counters(ctypes.Structure):
-    """What kernels moved; sectors are 32 bytes, counted once per access of a warp."""
+    """As in cuda_on_cpu.h: what kernels moved; asynchronous copies count as activations."""
 
     _fields_ = [
         ("bytes_read", ctypes.c_uint64),
         ("bytes_written", ctypes.c_uint64),
         ("sector_bytes_read", ctypes.c_uint64),
         ("sector_bytes_written", ctypes.c_uint64),
+        ("bytes_awaited_later", ctypes.c_uint64),
     ]
 
 

@@ -139,6 +139,8 @@ void check_access(Direction direction, const void* address, std::size_t bytes, P
   scheduler.maybe_preempt();
 }
 
+void count_awaited_later(std::size_t bytes) { device().memory.count_awaited_later(bytes); }
+
 cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) throw Fault("this harness knows one attribute only");
   const auto bytes = static_cast<std::size_t>(value);

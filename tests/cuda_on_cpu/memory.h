@@ -78,6 +78,8 @@ class Memory {
   void fill(void* address, int value, std::size_t bytes);
   // The host copies from or to a buffer; throws where the bytes are not all in one.
   void copy(Direction direction, const void* address, std::size_t bytes);
+  // A wait has left copies of so many bytes on their way.
+  void count_awaited_later(std::size_t bytes) { counters_[0].bytes_awaited_later += bytes; }
   // A warp has ended: take over its sectors.
   void count_sectors(SectorRecords& records);
 

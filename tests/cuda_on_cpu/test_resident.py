@@ -105,6 +105,45 @@ def test_what_does_not_fit_is_read_again(name: str, dtype: torch.dtype) -> None:
         assert calls[1].plan.team_name == name.split(",")[0]
 
 
+def awaited_later(plan: Plan, group_rows: int) -> int:
+    """Rows that are on their way still after a wait for a group before them, added up."""
+    total = 0
+    for first_row in range(0, plan.rows, plan.row_lanes * plan.rows_per_thread):
+        rows = min(plan.rows - first_row, plan.row_lanes * plan.rows_per_thread)
+        for lane in range(plan.row_lanes):
+            left = len(range(lane, rows, plan.row_lanes))
+            while left > 0:  # chunks, of which the first one is what is left over
+                chunk = (left - 1) % plan.kept_rows + 1
+                total += sum(max(0, chunk - group_rows - i) for i in range(0, chunk, group_rows))
+                left -= chunk
+    return total * (plan.slices if plan.columns == 1 else -(-plan.pitch // plan.vector))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("machine", "shape", "layout"),
+    [
+        (ONE, (6, 4, 40, 40), "contiguous"),
+        (ONE, (2, 64, 13, 13), "channels_last"),
+        (Machine(2, OF_H200, True, True), (21, 3, 40, 40), "contiguous"),
+        (Machine(2, OF_H200, False, True), (8, 64, 13, 13), "channels_last"),
+    ],
+    ids=["block", "block, channels_last", "cluster", "grid, channels_last"],
+)
+def test_no_sum_waits_for_rows_it_does_not_need(
+    machine: Machine, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+) -> None:
+    """Copies that end as late as they may leave all rows of later groups on their way."""
+    case = testing.Case((shape[0] * 4 // dtype.itemsize, *shape[1:]), dtype, layout)
+    for call, tensors in zip(passes(case, Settings(machine, "ascending")), (1, 2), strict=True):
+        plan = call.plan
+        assert plan.vector * dtype.itemsize == 16
+        group_rows = 4 if tensors == 2 or plan.one_channel else 8
+        assert group_rows < plan.kept_rows <= 32
+        rows = awaited_later(plan, group_rows)
+        assert call.counters["activation"].bytes_awaited_later == rows * tensors * 16 > 0
+
+
 @pytest.mark.parametrize("shape", [(8, 100, 21, 20), (24, 30, 9, 9), (2, 1031), (5, 20, 3, 3), (3, 65, 7, 7)])
 @pytest.mark.parametrize("misalignment", [0, 2])
 @pytest.mark.parametrize("machine", [ONE, CLUSTERS, GRIDS], ids=["block", "cluster", "grid"])

@@ -54,6 +54,8 @@ void* cluster_shared(const void* address, unsigned rank, Place place);
 void sleep(Place place);
 std::uint64_t warp_operation(const WarpRequest& request, Place place);
 void check_access(Direction direction, const void* address, std::size_t bytes, Place place);
+// A wait has left copies of so many bytes on their way.
+void count_awaited_later(std::size_t bytes);
 void note_write();  // after each write to global memory: it may be what a sleeping thread waits for
 
 template <typename T>
