@@ -6,8 +6,10 @@
 
 namespace bn_ext::cuda {
 
-// Bytes of each tensor that a thread has in flight: as many as registers allow.
-constexpr int bytes_of_apply(Variant variant, int access) {
+// Bytes of each tensor that a thread has in flight: as many as registers allow, of which blocks that hold slices have
+// more.
+constexpr int bytes_of_apply(Variant variant, int access, bool holds_slices = false) {
+  if (variant == Variant::kReluLike && holds_slices) return 64;
   return variant > Variant::kRelu ? 32 : access == kWidestAccess ? 128 : 64;
 }
 

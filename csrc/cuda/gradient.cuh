@@ -34,11 +34,11 @@ class Gradient {
     all_ = V::of(values);
   }
 
-  // With what is read of the mask; z is not.
+  // Bits of the mask for the walk's row; none if there is no mask.
   template <typename Walk>
-  __device__ Row row(const Walk& walk, const V& dy, const V& x) const {
+  __device__ unsigned passed(const Walk& walk) const {
     const bool has_mask = kVariant == Variant::kReluLike && p_.mask != nullptr;
-    return {walk.at, dy, x, V{}, has_mask ? load_bits(p_.mask, walk.offset(walk.at)) : 0};
+    return has_mask ? load_bits(p_.mask, walk.offset(walk.at)) : 0;
   }
 
   // Calls finish(row) for all rows, of which so many bytes of each tensor are read at a time.
@@ -52,9 +52,7 @@ class Gradient {
         row.dy = p_.dy_is_scalar ? all_ : read(walk.in(p_.dy, walk.at));
         if (reads_x_) row.x = read(walk.in(p_.x, walk.at));
         if (kVariant > Variant::kRelu && reads_z()) row.z = read(walk.in(p_.z, walk.at));
-        if (kVariant == Variant::kReluLike && p_.mask != nullptr) {
-          row.passed = load_bits(p_.mask, walk.offset(walk.at));
-        }
+        row.passed = passed(walk);
         walk.next(plan);
       }
 #pragma unroll

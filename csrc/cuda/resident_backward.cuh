@@ -50,12 +50,21 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       });
     };
     for (int left = walk.rows; left > 0;) {
-      in_batches<kVariant <= Variant::kRelu ? kGroupRows : 1>(count, [&](auto rows, int done) {
+      in_batches<kVariant == Variant::kAny ? 1 : kGroupRows>(count, [&](auto rows, int done) {
+        constexpr int kRows = decltype(rows)::value;
+        typename decltype(g)::Row batch[kRows] = {};
 #pragma unroll
-        for (int i = done; i < done + decltype(rows)::value; ++i) {
-          if (i % kGroupRows == 0) tile.wait_for_group();
-          add(g.row(walk, tile.row(0, i), tile.row(1, i)));
+        for (auto& row : batch) {
+          row.at = walk.at;
+          row.passed = g.passed(walk);
           walk.next(plan);
+        }
+        if (done % kGroupRows == 0) tile.wait_for_group();
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          batch[i].dy = tile.row(0, done + i);
+          batch[i].x = tile.row(1, done + i);
+          add(batch[i]);
         }
       });
       left -= count;
@@ -106,12 +115,22 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         tile.wait();
       }
       left -= i;
-      in_batches<kVariant <= Variant::kRelu ? 2 : 1>(i, [&](auto count, int) {
+      in_batches<kVariant == Variant::kReluLike ? 4
+                 : kVariant == Variant::kAny    ? 1
+                                                : 2>(i, [&](auto count, int) {
+        typename decltype(g)::Row batch[decltype(count)::value] = {};
 #pragma unroll
-        for (int row = 0; row < decltype(count)::value; ++row) {
-          --i;
-          finish(g.row(back, tile.row(0, i), tile.row(1, i)));
+        for (auto& row : batch) {
+          row.at = back.at;
+          row.passed = g.passed(back);
           back.next(plan);
+        }
+#pragma unroll
+        for (auto& row : batch) {
+          --i;
+          row.dy = tile.row(0, i);
+          row.x = tile.row(1, i);
+          finish(row);
         }
       });
     }

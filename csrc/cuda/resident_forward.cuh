@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         tile.wait();
       }
       left -= i;
-      in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V))>>(i, [&](auto count, int) {
+      in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V), true)>>(i, [&](auto count, int) {
         typename decltype(apply)::Row rows[decltype(count)::value] = {};
 #pragma unroll
         for (auto& row : rows) {
