@@ -257,8 +257,11 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
                                 std::array<bool, 4> output_mask) {
   const Activation activation = parse({activation_name, activation_parameter});
   check_backward(dy, input, weight, saved, residual, mask, mask_format);
-  const c10::DeviceGuard guard(input.device());
   const bool has_mask = is_defined(mask);
+  TORCH_CHECK(!has_mask || activation.kind == ActivationKind::kNone || activation.kind == ActivationKind::kReluLike,
+              "a mask goes with the activations relu, leaky_relu and relu6, got ",
+              activation_name.value_or("None"));
+  const c10::DeviceGuard guard(input.device());
   const at::MemoryFormat format = has_mask ? *mask_format : memory_format_of(input);
   const at::Tensor x = input.contiguous(format);
   const Saved s{saved.contiguous()};

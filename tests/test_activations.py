@@ -165,6 +165,25 @@ def test_gradients_of_what_does_not_pass_are_zero(device: str, training: bool, r
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [True, False])
+def test_without_a_mask_they_are_zero_too(device: str, residual: bool, dtype: torch.dtype) -> None:
+    """Compiled code keeps a residual where eager code keeps its mask."""
+    x, z = (normal(4, 3, 5, 5).to(device, dtype) for _ in range(2))
+    z = z if residual else None
+    for activation in ("relu", "relu6"):
+        y, saved, _ = torch.ops.bn_ext.batch_norm_forward(x, *[None] * 5, z, 0.1, EPS, activation)
+        passes = (y > 0) & (y < 6)
+        dy = torch.where(passes, torch.ones_like(y), torch.full_like(y, math.inf))
+        wanted = [True, True, True, True]
+        gradients = [
+            torch.ops.bn_ext.batch_norm_backward(g, x, None, saved, z, None, None, True, activation, 0.0, wanted)
+            for g in (dy, passes.to(dtype))
+        ]
+        for with_inf, without in zip(*gradients, strict=True):
+            assert torch.equal(with_inf, without)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 5, 1, 1), (1, 1, 3, 1), (4, 16, 8, 8), (1, 3, 41, 73)])
 @pytest.mark.parametrize("activation", RELU_LIKE)

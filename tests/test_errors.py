@@ -220,6 +220,14 @@ SAVED = torch.ones(4, 3)
             )
             for wrong in (torch.channels_last_3d, torch.preserve_format, 7)
         ),
+        (
+            {
+                "mask": torch.zeros(10, dtype=torch.uint8),
+                "mask_format": torch.contiguous_format,
+                "activation": "silu",
+            },
+            "a mask goes with the activations relu, leaky_relu and relu6, got silu",
+        ),
         ({"activation": "foo"}, "activation must be relu, .*, got foo"),
     ],
 )

@@ -130,7 +130,8 @@ BN_EXT_INLINE Vec<A> select_passed(const uint8_t* mask, int64_t first, Vec<A> a,
 }
 
 // Calls body(form...) as a function of its own: the loops of all forms together in one would not get registers enough.
-// body comes by value, and holds arguments by value: what a store cannot reach is not read again after it.
+// body comes by value; where it has loops it holds arguments by value: what a store cannot reach is not read again
+// after it.
 template <typename Body, typename... Form>
 static __attribute__((noinline)) void call_apart(Body body, Form... form) {
   body(form...);
@@ -245,13 +246,17 @@ BN_EXT_INLINE Vec<acc_t<T>> gradient_at(const GradArguments<T>& a,
   using A = acc_t<T>;
   const Vec<A> g = load(dy + i, lanes);
   if constexpr (kForm == GradientForm::kPlain) return g;
-  if constexpr (kForm == GradientForm::kBuffered) return g * load_vector(derivatives + i);
   const ReluLike<A> formula = relu_like<A>(a.activation);
+  if constexpr (kForm == GradientForm::kBuffered) {
+    const Vec<A> buffered = load_vector(derivatives + i);
+    return a.activation.kind == ActivationKind::kReluLike ? formula.gradient(buffered, g) : g * buffered;
+  }
   if constexpr (kForm == GradientForm::kReluLike) return formula.gradient(u_at(i, lanes), g);
   if constexpr (kForm == GradientForm::kMasked) return select_passed<A>(a.mask, offset + i, g, formula.held_back(g));
 }
 
-// Calls body(whether dx is wanted, whether dz is), both as an integral_constant. Where dz never is, dx is.
+// Calls body(whether dx is wanted, whether dz is), both as an integral_constant. One of them is. kPlain never has dz,
+// which is dy then, and kReluLike never by with_form.
 template <GradientForm kForm, typename T, typename Body>
 BN_EXT_INLINE void with_outputs(const GradArguments<T>& a, const Body& body) {
   if constexpr (kForm == GradientForm::kPlain || kForm == GradientForm::kReluLike) {
@@ -263,7 +268,8 @@ BN_EXT_INLINE void with_outputs(const GradArguments<T>& a, const Body& body) {
   }
 }
 
-// activation'(u + z) of the run at `offset`, into the buffer.
+// activation'(u + z) of the run at `offset`, into the buffer; of relu's kind u + z itself, so that what does not pass
+// is left out and not multiplied by zero.
 template <typename T, typename U>
 BN_EXT_INLINE void differentiate_run(
     const GradArguments<T>& a, int64_t offset, int64_t n, acc_t<T>* derivatives, const U& u_at) {
@@ -272,7 +278,7 @@ BN_EXT_INLINE void differentiate_run(
     const Vec<A> u = u_at(i, lanes);
     store_vector(derivatives + i, a.z == nullptr ? u : u + load(a.z + offset + i, lanes));
   });
-  differentiate(a.activation, n, derivatives);
+  if (a.activation.kind != ActivationKind::kReluLike) differentiate(a.activation, n, derivatives);
 }
 
 // Writes dx and dz of the run at `offset`, as they are wanted. dx is g * scale_at(i, lanes), in training plus

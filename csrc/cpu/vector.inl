@@ -84,8 +84,7 @@ BN_EXT_INLINE void store_vector(BFloat16* p, Vec<float> v) {
   const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
   const __m512i result = _mm512_mask_add_epi32(half, is_odd, half, _mm512_set1_epi32(1));
-  // The upper halves, which are the words 1, 3, 5 ...: one instruction does what a shift and a narrowing do by three
-  // that want the same port.
+  // The upper halves, which are the words 1, 3, 5 ...: one use of the port for permutations. A narrowing takes two.
   const __m512i odd_words = (__m512i)(lane_index<float>() * 0x40004 + 0x30001);
   _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd_words, result)));
 }
