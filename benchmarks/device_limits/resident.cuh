@@ -7,8 +7,8 @@
 namespace device_limits {
 
 // y = x + the key of x's slice, which only the whole team together knows. Grid: the teams' blocks; each copies its rows
-// of a slice into shared memory, 16 bytes at a time, all of them in flight at once; sums them; exchanges sums with its
-// team; and writes them from there, backwards. Reads x and writes y once.
+// of a slice into shared memory, 16 bytes at a time, all of them in flight at once; sums them as they arrive; exchanges
+// sums with its team; and writes them from there, backwards. Reads x and writes y once.
 __global__ void __launch_bounds__(512, 2)
     resident_copy_kernel(const Plan plan, const unsigned* x, unsigned* y, void* workspace) {
   using namespace bn_ext::cuda;
@@ -16,13 +16,13 @@ __global__ void __launch_bounds__(512, 2)
   const ResidentMemory memory(plan, 1, sizeof(unsigned));
   const Tile<unsigned, kVector, 1> tile(plan, memory.tiles, {x});
   device_limits::Exchange exchange(plan, memory, workspace);
-  exchange.start();
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     Walk<unsigned, false, true> walk(plan, block, x);
-    tile.fetch(walk, walk.rows, true);
-    tile.wait();
+    tile.fetch_in_groups<kBatch>(walk, walk.rows, true);
+    exchange.start();
     unsigned sum = 0;
     in_batches<kBatch>(walk.rows, [&](auto count, int done) {
+      if (done % kBatch == 0) tile.wait_for_group();
 #pragma unroll
       for (int i = 0; i < decltype(count)::value; ++i) sum += sum_of(tile.row(0, done + i).words);
     });

@@ -103,8 +103,9 @@ class Exchange {
     });
   }
 
-  // By the thread of for_own_channels that knows what a channel's sums are in all: for for_own_totals, in the place of
-  // the block's, which it alone has read.
+  // By one thread of for_own_channels's group: what the channel's sums are in all, for for_own_totals, in the place of
+  // the block's own, which no other block and no other group reads. All of the group have read them: __syncwarp()
+  // before.
   __device__ void keep_total(int place, const Sums& total) const { sums_[place] = total; }
 
   // After gather_coefficients: calls body(channel's index, total, coefficients) for this block's share of channels, by

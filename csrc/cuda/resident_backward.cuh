@@ -14,6 +14,14 @@ namespace {
 constexpr int kTensors = 2;    // in tiles
 constexpr int kGroupRows = 4;  // of copies into them
 
+// Rows of a thread at a time, whose bits of a mask are asked for together: as many as registers allow.
+constexpr int rows_to_sum(Variant variant) {
+  return variant == Variant::kAny ? 1 : variant == Variant::kReluLike ? 2 : kGroupRows;
+}
+constexpr int rows_to_write(Variant variant) {
+  return variant == Variant::kAny ? 1 : variant == Variant::kReluLike ? 4 : 2;
+}
+
 // Sums of g and g * (x - mean) of a slice from its tiles, then, backwards, dx and dz, as they are wanted.
 // Grid: the teams' blocks. Reads dy and x once, what is not in tiles twice, a mask twice; writes each result once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
@@ -50,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       });
     };
     for (int left = walk.rows; left > 0;) {
-      in_batches<kVariant == Variant::kAny ? 1 : kGroupRows>(count, [&](auto rows, int done) {
+      in_batches<rows_to_sum(kVariant)>(count, [&](auto rows, int done) {
         constexpr int kRows = decltype(rows)::value;
         typename decltype(g)::Row batch[kRows] = {};
 #pragma unroll
@@ -80,6 +88,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     const auto load = [&](int64_t channel) { return load_scale<A>(p, channel); };
     exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& saved, const auto& get) {
       const GradSums total = merge(channel.group, channel.exists ? plan.segments : 0, get);
+      __syncwarp();  // for keep_total
       if (!channel.is_first()) return;
       exchange.keep_total(channel.place, total);
       exchange.leave_coefficients(channel.place, slope_of<A>(p, saved, total));
@@ -115,9 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         tile.wait();
       }
       left -= i;
-      in_batches<kVariant == Variant::kReluLike ? 4
-                 : kVariant == Variant::kAny    ? 1
-                                                : 2>(i, [&](auto count, int) {
+      in_batches<rows_to_write(kVariant)>(i, [&](auto count, int) {
         typename decltype(g)::Row batch[decltype(count)::value] = {};
 #pragma unroll
         for (auto& row : batch) {

@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
       const Moments merged = merge(channel.group, channel.exists ? plan.segments : 0, get, count_of, count);
       const Moments total = mend_overflow<T>(channel.group, p, channel.index, channel.exists, merged);
+      __syncwarp();  // for keep_total
       if (!channel.is_first()) return;
       exchange.keep_total(channel.place, total);
       exchange.leave_coefficients(channel.place, affine_of_batch<A>(p, own, total));

@@ -37,11 +37,13 @@ struct RunningMoments {
   // in the first batch, whose mean so far is its first value, is it more: 2e-6 of m2 where that value alone is far off.
   template <int kCount>
   __device__ void add(const A (&values)[kCount], A before, A share) {
-    const A sum = sum_of<kCount>([&](int i) { return values[i] - mean; });
-    const A squares = sum_of<kCount>([&](int i) { return (values[i] - mean) * (values[i] - mean); });
-    const A batch_mean = sum / kCount;
+    // A kCount-th of each deviation, exactly, because kCount is a power of two: their sum does not overflow.
+    const A shift = mean / kCount;
+    const auto part = [&](int i) { return values[i] * (A(1) / kCount) - shift; };
+    const A batch_mean = sum_of<kCount>(part);
+    const A squares = sum_of<kCount>([&](int i) { return part(i) * part(i); });
     const A delta = batch_mean - rest;
-    m2 += squares - sum * batch_mean;
+    m2 += (squares * kCount - batch_mean * batch_mean) * kCount;
     m2 += delta * (delta * (before * share));
     rest += delta * share;
     const A new_mean = mean + rest;

@@ -31,7 +31,8 @@ __device__ void copy_async(void* shared, const void* global) {
 //
 // Copies are committed in groups, so that rows are read while later ones are still on their way. An instruction that
 // waits names, as a constant, how many groups may be left. It is kGroups - 1 for every group, because at first kGroups
-// are committed, if need be without copies, and one more after each wait.
+// are committed at least, if need be without copies, and one more after each wait. If there are more, as with narrow
+// accesses, what is beyond kGroups is awaited first.
 template <typename T, int kVector, int kTensors>
 class Tile {
  public:

@@ -98,7 +98,7 @@ struct Counters {
   std::uint64_t bytes_written = 0;
   std::uint64_t sector_bytes_read = 0;
   std::uint64_t sector_bytes_written = 0;
-  std::uint64_t bytes_awaited_later = 0;  // of copies that each wait for earlier ones has left on their way, added up
+  std::uint64_t bytes_awaited_later = 0;  // after each wait for copies: bytes of those still on their way, added up
 };
 
 Counters counters(Kind kind);

@@ -19,7 +19,7 @@ class Fault(RuntimeError):  # noqa: N818 (as in C++)
 
 
 class Counters(ctypes.Structure):
-    """As in cuda_on_cpu.h: what kernels moved; asynchronous copies count as activations."""
+    """As in cuda_on_cpu.h: what kernels moved. ``bytes_awaited_later`` is counted with the activations."""
 
     _fields_ = [
         ("bytes_read", ctypes.c_uint64),

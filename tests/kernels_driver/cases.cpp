@@ -162,6 +162,8 @@ void add_gradients_wanted(List& list, const Instance& instance) {
       add(activation, {}).dy_is_scalar = true;
       add(activation, {true, true, false, false}).dy_is_scalar = true;
     }
+    Case& all = add(relu, {});
+    all.dy_is_scalar = all.has_residual = all.has_mask = true;
   }
   Case& c = list.add(Path::kBlock, instance, false, relu);
   c.has_residual = c.has_mask = true;

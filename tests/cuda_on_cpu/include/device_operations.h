@@ -4,6 +4,7 @@
 // Each function takes the place it is called from as a last, defaulted argument, so that a fault can name a line.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -169,7 +170,10 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&f, &bits, sizeof(f));
   return f;
 }
-inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) {
+  const float quotient = a / b;
+  return std::nextafter(std::nextafter(quotient, 2 * quotient), 2 * quotient);
+}
 
 // Global memory. Caches have no meaning here: all loads are alike, and all stores.
 
