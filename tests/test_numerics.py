@@ -80,7 +80,7 @@ def test_constant_input_is_the_bias(
 
 
 @pytest.mark.parametrize("memory_format", LAYOUTS)
-@pytest.mark.parametrize("scale", [1e25, 8e37])
+@pytest.mark.parametrize("scale", [1e25, 4e37])
 def test_squares_beyond_float32(device: str, memory_format: torch.memory_format, scale: float) -> None:
     """Values whose squares overflow float32: torch normalises them on the CPU."""
     x = (torch.randn(4, 3, 6, 7).clamp(-4, 4) * scale).to(device).contiguous(memory_format=memory_format)

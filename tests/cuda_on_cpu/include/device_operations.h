@@ -170,10 +170,6 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&f, &bits, sizeof(f));
   return f;
 }
-inline float __fdividef(float a, float b) {
-  const float quotient = a / b;
-  return std::nextafter(std::nextafter(quotient, 2 * quotient), 2 * quotient);
-}
 
 // Global memory. Caches have no meaning here: all loads are alike, and all stores.
 
