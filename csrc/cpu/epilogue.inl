@@ -11,7 +11,7 @@ struct Buffer {
 
 template <typename A>
 BN_EXT_INLINE Vec<A> affine_of(Vec<A> x, Vec<A> mean, Vec<A> scale, Vec<A> offset) {
-  return (x - mean) * scale + offset;
+  return multiply_add<A>(x - mean, scale, offset);
 }
 
 // Changes a buffer's values: change(formula, vector) of all vectors, the one that the end begins too.
@@ -282,8 +282,7 @@ BN_EXT_INLINE void differentiate_run(
 }
 
 // Writes dx and dz of the run at `offset`, as they are wanted. dx is g * scale_at(i, lanes), in training plus
-// from_x(i, lanes); in eval x is not read, because an inf in it must not reach dx. The sum is one expression for both:
-// how it is rounded (the compiler makes one instruction of product and sum) must not depend on where it was inlined.
+// from_x(i, lanes); in eval x is not read, because an inf in it must not reach dx.
 template <bool kDx, bool kDz, typename T, typename Gradient, typename Scale, typename FromX>
 BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
                                    int64_t ahead,
@@ -315,7 +314,7 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
     if constexpr (kDx) {
       Vec<A> sum = broadcast(A(-0.0));  // changes nothing that it is added to
       if (training) sum = from_x(i, lanes);
-      store(dx + i, g * scale_at(i, lanes) + sum, lanes);
+      store(dx + i, multiply_add<A>(g, scale_at(i, lanes), sum), lanes);
     }
     if constexpr (kDz) store(dz + i, g, lanes);
   });

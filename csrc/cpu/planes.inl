@@ -225,7 +225,7 @@ static void simple_grad_input(PlaneRange r, GradArguments<T> a) {
     for_each_vector<A>(length, [=](int64_t i, const auto& lanes, int) BN_EXT_LAMBDA {
       const Vec<A> g = load(dy + i, lanes);
       if constexpr (kTraining) {
-        store(dx + i, g * scale + ((load(x + i, lanes) - mean) * slope + shift), lanes);
+        store(dx + i, multiply_add<A>(g, scale, multiply_add<A>(load(x + i, lanes) - mean, slope, shift)), lanes);
       } else {
         store(dx + i, g * scale, lanes);
       }
@@ -247,7 +247,7 @@ static void plane_grad_input(const PlaneRange& r, const GradArguments<T>& a) {
         const Vec<A> shift = broadcast(a.training ? a.shift[c] : A(0));
         const T* x = a.x + offset;
         const auto from_x = [=](int64_t i, const auto& lanes)
-                                BN_EXT_LAMBDA { return (load(x + i, lanes) - mean) * slope + shift; };
+                                BN_EXT_LAMBDA { return multiply_add<A>(load(x + i, lanes) - mean, slope, shift); };
         const auto scale_at = [=](int64_t, const auto&) BN_EXT_LAMBDA { return scale; };
         const auto gradient = plane_gradient<form()>(a, c, offset, length, b);
         write_gradients<has_dx(), has_dz()>(a, r.ahead, offset, length, gradient, scale_at, from_x);

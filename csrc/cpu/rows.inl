@@ -246,7 +246,8 @@ static void row_grad_input(const RowRange& r, const GradArguments<T>& a) {
         const auto gradient = [=, &a, u = b.u](int64_t i, const auto& lanes)
                                   BN_EXT_LAMBDA { return gradient_at<form()>(a, dy, offset, u, u_at, i, lanes); };
         const auto from_x = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
-          return (load(x + i, lanes) - load(mean + i, lanes)) * load(slope + i, lanes) + load(shift + i, lanes);
+          const Vec<A> centred = load(x + i, lanes) - load(mean + i, lanes);
+          return multiply_add<A>(centred, load(slope + i, lanes), load(shift + i, lanes));
         };
         const auto scale_at = [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA { return load(scale + i, lanes); };
         write_gradients<has_dx(), has_dz()>(a, r.ahead, offset, width, gradient, scale_at, from_x);

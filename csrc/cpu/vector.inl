@@ -234,3 +234,18 @@ template <typename A>
 BN_EXT_INLINE Vec<A> broadcast(A value) {
   return Vec<A>{} + value;
 }
+
+// a * b + c, rounded once if the instruction set can do that, wherever it is inlined: GCC makes one instruction of
+// product and sum only where they come to lie in one basic block, and results must not depend on that.
+template <typename A>
+BN_EXT_INLINE Vec<A> multiply_add(Vec<A> a, Vec<A> b, Vec<A> c) {
+#if defined(BN_EXT_AVX512)
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (sizeof(A) == 8) return (Vec<A>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(BN_EXT_AVX2)
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (sizeof(A) == 8) return (Vec<A>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}

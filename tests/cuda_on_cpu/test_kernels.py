@@ -315,7 +315,7 @@ def test_values_in_an_order(name: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", [(4, 3, 6, 7), (40, 70, 3, 3), (40, 6, 20, 20)])
+@pytest.mark.parametrize("shape", [(4, 3, 6, 7), (40, 70, 3, 3), (8, 6, 12, 12)])
 @pytest.mark.parametrize("scale", [1e25, 4e37])
 def test_squares_beyond_float32(shape: tuple[int, ...], layout: torch.memory_format, scale: float) -> None:
     """Some channels overflow, their neighbours do not; neither do sums of values near the greatest number."""
