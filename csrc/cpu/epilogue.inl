@@ -268,8 +268,8 @@ BN_EXT_INLINE void with_outputs(const GradArguments<T>& a, const Body& body) {
   }
 }
 
-// activation'(u + z) of the run at `offset`, into the buffer; of relu's kind u + z itself, so that what does not pass
-// is left out and not multiplied by zero.
+// Writes activation'(u + z) of the run at `offset` to the buffer. For relu's kind it writes u + z itself, by which the
+// gradient is then selected: a product with a derivative of zero would turn an inf into NaN.
 template <typename T, typename U>
 BN_EXT_INLINE void differentiate_run(
     const GradArguments<T>& a, int64_t offset, int64_t n, acc_t<T>* derivatives, const U& u_at) {
