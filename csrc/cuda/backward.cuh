@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
 #pragma unroll
   for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
   leave_sums<kVector, kOneChannel>(plan, walk, sums);
-  merge_gradients(plan, block, [&](const GradSums& total, int64_t channel, int) {
+  merge_gradients<kVector>(plan, block, [&](const GradSums& total, int64_t channel, int) {
     store_sums(place_of(plan, block, partials, channel), total);
   });
 }

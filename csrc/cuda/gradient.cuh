@@ -89,12 +89,12 @@ class Gradient {
 };
 
 // Merges the gradient sums of all threads of a block, by channel; finish as of merge_block.
-template <typename Finish>
+template <int kVector, typename Finish>
 __device__ void merge_gradients(const Plan& plan, const Block& block, const Finish& finish) {
-  const auto merge_channel = [](const Group& group, int count, const auto& get, const Parts&) {
+  const auto merge_channel = [](const Group& group, int count, const auto& get, const Parts<kVector>&) {
     return merge(group, count, get);
   };
-  merge_block<GradSums>(plan, block, merge_channel, finish);
+  merge_block<kVector, GradSums>(plan, block, merge_channel, finish);
 }
 
 template <typename A>

@@ -45,50 +45,93 @@ struct Group {
     for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
     return value;
   }
+  // The first lane's.
+  __device__ double first(double value) const {
+    return __shfl_sync(kAllLanes, value, static_cast<int>(threadIdx.x) % kWarpThreads - lane);
+  }
 };
 
-// Calls body(i, get(i)) for a lane's share of the parts, in order; some are asked for before the first is waited for.
-template <typename Get, typename Body>
-__device__ void for_parts(const Group& group, int64_t parts, const Get& get, const Body& body) {
-  constexpr int kAtATime = 4;
-  for (int64_t i = group.lane; i < parts; i += kAtATime * group.lanes) {
-    decltype(get(i)) some[kAtATime] = {};
-#pragma unroll
-    for (int k = 0; k < kAtATime; ++k) {
-      if (i + k * group.lanes < parts) some[k] = get(i + k * group.lanes);
-    }
-#pragma unroll
-    for (int k = 0; k < kAtATime; ++k) {
-      if (i + k * group.lanes < parts) body(i + k * group.lanes, some[k]);
-    }
-  }
-}
+// Partial sums on their way to one total, by additions only: means are taken from a pivot, one of them, and squares
+// about it (Chan, Golub and LeVeque 1979). The pivot's part counts with the others, so what cancels in total() is less
+// than the values' number times the squares about the mean, in double.
+template <typename Sums>
+class Merging;
 
-// Merges get(0) ... get(parts - 1), of count_of(i) values each, `count` in all: means taken from the first one's, so
-// that a large one does not cancel, and squares that make up for the distance from the common mean (Chan, Golub and
-// LeVeque 1979, for all parts at once).
+template <>
+class Merging<Moments> {
+ public:
+  explicit __device__ Merging(double pivot) : pivot_(pivot) {}
+  static __device__ double pivot_of(const Moments& part) { return part.mean; }
+
+  // `count`: of the part's values, which is not zero.
+  __device__ void add(const Moments& part, double count) {
+    const double delta = part.mean - pivot_;
+    sum_ += count * delta;
+    squares_ += part.m2 + count * delta * delta;
+  }
+  template <typename Sum>
+  __device__ void add_up(const Sum& sum) {
+    sum_ = sum(sum_);
+    squares_ = sum(squares_);
+  }
+  // `share`: of one value in all of them.
+  __device__ Moments total(double share) const { return {pivot_ + sum_ * share, squares_ - sum_ * (sum_ * share)}; }
+
+ private:
+  double pivot_;
+  double sum_ = 0;
+  double squares_ = 0;
+};
+
+template <>
+class Merging<GradSums> {
+ public:
+  explicit __device__ Merging(double) {}
+  static __device__ double pivot_of(const GradSums&) { return 0; }
+
+  __device__ void add(const GradSums& part, double) {
+    total_.dy += part.dy;
+    total_.dy_centred += part.dy_centred;
+  }
+  template <typename Sum>
+  __device__ void add_up(const Sum& sum) {
+    total_ = {sum(total_.dy), sum(total_.dy_centred)};
+  }
+  __device__ GradSums total(double) const { return total_; }
+
+ private:
+  GradSums total_ = {0, 0};
+};
+
+// Merges get(0) ... get(parts - 1), of count_of(i) values each; `share` of one value in all of them. Several parts are
+// asked for before the first one is waited for.
 template <typename Get, typename CountOf>
-__device__ Moments merge(const Group& group, int64_t parts, const Get& get, const CountOf& count_of, double count) {
-  const double first_mean = parts > 0 ? get(0).mean : 0;
-  double sum = 0;
-  for_parts(group, parts, get, [&](int64_t i, const Moments& part) { sum += count_of(i) * (part.mean - first_mean); });
-  const double mean = first_mean + group.sum(sum) / count;
-  double m2 = 0;
-  for_parts(group, parts, get, [&](int64_t i, const Moments& part) {
-    const double delta = part.mean - mean;
-    m2 += part.m2 + count_of(i) * (delta * delta);
-  });
-  return {mean, group.sum(m2)};
+__device__ auto merge(const Group& group, int64_t parts, const Get& get, const CountOf& count_of, double share) {
+  using Sums = decltype(get(0));
+  constexpr int kAtATime = 4;
+  Sums some[kAtATime] = {};
+  const auto load_from = [&](int64_t first) {
+#pragma unroll
+    for (int k = 0; k < kAtATime; ++k) {
+      if (first + k * group.lanes < parts) some[k] = get(first + k * group.lanes);
+    }
+  };
+  load_from(group.lane);
+  Merging<Sums> merging(group.first(Merging<Sums>::pivot_of(some[0])));
+  for (int64_t i = group.lane; i < parts; i += kAtATime * group.lanes) {
+#pragma unroll
+    for (int k = 0; k < kAtATime; ++k) {
+      if (i + k * group.lanes < parts) merging.add(some[k], count_of(i + k * group.lanes));
+    }
+    load_from(i + kAtATime * group.lanes);
+  }
+  merging.add_up([&](double value) { return group.sum(value); });
+  return merging.total(share);
 }
 
 template <typename Get>
 __device__ GradSums merge(const Group& group, int64_t parts, const Get& get) {
-  GradSums total = {0, 0};
-  for_parts(group, parts, get, [&](int64_t, const GradSums& part) {
-    total.dy += part.dy;
-    total.dy_centred += part.dy_centred;
-  });
-  return {group.sum(total.dy), group.sum(total.dy_centred)};
+  return merge(group, parts, get, [](int64_t) { return 1.0; }, 1.0);
 }
 
 // The sums of a thread's values, of equally many each, `count`, in one.
@@ -115,36 +158,26 @@ __device__ GradSums merge_own(const GradSums (&parts)[kCount], double) {
   return total;
 }
 
-// Adds b to a, of `a_count` values; `b_share`: of all values, those of b.
-inline __device__ void add_sums(Moments& a, const Moments& b, double a_count, double b_share) {
-  if (b_share == 0) return;
-  const double delta = b.mean - a.mean;
-  a.mean += delta * b_share;
-  a.m2 += b.m2 + delta * (delta * (a_count * b_share));
-}
-inline __device__ void add_sums(GradSums& a, const GradSums& b, double, double) {
-  a.dy += b.dy;
-  a.dy_centred += b.dy_centred;
-}
-
-inline __device__ Moments shuffle_xor(const Moments& m, int distance) {
-  return {__shfl_xor_sync(kAllLanes, m.mean, distance), __shfl_xor_sync(kAllLanes, m.m2, distance)};
-}
-inline __device__ GradSums shuffle_xor(const GradSums& s, int distance) {
-  return {__shfl_xor_sync(kAllLanes, s.dy, distance), __shfl_xor_sync(kAllLanes, s.dy_centred, distance)};
-}
-
-// Merges the sums of a warp's threads that stand behind each other, of `count` values each; the first one gets the
-// result. All threads of the warp must call this.
+// Merges the sums of a warp's threads that stand behind each other, of `count` values each, of which the first one has
+// some if any has; all get the result. All threads of the warp must call this.
 template <typename Sums, int kCount>
 __device__ void merge_in_warp(const Plan& plan, Sums (&sums)[kCount], int count) {
-  for (int rows = 1; rows < plan.warp_rows; rows *= 2) {
-    const int distance = rows * plan.columns;
-    const int other_count = __shfl_xor_sync(kAllLanes, count, distance);
-    const double other_share = other_count == 0 ? 0 : double(other_count) / (count + other_count);
+  if (plan.warp_rows == 1) return;
+  const auto sum = [&](auto value) {
+    for (int rows = 1; rows < plan.warp_rows; rows *= 2) {
+      value += __shfl_xor_sync(kAllLanes, value, rows * plan.columns);
+    }
+    return value;
+  };
+  const int all = sum(count);
+  const double share = all == 0 ? 0 : 1.0 / all;
+  const int first = static_cast<int>(threadIdx.x) % kWarpThreads % plan.columns;
 #pragma unroll
-    for (Sums& own : sums) add_sums(own, shuffle_xor(own, distance), count, other_share);
-    count += other_count;
+  for (Sums& own : sums) {
+    Merging<Sums> merging(__shfl_sync(kAllLanes, Merging<Sums>::pivot_of(own), first));
+    if (count > 0) merging.add(own, count);
+    merging.add_up(sum);
+    own = merging.total(share);
   }
 }
 
@@ -165,51 +198,68 @@ __device__ void leave_sums(const Plan& plan, const Walk& walk, Sums (&sums)[kCou
     merge_in_warp(plan, sums, walk.rows);
     if (!leaves()) return;
     Sums* left = place();
-    Sums piece = sums[0];
+    if (plan.row_values == 1) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) left[i] = sums[i];
+      return;
+    }
+    const auto begin = [&](const Sums& first) {
+      Merging<Sums> piece(Merging<Sums>::pivot_of(first));
+      piece.add(first, walk.rows);
+      return piece;
+    };
+    const auto total = [&](const Merging<Sums>& piece, int count) {
+      return piece.total(1.0 / max(1, count * walk.rows));
+    };
+    Merging<Sums> piece = begin(sums[0]);
     int count = 1;
     int position = walk.column * kVector % plan.row_values;
 #pragma unroll
     for (int i = 1; i < kVector; ++i) {
       if (++position < plan.row_values) {
-        add_sums(piece, sums[i], count * walk.rows, 1.0 / (count + 1));
+        piece.add(sums[i], walk.rows);
         ++count;
       } else {
-        *left++ = piece;
-        piece = sums[i];
+        *left++ = total(piece, count);
+        piece = begin(sums[i]);
         count = 1;
         position = 0;
       }
     }
-    *left = piece;
+    *left = total(piece, count);
   }
 }
 
 // What threads have left of a channel of the block's slice: of some adjacent vectors in each row, those of their values
 // that are the channel's.
+template <int kVector>
 class Parts {
  public:
   __device__ Parts(const Plan& plan, int place)
       : plan_(plan),
         place_(place),
         first_value_(place * plan.row_values),
-        first_vector_(first_value_ / plan.vector),
-        vectors_((first_value_ + plan.row_values - 1) / plan.vector - first_vector_ + 1) {}
+        first_vector_(first_value_ / kVector),
+        vectors_((first_value_ + plan.row_values - 1) / kVector - first_vector_ + 1) {}
 
   __device__ int count() const { return plan_.partial_rows() * vectors_; }
   // The i-th part: the row of threads it begins with, where it is, how many values of each row it is of.
-  __device__ int row_lane(int i) const { return i / vectors_ * plan_.warp_rows; }
+  __device__ int row_lane(int i) const { return row(i) * plan_.warp_rows; }
   __device__ int index(int i) const {
-    const int vector = first_vector_ + i % vectors_;
-    const int piece = place_ - vector * plan_.vector / plan_.row_values;
-    return i / vectors_ * plan_.partials_stride() + vector * plan_.pieces_stride() + piece;
+    const int piece = plan_.row_values == 1 ? place_ % kVector : place_ - vector(i) * kVector / plan_.row_values;
+    return row(i) * plan_.partials_stride() + vector(i) * plan_.pieces_stride() + piece;
   }
   __device__ int values(int i) const {
-    const int vector_begin = (first_vector_ + i % vectors_) * plan_.vector;
-    const int end = min(first_value_ + plan_.row_values, vector_begin + plan_.vector);
+    const int vector_begin = vector(i) * kVector;
+    const int end = min(first_value_ + plan_.row_values, vector_begin + kVector);
     return end - max(first_value_, vector_begin);
   }
 
  private:
+  // Most often a channel has one vector of a row: integer divisions take long.
+  __device__ int row(int i) const { return vectors_ == 1 ? i : i / vectors_; }
+  __device__ int vector(int i) const { return vectors_ == 1 ? first_vector_ : first_vector_ + i % vectors_; }
+
   const Plan& plan_;
   int place_;
   int first_value_;
@@ -243,7 +293,7 @@ __device__ void for_channels(const Plan& plan, int64_t slice, int lanes, int fir
 // Merges by channel what all threads have left, and calls finish(total, channel, its place in the slice), by one thread
 // per channel. merge_channel(group, count, get, parts) merges get(0) ... get(count - 1); a group may have no channel,
 // and then a count of 0.
-template <typename Sums, typename MergeChannel, typename Finish>
+template <int kVector, typename Sums, typename MergeChannel, typename Finish>
 __device__ void merge_block(const Plan& plan,
                             const Block& block,
                             const MergeChannel& merge_channel,
@@ -251,7 +301,7 @@ __device__ void merge_block(const Plan& plan,
   __syncthreads();
   const Sums* sums = shared_memory<Sums>();
   for_channels(plan, block.slice, plan.merge_lanes, 0, 1, [&](const Channel& channel) {
-    const Parts parts(plan, channel.place);
+    const Parts<kVector> parts(plan, channel.place);
     const auto get = [&](int64_t i) { return sums[parts.index(static_cast<int>(i))]; };
     const Sums total = merge_channel(channel.group, channel.exists ? parts.count() : 0, get, parts);
     if (channel.is_first()) finish(total, channel.index, channel.place);

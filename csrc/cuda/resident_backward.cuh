@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
     leave_sums<kVector, kOneChannel>(plan, walk, sums);
-    merge_gradients(plan, block, [&](const GradSums& total, int64_t, int place) { exchange.leave_sums(place, total); });
+    merge_gradients<kVector>(
+        plan, block, [&](const GradSums& total, int64_t, int place) { exchange.leave_sums(place, total); });
     Walk<T, true, kOneChannel> back(plan, block, p.dx != nullptr ? p.dx : p.dz);  // as in forward
     const auto load = [&](int64_t channel) { return load_scale<A>(p, channel); };
     exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& saved, const auto& get) {

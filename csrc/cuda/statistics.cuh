@@ -118,14 +118,15 @@ __device__ void merge_moments(const Plan& plan,
   }
   leave_sums<kVector, kOneChannel>(plan, walk, sums);
   const int segment_rows = plan.rows_of(block.segment);
-  const auto merge_channel = [&](const Group& group, int count, const auto& get, const Parts& parts) {
+  const double share = 1 / plan.values_of(block.segment);
+  const auto merge_channel = [&](const Group& group, int count, const auto& get, const Parts<kVector>& parts) {
     const auto count_of = [&](int64_t i) {
       const int part = static_cast<int>(i);
       return double(rows_of_warp_lanes(plan, segment_rows, parts.row_lane(part))) * parts.values(part);
     };
-    return merge(group, count, get, count_of, plan.values_of(block.segment));
+    return merge(group, count, get, count_of, share);
   };
-  merge_block<Moments>(plan, block, merge_channel, finish);
+  merge_block<kVector, Moments>(plan, block, merge_channel, finish);
 }
 
 // By one thread of the grid.
@@ -247,9 +248,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   const ChannelSums<Moments> sums(plan, lanes, partials);
   WeightAndBias own = {};
   if (sums.is_first()) own = load_weight_and_bias(p, sums.channel);
-  const double count = double(p.shape.values_per_channel());
+  const double share = 1 / double(p.shape.values_per_channel());
   const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
-  const Moments merged = merge(sums.group, sums.parts, sums, count_of, count);
+  const Moments merged = merge(sums.group, sums.parts, sums, count_of, share);
   const Moments total = mend_overflow<T>(sums.group, p, sums.channel, sums.parts > 0, merged);
   if (!sums.is_first()) return;
   store_statistics(p, sums.channel, total, affine_of_batch<acc_t<T>>(p, own, total));

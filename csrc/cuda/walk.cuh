@@ -44,7 +44,10 @@ inline __device__ int rows_of_lane(const Plan& plan, int segment_rows, int row_l
 // The same for plan.warp_rows rows of threads, or what is left of them, from that one on.
 inline __device__ int rows_of_warp_lanes(const Plan& plan, int segment_rows, int row_lane) {
   const int lanes = min(plan.warp_rows, plan.row_lanes - row_lane);
-  const int rounds = segment_rows / plan.row_lanes, rest = segment_rows % plan.row_lanes;
+  // Only the last segment takes a division.
+  const bool is_full = segment_rows == plan.segment_rows();
+  const int rounds = is_full ? plan.rows_per_thread : segment_rows / plan.row_lanes;
+  const int rest = segment_rows - rounds * plan.row_lanes;
   return lanes * rounds + min(max(rest - row_lane, 0), lanes);
 }
 
