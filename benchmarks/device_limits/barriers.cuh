@@ -1,6 +1,8 @@
 // Nothing but barriers, one after another.
 #pragma once
 
+#include <cooperative_groups.h>
+
 #include "teams.cuh"
 
 namespace device_limits {
@@ -8,7 +10,7 @@ namespace device_limits {
 enum class Barrier {
   kBlock,        // of a block's threads
   kCluster,      // of a cluster, both halves at once: every thread releases what it has written
-  kOneFence,     // the same, where one thread releases it for its block
+  kOneFence,     // the same, where one thread releases it for its block: exchange.cuh's
   kCounter,      // of a team of a cooperative grid: exchange.cuh's, one counter per team
   kCooperative,  // CUDA's own, of the whole grid
 };
@@ -24,15 +26,18 @@ struct Rounds {
   unsigned* wrong;     // raised for every block that has not found what its neighbour was to leave
 };
 
-inline __device__ void arrive_with_one_fence() {
-#if !defined(__CUDACC__)
+inline __device__ void arrive_and_release_each() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  __syncthreads();
-  if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
-  __syncwarp();
-  __cluster_barrier_arrive_relaxed();
 #endif
+}
+
+// As exchange.cuh waits.
+inline __device__ void arrive_with_one_fence() {
+  __syncthreads();
+  if (threadIdx.x == 0) bn_ext::cuda::release_to_cluster();
+  __syncwarp();
+  bn_ext::cuda::arrive_in_cluster();
 }
 
 template <Barrier kBarrier>
@@ -40,7 +45,7 @@ __device__ void wait_for_team(const Rounds& r, unsigned& arrivals) {
   if constexpr (kBarrier == Barrier::kBlock) {
     __syncthreads();
   } else if constexpr (kBarrier == Barrier::kCluster) {
-    bn_ext::cuda::arrive_in_cluster();
+    arrive_and_release_each();
     bn_ext::cuda::wait_for_cluster();
   } else if constexpr (kBarrier == Barrier::kOneFence) {
     arrive_with_one_fence();

@@ -112,8 +112,9 @@ inline void measure_exchange(Gpu& gpu, Team kind, const char* what, const Placem
       const TeamShape shape = {kind, team, teams, teams, placement.threads, 1, channels};
       const Plan plan = plan_of(shape);
       grid.blocks = plan.blocks();
+      gpu.clear(gpu.target, counter_bytes(plan));
       const auto run = [&](int rounds) {
-        gpu.launch(exchange_kernel, grid, plan, rounds, gpu.sums, static_cast<void*>(gpu.target));
+        gpu.launch(exchange_kernel, grid, plan, rounds, gpu.sums, workspace_at(gpu.target, plan));
       };
       add_round(gpu, line, [] {}, run);
       gpu.check_sums(grid.blocks * placement.threads / bn_ext::cuda::kWarpThreads, sum_of_keys(shape, kManyRounds));

@@ -67,10 +67,11 @@ inline void measure_schedule(Gpu& gpu, const Schedule& schedule, const Placement
     const int64_t slice_vectors = plan.slice_width / plan.vector, vectors = slice_vectors * plan.slices;
     const int64_t calls = calls_over_pool(vectors);
     gpu.clear(gpu.target, kPoolBytes);
+    gpu.clear(gpu.sums, counter_bytes(plan));
     const Timing timing = gpu.time_in_graph(calls, [&](int64_t i) {
       const auto* x = reinterpret_cast<const unsigned*>(gpu.source + i * vectors);
       auto* y = reinterpret_cast<unsigned*>(gpu.target + i * vectors);
-      gpu.launch(resident_copy_kernel, copy.grid, plan, x, y, static_cast<void*>(gpu.sums));
+      gpu.launch(resident_copy_kernel, copy.grid, plan, x, y, workspace_at(gpu.sums, plan));
     });
 
     std::vector<unsigned> keys;

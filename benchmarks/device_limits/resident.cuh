@@ -10,7 +10,7 @@ namespace device_limits {
 // of a slice into shared memory, 16 bytes at a time, all of them in flight at once; sums them as they arrive; exchanges
 // sums with its team; and writes them from there, backwards. Reads x and writes y once.
 __global__ void __launch_bounds__(512, 2)
-    resident_copy_kernel(const Plan plan, const unsigned* x, unsigned* y, void* workspace) {
+    resident_copy_kernel(const Plan plan, const unsigned* x, unsigned* y, const bn_ext::cuda::Workspace workspace) {
   using namespace bn_ext::cuda;
   constexpr int kVector = kVectorBytes / sizeof(unsigned), kBatch = 4;
   const ResidentMemory memory(plan, 1, sizeof(unsigned));
@@ -19,7 +19,6 @@ __global__ void __launch_bounds__(512, 2)
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     Walk<unsigned, false, true> walk(plan, block, x);
     tile.fetch_in_groups<kBatch>(walk, walk.rows, true);
-    exchange.start();
     unsigned sum = 0;
     in_batches<kBatch>(walk.rows, [&](auto count, int done) {
       if (done % kBatch == 0) tile.wait_for_group();

@@ -58,6 +58,11 @@ inline Plan plan_of(const TeamShape& shape) {
   return plan;
 }
 
+// In memory whose first counter_bytes(plan) are zero.
+inline bn_ext::cuda::Workspace workspace_at(void* memory, const Plan& plan) {
+  return {static_cast<unsigned char*>(memory) + counter_bytes(plan), static_cast<bn_ext::cuda::TeamCounters*>(memory)};
+}
+
 // When all blocks of the team have left their sums of the slice's channels: the keys. All threads must call this.
 inline __device__ const Key* exchange_keys(const Plan& plan, Exchange& exchange, int64_t slice) {
   const auto load = [](int64_t) { return 0; };  // channels have no numbers of their own here
@@ -77,9 +82,8 @@ __host__ __device__ inline unsigned left_sum(int round, int64_t segment, int pla
 // Rounds of: leave the sums of some channels, merge them, gather their keys. sums: (blocks, warps), of the keys that
 // each thread looked at. Grid: the teams' blocks, one slice each. Moves nothing but what teams of a grid exchange.
 __global__ void __launch_bounds__(512, 2)
-    exchange_kernel(const Plan plan, int rounds, unsigned* sums, void* workspace) {
+    exchange_kernel(const Plan plan, int rounds, unsigned* sums, const bn_ext::cuda::Workspace workspace) {
   Exchange exchange(plan, bn_ext::cuda::ResidentMemory(plan, 1, sizeof(unsigned)), workspace);
-  exchange.start();
   const bn_ext::cuda::Block block = exchange.first_block();
   unsigned sum = 0;
   for (int round = 0; round < rounds; ++round) {
@@ -90,7 +94,7 @@ __global__ void __launch_bounds__(512, 2)
     for (int place = static_cast<int>(threadIdx.x); place < plan.slice_channels; place += plan.threads) {
       sum += keys[place].words[0];
     }
-    exchange.finish();
+    round + 1 < rounds ? exchange.wait_for_readers() : exchange.finish();
   }
   leave_sum(sums, sum);
 }

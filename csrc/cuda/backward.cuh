@@ -144,16 +144,16 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   }
 }
 
-struct Workspace {
+struct SumsAndCoefficients {
   GradSums* partials;  // (C, segments)
   void* coefficients;  // (2, C) of the accumulate type
 
-  Workspace(const Plan& plan, void* memory)
+  SumsAndCoefficients(const Plan& plan, void* memory)
       : partials(static_cast<GradSums*>(memory)), coefficients(partials + plan.channels * plan.segments) {}
 };
 
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
-void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Workspace& workspace) {
+void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const SumsAndCoefficients& workspace) {
   using A = acc_t<T>;
   // The compile-time choice only where it lets a kernel have more rows in flight.
   const auto kernel = p.dz != nullptr || (p.dx != nullptr && !p.training)
@@ -166,7 +166,7 @@ void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Wo
 }
 
 template <typename T, int kVector, bool kOneChannel>
-cudaError_t launch_general(Pass& pass, BackwardParams p, const Plan& plan, const Workspace& workspace) {
+cudaError_t launch_general(Pass& pass, BackwardParams p, const Plan& plan, const SumsAndCoefficients& workspace) {
   if (p.needs_sums()) {
     const cudaError_t error = dispatch_variant<T, kVector>(variant_of(p, plan), [&](auto variant) {
       launch_sums<T, kVector, kOneChannel, decltype(variant)::value>(pass, p, plan, workspace);
@@ -188,8 +188,11 @@ cudaError_t launch_general(Pass& pass, BackwardParams p, const Plan& plan, const
 }  // namespace
 
 template <typename T>
-cudaError_t GeneralBackward<T>::launch(const BackwardParams& p, const Plan& plan, void* memory, cudaStream_t stream) {
-  const Workspace workspace(plan, memory);
+cudaError_t GeneralBackward<T>::launch(const BackwardParams& p,
+                                       const Plan& plan,
+                                       const Workspace& memory,
+                                       cudaStream_t stream) {
+  const SumsAndCoefficients workspace(plan, memory.memory);
   return Pass::run(plan, stream, [&](Pass& pass) {
     return dispatch_plan<T>(plan, [&](auto vector, auto one_channel) {
       return launch_general<T, vector.value, one_channel.value>(pass, p, plan, workspace);

@@ -71,9 +71,20 @@ Machine machine() {
   return found != known.end() ? found->second : known[device] = ask_machine();
 }
 
-// From torch's caching allocator: it belongs to the current stream, and to the graph that is being captured.
-at::Tensor workspace(size_t bytes) {
-  return at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().device(at::kCUDA).dtype(at::kByte));
+// From torch's caching allocator: it belongs to the current stream, and to the graph that is being captured. Counters
+// first, at zero, then so many bytes of memory.
+template <typename Launch>
+cudaError_t with_workspace(const Plan& plan, size_t bytes, const Launch& launch) {
+  const size_t counted = counter_bytes(plan);
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const at::Tensor buffer =
+      at::empty({static_cast<int64_t>(counted + bytes)}, at::TensorOptions().device(at::kCUDA).dtype(at::kByte));
+  auto* begin = static_cast<unsigned char*>(buffer.data_ptr());
+  if (counted > 0) {
+    const cudaError_t error = cudaMemsetAsync(begin, 0, counted, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(Workspace{begin + counted, reinterpret_cast<TeamCounters*>(begin)}, stream);
 }
 
 // Launches a pass by launch(plan), and says once where CUDA has refused it in one kernel.
@@ -98,15 +109,18 @@ void run(const Params& p, const Launch& launch) {
 
 void forward(const ForwardParams& p) {
   run(p, [&](const Plan& plan) {
-    const at::Tensor memory = workspace(forward_workspace_bytes(p, plan));
-    return launch_forward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream());
+    return with_workspace(plan, forward_workspace_bytes(p, plan), [&](const Workspace& workspace, cudaStream_t stream) {
+      return launch_forward(p, plan, workspace, stream);
+    });
   });
 }
 
 void backward(const BackwardParams& p) {
   run(p, [&](const Plan& plan) {
-    const at::Tensor memory = workspace(backward_workspace_bytes(p, plan));
-    return launch_backward(p, plan, memory.data_ptr(), c10::cuda::getCurrentCUDAStream());
+    return with_workspace(
+        plan, backward_workspace_bytes(p, plan), [&](const Workspace& workspace, cudaStream_t stream) {
+          return launch_backward(p, plan, workspace, stream);
+        });
   });
 }
 

@@ -1,8 +1,6 @@
 // How the blocks of a team wait for each other, and exchange the sums and coefficients of their slice's channels.
 #pragma once
 
-#include <cooperative_groups.h>
-
 #include "merge.cuh"
 #include "plan.h"
 
@@ -11,7 +9,14 @@ namespace bn_ext::cuda {
 // Clusters are of code compiled for sm_90 or newer; a plan has them only where such code is loaded, whatever the
 // device.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-inline __device__ void arrive_in_cluster() { __cluster_barrier_arrive(); }
+// For all threads of the block, whose writes before their last barrier are not yet known to the cluster.
+inline __device__ void arrive_in_cluster() { __cluster_barrier_arrive_relaxed(); }
+// By one thread, before it arrives: makes them known. A fence in every thread would be one of the whole GPU.
+inline __device__ void release_to_cluster() {
+#ifdef __CUDACC__
+  asm volatile("fence.acq_rel.cluster;" ::: "memory");
+#endif
+}
 inline __device__ void wait_for_cluster() { __cluster_barrier_wait(); }
 template <typename T>
 __device__ T of_peer(const T* own, int block) {
@@ -19,6 +24,7 @@ __device__ T of_peer(const T* own, int block) {
 }
 #else
 inline __device__ void arrive_in_cluster() { __trap(); }
+inline __device__ void release_to_cluster() { __trap(); }
 inline __device__ void wait_for_cluster() { __trap(); }
 template <typename T>
 __device__ T of_peer(const T* own, int) {
@@ -34,6 +40,16 @@ inline __device__ void add_one_and_release(unsigned* counter) {
   atomicAdd(counter, 1);
 #endif
 }
+// The same, as one step with a look at its value before: who is last sees all that the others saw and wrote.
+inline __device__ unsigned add_one_and_see(unsigned* counter) {
+#ifdef __CUDACC__
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+#else
+  return atomicAdd(counter, 1);
+#endif
+}
 inline __device__ unsigned load_and_acquire(const unsigned* counter) {
 #ifdef __CUDACC__
   unsigned value;
@@ -44,32 +60,28 @@ inline __device__ unsigned load_and_acquire(const unsigned* counter) {
 #endif
 }
 
-// A team, as one of its blocks sees it. The sums of a channel go from all blocks to one of them, those of the next
-// channel to the next block; coefficients from there to all. All wait for each other before either is read; so nothing
-// is written for the next slice while it is still read.
+// A team, as one of its blocks sees it. If each block merges the sums of all blocks, they wait for each other once per
+// slice: sums of the next slice are stored beside those that are still read, and those of the one after it when all
+// blocks have arrived with the next slice's, so have read the first one's. Otherwise the sums of a channel go from all
+// blocks to one of them, those of the next channel to the next block, and coefficients from there to all; all wait for
+// each other before either is read. docs/exchange.md has the argument, tests/models/exchange.pml a model.
 template <typename Sums, typename Coefficients>
 class Exchange {
  public:
-  // All threads of the grid must call this. The memory of a grid's teams is TeamWorkspace's.
-  __device__ Exchange(const Plan& plan, const ResidentMemory& memory, void* workspace)
+  // The memory of a grid's teams is TeamWorkspace's.
+  __device__ Exchange(const Plan& plan, const ResidentMemory& memory, const Workspace& workspace)
       : plan_(plan),
+        merges_all_(plan.every_block_merges()),
         sums_(shared_memory_at<Sums>(memory.sums)),
         coefficients_(shared_memory_at<Coefficients>(memory.coefficients)) {
     const unsigned segments = static_cast<unsigned>(plan.segments);
     first_slice_ = blockIdx.x / segments;
     segment_ = static_cast<int>(blockIdx.x % segments);
-    memory_of_team_ = static_cast<unsigned char*>(workspace) + first_slice_ * TeamWorkspace(plan).bytes;
+    memory_of_team_ = static_cast<unsigned char*>(workspace.memory) + first_slice_ * TeamWorkspace(plan).bytes;
+    counters_ = workspace.counters + first_slice_;
   }
 
   __device__ Block first_block() const { return {first_slice_, segment_}; }
-
-  // For each slice, before anything else is called; all threads of the grid must call this. It waits for them, once.
-  __device__ void start() {
-    if (plan_.team != Team::kGrid || started_) return;
-    started_ = true;
-    if (segment_ == 0 && threadIdx.x == 0) __stcg(counter(), 0u);
-    cooperative_groups::this_grid().sync();
-  }
 
   // By one thread of the block.
   __device__ void leave_sums(int place, const Sums& sums) const {
@@ -80,20 +92,20 @@ class Exchange {
     }
   }
 
-  // When all blocks have left theirs: calls finish(channel, own, get) for this block's share of channels, where get(i)
-  // are the sums of the i-th block. For the first thread of a channel, own is load(the channel's index), which does not
-  // wait for other blocks if this is the thread's first channel. All threads of the block must call this, and those of
-  // a warp are in finish together.
+  // When all blocks have left theirs: calls finish(channel, own, get) for the channels that this block merges, all or
+  // its share, where get(i) are the sums of the i-th block. For the first thread of a channel, own is load(the
+  // channel's index), which does not wait for other blocks if this is the thread's first channel. All threads of the
+  // block must call this, and those of a warp are in finish together.
   template <typename Load, typename Finish>
   __device__ void for_own_channels(int64_t slice, const Load& load, const Finish& finish) {
-    const int blocks = static_cast<int>(plan_.segments);
+    const int begin = merges_all_ ? 0 : segment_, step = merges_all_ ? 1 : static_cast<int>(plan_.segments);
     const int thread = static_cast<int>(threadIdx.x);
-    const int first = segment_ + thread / plan_.team_lanes * blocks;
+    const int first = begin + thread / plan_.team_lanes * step;
     const int64_t first_index = slice * plan_.slice_channels + first;
     decltype(load(first_index)) own = {};
     if (thread % plan_.team_lanes == 0 && first < plan_.channels_of(slice)) own = load(first_index);
     wait();
-    for_channels(plan_, slice, plan_.team_lanes, segment_, blocks, [&](const Channel& channel) {
+    for_channels(plan_, slice, plan_.team_lanes, begin, step, [&](const Channel& channel) {
       if (channel.is_first() && channel.place != first) own = load(channel.index);
       finish(channel, own, [&](int64_t block) {
         if (plan_.team == Team::kGrid) return load_of_peer(sums_in_workspace(channel.place) + block);
@@ -103,10 +115,9 @@ class Exchange {
     });
   }
 
-  // By one thread of for_own_channels's group: what the channel's sums are in all, for for_own_totals, in the place of
-  // the block's own, which no other block and no other group reads. All of the group have read them: __syncwarp()
-  // before.
-  __device__ void keep_total(int place, const Sums& total) const { sums_[place] = total; }
+  // By one thread of for_own_channels's group: what the channel's sums are in all, for for_own_totals. All of the group
+  // have read them: __syncwarp() before.
+  __device__ void keep_total(int place, const Sums& total) const { totals()[place] = total; }
 
   // After gather_coefficients: calls body(channel's index, total, coefficients) for this block's share of channels, by
   // one thread each: what nobody waits for is done here.
@@ -115,13 +126,13 @@ class Exchange {
     const int blocks = static_cast<int>(plan_.segments), threads = plan_.threads * blocks;
     for (int place = segment_ + static_cast<int>(threadIdx.x) * blocks; place < plan_.channels_of(slice);
          place += threads) {
-      body(slice * plan_.slice_channels + place, sums_[place], coefficients_[place]);
+      body(slice * plan_.slice_channels + place, totals()[place], coefficients_[place]);
     }
   }
 
-  // By one thread of the block whose share the channel is.
+  // By one thread of each block that merges the channel.
   __device__ void leave_coefficients(int place, const Coefficients& coefficients) const {
-    if (plan_.team == Team::kGrid) {
+    if (plan_.team == Team::kGrid && !merges_all_) {
       store_for_peers(coefficients_in_workspace() + place, coefficients);
     } else {
       coefficients_[place] = coefficients;
@@ -130,8 +141,44 @@ class Exchange {
 
   // When all blocks have left theirs: those of all channels of the slice. All threads of the block must call this.
   __device__ const Coefficients* gather_coefficients(int64_t slice) {
+    if (!merges_all_) copy_coefficients(slice);
+    __syncthreads();
+    if (plan_.team == Team::kCluster) arrive_in_cluster();  // only reads are over, so nothing is released
+    is_odd_ = !is_odd_;
+    return coefficients_;
+  }
+
+  // After each slice of a cluster: a block's shared memory stays as it is until its peers have read it.
+  __device__ void wait_for_readers() const {
+    if (plan_.team == Team::kCluster) wait_for_cluster();
+  }
+
+  // At the very end. The last block of a team to come here knows that no other one looks at the counters.
+  __device__ void finish() const {
+    wait_for_readers();
+    if (plan_.team != Team::kGrid || threadIdx.x != 0) return;
+    if (add_one_and_see(&counters_->leavers) + 1 < plan_.segments) return;
+    __stcg(&counters_->arrivals, 0u);
+    __stcg(&counters_->leavers, 0u);
+  }
+
+ private:
+  // Where a cluster's peers read sums_, this block's totals lie where its threads have left partial sums, which are
+  // merged.
+  __device__ Sums* totals() const {
+    return plan_.team == Team::kCluster && merges_all_ ? shared_memory<Sums>() : sums_;
+  }
+  __device__ Sums* sums_in_workspace(int place) const {
+    return reinterpret_cast<Sums*>(memory_of_team_ + (is_odd_ ? TeamWorkspace(plan_).sums : 0)) +
+           place * plan_.segments;
+  }
+  __device__ Coefficients* coefficients_in_workspace() const {
+    return reinterpret_cast<Coefficients*>(memory_of_team_ + TeamWorkspace(plan_).coefficients);
+  }
+
+  // From the blocks that have merged them, which is not this one alone.
+  __device__ void copy_coefficients(int64_t slice) {
     wait();
-    if (plan_.team == Team::kBlock) return coefficients_;
     const int blocks = static_cast<int>(plan_.segments);
     const int channels = plan_.channels_of(slice);
     for (int place = static_cast<int>(threadIdx.x); place < channels; place += plan_.threads) {
@@ -141,48 +188,35 @@ class Exchange {
         coefficients_[place] = of_peer(coefficients_ + place, place % blocks);
       }
     }
-    if (plan_.team == Team::kCluster) arrive_in_cluster();
-    __syncthreads();
-    return coefficients_;
-  }
-
-  // At the very end: a block's shared memory stays until its peers have read it.
-  __device__ void finish() const {
-    if (plan_.team == Team::kCluster) wait_for_cluster();
-  }
-
- private:
-  __device__ unsigned* counter() const { return reinterpret_cast<unsigned*>(memory_of_team_); }
-  __device__ Sums* sums_in_workspace(int place) const {
-    return reinterpret_cast<Sums*>(memory_of_team_ + TeamWorkspace(plan_).sums) + place * plan_.segments;
-  }
-  __device__ Coefficients* coefficients_in_workspace() const {
-    return reinterpret_cast<Coefficients*>(memory_of_team_ + TeamWorkspace(plan_).coefficients);
   }
 
   // For all threads of the team; what they wrote before is then seen by all.
   __device__ void wait() {
+    __syncthreads();
     if (plan_.team == Team::kCluster) {
+      if (threadIdx.x == 0) release_to_cluster();
+      __syncwarp();
       arrive_in_cluster();
       return wait_for_cluster();
     }
-    __syncthreads();
     if (plan_.team != Team::kGrid) return;
     arrivals_ += static_cast<unsigned>(plan_.segments);
     if (threadIdx.x == 0) {
-      add_one_and_release(counter());
-      while (load_and_acquire(counter()) < arrivals_) __nanosleep(20);
+      add_one_and_release(&counters_->arrivals);
+      while (load_and_acquire(&counters_->arrivals) < arrivals_) __nanosleep(20);
     }
     __syncthreads();
   }
 
   const Plan& plan_;
+  bool merges_all_;
   Sums* sums_;
   Coefficients* coefficients_;
   unsigned char* memory_of_team_;
+  TeamCounters* counters_;
   int64_t first_slice_;
   int segment_;
-  bool started_ = false;
+  bool is_odd_ = false;    // the slice, counted by this block
   unsigned arrivals_ = 0;  // of blocks, that the team's counter is to reach
 };
 

@@ -62,13 +62,16 @@ void launch_statistics(Pass& pass, const ForwardParams& p, const Plan& plan, Mom
 }  // namespace
 
 template <typename T>
-cudaError_t GeneralForward<T>::launch(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t GeneralForward<T>::launch(const ForwardParams& p,
+                                      const Plan& plan,
+                                      const Workspace& workspace,
+                                      cudaStream_t stream) {
   return Pass::run(plan, stream, [&](Pass& pass) {
     return dispatch_plan<T>(plan, [&](auto vector, auto one_channel) {
       constexpr int kVector = vector.value;
       constexpr bool kOneChannel = one_channel.value;
       if (p.training && !p.repeats) {
-        launch_statistics<T, kVector, kOneChannel>(pass, p, plan, static_cast<Moments*>(workspace));
+        launch_statistics<T, kVector, kOneChannel>(pass, p, plan, static_cast<Moments*>(workspace.memory));
       }
       return dispatch_variant<T, kVector>(variant_of(p, plan), [&](auto variant) {
         const size_t shared_bytes = plan.block_coefficients() * sizeof(Affine<acc_t<T>>);

@@ -23,7 +23,7 @@ cudaError_t with_type(DType dtype, const Body& body) {
 }
 
 template <template <typename> class Kernels, typename Params>
-cudaError_t launch(const Params& p, const Plan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t launch(const Params& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream) {
   return with_type(p.dtype, [&](auto value) { return Kernels<decltype(value)>::launch(p, plan, workspace, stream); });
 }
 
@@ -61,7 +61,10 @@ size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {
   return p.needs_sums() ? plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double)) : 0;
 }
 
-cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t launch_forward(const ForwardParams& params,
+                           const Plan& plan,
+                           const Workspace& workspace,
+                           cudaStream_t stream) {
   ForwardParams p = params;
   if (p.repeats) p.mask = nullptr;
   if (p.mask != nullptr && !plan.whole_bytes) {
@@ -72,7 +75,10 @@ cudaError_t launch_forward(const ForwardParams& params, const Plan& plan, void* 
                          : launch<GeneralForward>(p, plan, workspace, stream);
 }
 
-cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t launch_backward(const BackwardParams& p,
+                            const Plan& plan,
+                            const Workspace& workspace,
+                            cudaStream_t stream) {
   return plan.resident() ? launch<ResidentBackward>(p, plan, workspace, stream)
                          : launch<GeneralBackward>(p, plan, workspace, stream);
 }

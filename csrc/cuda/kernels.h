@@ -18,14 +18,14 @@ cudaError_t ask_compiled_for(int& architecture);
 Plan choose_plan(const ForwardParams& p, const Machine& machine);
 Plan choose_plan(const BackwardParams& p, const Machine& machine);
 
-// Device memory that a pass needs while it runs, aligned to 16 bytes; its contents do not matter.
+// Of Workspace's memory.
 size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan);
 size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan);
 
 // An error is CUDA's refusal to load or to launch a kernel, which is cudaGetLastError()'s too. What can be known before
 // the first launch comes before it.
-cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);
-cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream);
+cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream);
+cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream);
 
 // Calls launch(plan), which makes a workspace and launches a pass. If CUDA refuses the plan's teams, though it said
 // that it has room for them, calls it again with a plan for the general kernels, which `plan` then is. Whatever the

@@ -190,7 +190,8 @@ void choose_lanes(Plan& plan) {
     return lanes;
   };
   plan.merge_lanes = lanes_of(plan.slice_channels, plan.partial_rows() * ceil_div(plan.row_values, plan.vector));
-  plan.team_lanes = lanes_of(ceil_div(plan.slice_channels, plan.segments), plan.segments);
+  const int64_t merging_blocks = plan.every_block_merges() ? 1 : plan.segments;
+  plan.team_lanes = lanes_of(ceil_div(plan.slice_channels, merging_blocks), plan.segments);
 }
 
 // With slices of `line` bytes at least, where planes are narrow.

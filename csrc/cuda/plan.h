@@ -127,6 +127,9 @@ struct Plan {
   constexpr int partials_stride() const { return columns * pieces_stride() | 1; }
   constexpr int partial_rows() const { return (row_lanes + warp_rows - 1) / warp_rows; }
   constexpr int block_partials() const { return partial_rows() * partials_stride(); }
+  // Whether each block of a team merges all its blocks' sums of a slice, which saves the wait for peers' coefficients:
+  // if each thread has few to ask for.
+  constexpr bool every_block_merges() const { return segments == 1 || segments * slice_channels <= 4 * threads; }
   // Channels whose coefficients they share there.
   constexpr int block_coefficients() const { return one_channel ? 0 : slice_channels; }
 };
@@ -155,15 +158,15 @@ struct ResidentMemory {
   static constexpr size_t round_up(size_t size) { return (size + 15) / 16 * 16; }
 };
 
-// What a team of a grid has in global memory, in bytes: its counter of blocks that have come to wait, their sums of the
-// slice's channels, (slice_channels, segments), and the channels' coefficients.
+// What a team of a grid has in global memory, in bytes: its blocks' sums of a slice's channels,
+// (slice_channels, segments), twice, for even and odd slices, and the channels' coefficients.
 struct TeamWorkspace {
-  size_t sums;
+  size_t sums;  // of one slice
   size_t coefficients;
   size_t bytes;  // of one team
 
-  constexpr explicit TeamWorkspace(const Plan& plan) : sums(128), coefficients(0), bytes(0) {
-    coefficients = sums + plan.slice_channels * plan.segments * 2 * sizeof(double);
+  constexpr explicit TeamWorkspace(const Plan& plan)
+      : sums(plan.slice_channels * plan.segments * 2 * sizeof(double)), coefficients(2 * sums), bytes(0) {
     bytes = (coefficients + plan.slice_channels * 3 * sizeof(double) + 127) / 128 * 128;
   }
 };
@@ -171,6 +174,22 @@ struct TeamWorkspace {
 constexpr size_t workspace_of_teams(const Plan& plan) {
   return plan.team == Team::kGrid ? plan.teams * TeamWorkspace(plan).bytes : 0;
 }
+
+// How many blocks of a team have come to wait for each other, in all, and how many have left: a cache line per team.
+struct alignas(128) TeamCounters {
+  unsigned arrivals;
+  unsigned leavers;
+};
+
+constexpr size_t counter_bytes(const Plan& plan) {
+  return plan.team == Team::kGrid ? plan.teams * sizeof(TeamCounters) : 0;
+}
+
+// Device memory of a pass while it runs, aligned to 16 bytes, the counters to 128.
+struct Workspace {
+  void* memory;            // its contents do not matter
+  TeamCounters* counters;  // zeros, which the pass leaves at zero: passes that run in turn may share them
+};
 
 // Threads of a warp that together merge so many partials: a power of two, one each as far as they go round.
 int merge_lanes(int64_t partials);

@@ -26,7 +26,7 @@ constexpr int rows_to_write(Variant variant) {
 // Grid: the teams' blocks. Reads dy and x once, what is not in tiles twice, a mask twice; writes each result once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
-    resident_backward_kernel(const Plan plan, const BackwardParams p, void* workspace) {
+    resident_backward_kernel(const Plan plan, const BackwardParams p, const Workspace workspace) {
   wait_for_earlier_kernels();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
@@ -39,7 +39,6 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     Walk<T, false, kOneChannel> ahead = walk;
     int count = tile.first_chunk(walk.rows);
     tile.template fetch_in_groups<kGroupRows>(ahead, count, count == walk.rows);
-    exchange.start();
     Affine<A> affine[kOneChannel ? 1 : kVector] = {};
     make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
       return saved_affine<A>(p, channel, true, p.needs_u());
@@ -161,7 +160,7 @@ cudaError_t with_kernel(const BackwardParams& p, const Plan& plan, const Body& b
 template <typename T>
 cudaError_t ResidentBackward<T>::launch(const BackwardParams& p,
                                         const Plan& plan,
-                                        void* workspace,
+                                        const Workspace& workspace,
                                         cudaStream_t stream) {
   return with_kernel<T>(
       p, plan, [&](auto* kernel, const Grid& grid) { return cuda::launch(kernel, grid, stream, plan, p, workspace); });

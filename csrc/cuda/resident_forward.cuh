@@ -18,7 +18,7 @@ constexpr int kTensors = 1;  // in tiles
 // Grid: the teams' blocks. Reads x and z once, of x what is not in tiles twice, writes y once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
-    resident_forward_kernel(const Plan plan, const ForwardParams p, void* workspace) {
+    resident_forward_kernel(const Plan plan, const ForwardParams p, const Workspace workspace) {
   wait_for_earlier_kernels();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     constexpr int kGroupRows = kAddedRows<T, kVector, kStates>;
     int count = tile.first_chunk(walk.rows);
     tile.template fetch_in_groups<kGroupRows>(walk, count, count == walk.rows);
-    exchange.start();
     RunningMoments<A> moments[kStates] = {};
     for (int done = 0; done < walk.rows;) {
       int i = 0;
@@ -103,7 +102,10 @@ cudaError_t with_kernel(const ForwardParams& p, const Plan& plan, const Body& bo
 }  // namespace
 
 template <typename T>
-cudaError_t ResidentForward<T>::launch(const ForwardParams& p, const Plan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t ResidentForward<T>::launch(const ForwardParams& p,
+                                       const Plan& plan,
+                                       const Workspace& workspace,
+                                       cudaStream_t stream) {
   return with_kernel<T>(
       p, plan, [&](auto* kernel, const Grid& grid) { return cuda::launch(kernel, grid, stream, plan, p, workspace); });
 }

@@ -50,9 +50,13 @@ class Pass {
     outputs_.push_back({const_cast<void*>(static_cast<const void*>(host)), pointer, bytes});
   }
 
-  void* workspace(size_t bytes) {
+  cuda::Workspace workspace(size_t bytes, const cuda::Plan& plan) {
     at::empty({static_cast<int64_t>(bytes)}, at::kByte);  // as the real one is torch's, and a test may let that fail
-    return bytes == 0 ? nullptr : cuda_on_cpu::add_buffer({"workspace", Kind::workspace, bytes});
+    const size_t counted = counter_bytes(plan);
+    void* memory = bytes == 0 ? nullptr : cuda_on_cpu::add_buffer({"workspace", Kind::workspace, bytes});
+    void* counters =
+        counted == 0 ? nullptr : cuda_on_cpu::add_buffer({"counters", Kind::workspace, counted, 0, Contents::zero});
+    return {memory, static_cast<cuda::TeamCounters*>(counters)};
   }
 
   void finish(cudaError_t error) {
@@ -106,7 +110,7 @@ void forward(const ForwardParams& params) {
   pass.output("offset", p.offset, statistics, contents);
   cuda::Plan plan = cuda::choose_plan(p, kMachine);
   pass.finish(cuda::launch_or_do_without_teams(p, kMachine, plan, [&](const cuda::Plan& chosen) {
-    return cuda::launch_forward(p, chosen, pass.workspace(cuda::forward_workspace_bytes(p, chosen)), nullptr);
+    return cuda::launch_forward(p, chosen, pass.workspace(cuda::forward_workspace_bytes(p, chosen), chosen), nullptr);
   }));
 }
 
@@ -130,7 +134,7 @@ void backward(const BackwardParams& params) {
   pass.output("dbias", p.dbias, vector);
   cuda::Plan plan = cuda::choose_plan(p, kMachine);
   pass.finish(cuda::launch_or_do_without_teams(p, kMachine, plan, [&](const cuda::Plan& chosen) {
-    return cuda::launch_backward(p, chosen, pass.workspace(cuda::backward_workspace_bytes(p, chosen)), nullptr);
+    return cuda::launch_backward(p, chosen, pass.workspace(cuda::backward_workspace_bytes(p, chosen), chosen), nullptr);
   }));
 }
 

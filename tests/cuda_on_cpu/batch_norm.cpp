@@ -1,4 +1,7 @@
 // The package's kernels on the simulated device, for ctypes (batch_norm.py): plan, workspace, launches.
+#include <cstring>
+#include <vector>
+
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/plan.h"
 #include "../../csrc/cuda/traffic.h"
@@ -11,9 +14,23 @@ using cuda_on_cpu::reported;
 
 namespace {
 
-void* add_workspace(size_t bytes) {
-  if (bytes == 0) return nullptr;
-  return cuda_on_cpu::add_buffer({"workspace", cuda_on_cpu::Kind::workspace, bytes});
+// Calls launch(workspace), which begins with counters at zero and must leave them so.
+template <typename Launch>
+cudaError_t with_workspace(const cuda::Plan& plan, size_t bytes, const Launch& launch) {
+  using cuda_on_cpu::add_buffer, cuda_on_cpu::Contents, cuda_on_cpu::Kind;
+  const size_t counted = counter_bytes(plan);
+  const std::vector<unsigned char> zeros(counted);
+  cuda::Workspace workspace{};
+  if (bytes > 0) workspace.memory = add_buffer({"workspace", Kind::workspace, bytes});
+  if (counted > 0) {
+    void* counters = add_buffer({"counters", Kind::workspace, counted, 0, Contents::zero});
+    workspace.counters = static_cast<cuda::TeamCounters*>(counters);
+  }
+  const cudaError_t error = launch(workspace);
+  if (counted > 0 && std::memcmp(workspace.counters, zeros.data(), counted) != 0) {
+    throw Fault("a pass has left counters of its teams that are not zero");
+  }
+  return error;
 }
 
 void check(cudaError_t error) {
@@ -64,8 +81,9 @@ const char* batch_norm_traffic_backward(const BackwardParams* p, const cuda::Pla
 const char* batch_norm_forward(const ForwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
   return reported([&] {
     check(cuda::launch_or_do_without_teams(*p, *machine, *plan, [&](const cuda::Plan& chosen) {
-      void* workspace = add_workspace(cuda::forward_workspace_bytes(*p, chosen));
-      return cuda::launch_forward(*p, chosen, workspace, nullptr);
+      return with_workspace(chosen, cuda::forward_workspace_bytes(*p, chosen), [&](const cuda::Workspace& workspace) {
+        return cuda::launch_forward(*p, chosen, workspace, nullptr);
+      });
     }));
   });
 }
@@ -73,8 +91,9 @@ const char* batch_norm_forward(const ForwardParams* p, const cuda::Machine* mach
 const char* batch_norm_backward(const BackwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
   return reported([&] {
     check(cuda::launch_or_do_without_teams(*p, *machine, *plan, [&](const cuda::Plan& chosen) {
-      void* workspace = add_workspace(cuda::backward_workspace_bytes(*p, chosen));
-      return cuda::launch_backward(*p, chosen, workspace, nullptr);
+      return with_workspace(chosen, cuda::backward_workspace_bytes(*p, chosen), [&](const cuda::Workspace& workspace) {
+        return cuda::launch_backward(*p, chosen, workspace, nullptr);
+      });
     }));
   });
 }

@@ -35,8 +35,11 @@ void launch_barriers(int64_t blocks, int64_t threads, const Rounds& rounds) {
 
 Grid grid_of(const Plan& plan) { return bn_ext::cuda::grid_of_teams(plan, 1, sizeof(unsigned)); }
 
-void* workspace_of(const Plan& plan) {
-  return cuda_on_cpu::add_buffer({"workspace", cuda_on_cpu::Kind::workspace, workspace_of_teams(plan)});
+bn_ext::cuda::Workspace workspace_of(const Plan& plan) {
+  using cuda_on_cpu::add_buffer, cuda_on_cpu::Contents, cuda_on_cpu::Kind;
+  void* counters = add_buffer({"counters", Kind::workspace, counter_bytes(plan), 0, Contents::zero});
+  return {add_buffer({"workspace", Kind::workspace, workspace_of_teams(plan)}),
+          static_cast<bn_ext::cuda::TeamCounters*>(counters)};
 }
 
 Plan plan_of_numbers(const int64_t* n) {

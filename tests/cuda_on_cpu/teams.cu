@@ -22,7 +22,8 @@ enum Fault : int {
   kOneHalf,          // arrives twice
   kOtherHalf,        // waits only
   kNoSuchBlock,
-  kStays,  // one thread goes to another barrier
+  kStays,       // one thread goes to another barrier
+  kTwoBuffers,  // no fault: no barrier after, but the next sums are stored beside those that are still read
   kCount,
 };
 
@@ -76,16 +77,17 @@ __device__ void grid_barrier(unsigned* counter) {
   __syncthreads();
 }
 
-// sums[round, block] = sum over all blocks of x[round, block], through global memory.
+// sums[round, block] = sum over all blocks of x[round, block], through global memory: exchange, (2, blocks).
 __global__ void grid_sums_kernel(
     const unsigned* x, unsigned* exchange, unsigned* counter, unsigned* sums, int rounds, int fault) {
   for (int round = 0; round < rounds; ++round) {
     const unsigned i = round * gridDim.x + blockIdx.x;
-    if (threadIdx.x == 0) __stcg(exchange + blockIdx.x, __ldg(x + i));
+    unsigned* left = exchange + (fault == kTwoBuffers && round % 2 == 1 ? gridDim.x : 0);
+    if (threadIdx.x == 0) __stcg(left + blockIdx.x, __ldg(x + i));
     if (fault != kNoBarrierBefore) grid_barrier(counter);
     unsigned sum = 0;
-    for (unsigned block = 0; block < gridDim.x; ++block) sum += __ldcg(exchange + block);
-    if (fault != kNoBarrierAfter) grid_barrier(counter);
+    for (unsigned block = 0; block < gridDim.x; ++block) sum += __ldcg(left + block);
+    if (fault != kNoBarrierAfter && fault != kTwoBuffers) grid_barrier(counter);
     if (threadIdx.x == 0) __stwb(sums + i, sum);
   }
 }

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 HERE = Path(__file__).parent
 FAULTS = ["none", "no_barrier_before", "no_barrier_after", "one_half", "other_half", "no_such_block", "stays"]
+FAULTS += ["two_buffers"]  # is none: one barrier less, and it is right
 ROUNDS = 5
 SEEDS = range(8)
 
@@ -101,7 +102,7 @@ def grid_sums(device: Device, policy: str, seed: int, fault: str = "none", first
     device.set_machine(resident_blocks=6)
     device.set_order(policy, seed)
     # Zeros, so that a sum that is read too early is a wrong result, and not named as one that nothing has written.
-    exchange = device.output("exchange", 6, np.uint32, kind="workspace", contents="zero")
+    exchange = device.output("exchange", 12, np.uint32, kind="workspace", contents="zero")
     counter = device.input("counter", np.full(1, first, np.uint32), kind="workspace")
     right = True
     for repeat in range(2):
@@ -109,13 +110,19 @@ def grid_sums(device: Device, policy: str, seed: int, fault: str = "none", first
         sums = device.output("sums", x.shape, np.uint32)
         device.call("grid_sums", device.input("x", x), exchange, counter, sums, 6, ROUNDS, FAULTS.index(fault), 1)
         right &= bool((sums.array == x.sum(1, keepdims=True)).all())
-    assert fault != "none" or counter.array[0] & 0x7FFFFFFF == 0
+    assert fault not in ("none", "two_buffers") or counter.array[0] & 0x7FFFFFFF == 0
     return right
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_grid_barrier(device: Device, policy: str) -> None:
     assert all(grid_sums(device, policy, seed, first=seed % 2 << 31) for seed in SEEDS)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_barrier_of_a_grid_is_enough_for_two_buffers(device: Device, policy: str) -> None:
+    """As exchange.cuh does; one barrier and one buffer is the fault "no_barrier_after" below."""
+    assert all(grid_sums(device, policy, seed, "two_buffers") for seed in SEEDS)
 
 
 @pytest.mark.parametrize("fault", ["no_barrier_before", "no_barrier_after"])

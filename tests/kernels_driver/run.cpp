@@ -1,6 +1,7 @@
 // A case's tensors, its three passes, and what comes of them.
 #include "run.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 
@@ -14,6 +15,8 @@ namespace {
 using bn_ext::BackwardParams;
 using bn_ext::ForwardParams;
 using bn_ext::mask_bytes;
+using bn_ext::cuda::TeamCounters;
+using bn_ext::cuda::Workspace;
 
 struct Tensor {
   DType dtype;
@@ -128,10 +131,10 @@ class Run {
     return p;
   }
 
-  static cudaError_t launch(const ForwardParams& p, const Plan& plan, void* workspace) {
+  static cudaError_t launch(const ForwardParams& p, const Plan& plan, const Workspace& workspace) {
     return bn_ext::cuda::launch_forward(p, plan, workspace, nullptr);
   }
-  static cudaError_t launch(const BackwardParams& p, const Plan& plan, void* workspace) {
+  static cudaError_t launch(const BackwardParams& p, const Plan& plan, const Workspace& workspace) {
     return bn_ext::cuda::launch_backward(p, plan, workspace, nullptr);
   }
   static size_t workspace_bytes(const ForwardParams& p, const Plan& plan) {
@@ -150,10 +153,15 @@ class Run {
     }
     for (Launched& launched : launched_by(p, plan)) outcome_.launched.push_back(std::move(launched));
     const size_t bytes = workspace_bytes(p, plan);
-    void* workspace = nullptr;
-    if (bytes > 0) workspace = add(std::string("workspace of ") + name, c_.dtype, bytes);
+    Workspace workspace{};
+    if (bytes > 0) workspace.memory = add(std::string("workspace of ") + name, c_.dtype, bytes);
+    const Bytes zeros(std::max(counter_bytes(plan), sizeof(TeamCounters)));
+    DeviceMemory counters(zeros.size(), 0);
+    counters.write(zeros);
+    workspace.counters = static_cast<TeamCounters*>(counters.data());
     check(launch(p, plan, workspace), name);
     check(cudaDeviceSynchronize(), name);
+    if (counters.read(zeros.size()) != zeros) wrong(std::string(name) + " has left counters that are not zero");
   }
 
   static std::string words(const Plan& plan) {

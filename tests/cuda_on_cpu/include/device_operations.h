@@ -152,6 +152,7 @@ inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_PLACE) {
 inline unsigned __clusterRelativeBlockRank() { return cuda_on_cpu::cluster_rank(); }
 inline unsigned __clusterSizeInBlocks() { return cuda_on_cpu::cluster_blocks(); }
 inline void __cluster_barrier_arrive(CUDA_ON_CPU_PLACE) { cuda_on_cpu::cluster_arrive(place); }
+inline void __cluster_barrier_arrive_relaxed(CUDA_ON_CPU_PLACE) { cuda_on_cpu::cluster_arrive(place); }
 inline void __cluster_barrier_wait(CUDA_ON_CPU_PLACE) { cuda_on_cpu::cluster_wait(place); }
 // Where the cluster's block of this rank has what is at this address of one's own shared memory.
 inline void* __cluster_map_shared_rank(const void* address, unsigned rank, CUDA_ON_CPU_PLACE) {
