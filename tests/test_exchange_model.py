@@ -1,6 +1,6 @@
 """The exchange of a grid's teams as a Promela model: Spin finds no error in it, and the right one in broken variants.
 
-The model is models/exchange.pml; docs/exchange.md says what it shows and what it cannot show.
+The model is models/exchange.pml; docs/exchange.md describes it and its limits.
 """
 
 import re
