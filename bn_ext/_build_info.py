@@ -34,6 +34,8 @@ class BuildInfo:
     """Of the CPU kernels in use: avx512, avx2 or baseline; empty if not loaded."""
     threads: int
     """Threads that the CPU kernels use (torch.get_num_threads())."""
+    cpu_cache_bytes: int
+    """Of the last-level cache, that the CPU kernels count on with so many threads; 0 if not loaded."""
 
     def __str__(self) -> str:
         cuda = f"{'yes' if self.cuda else 'no'} ({self.cuda_reason})"
@@ -45,6 +47,7 @@ class BuildInfo:
             ("extension", "loaded" if self.loaded else f"not loaded: {self.reason}"),
             ("CUDA kernels", cuda),
             ("CPU kernels", f"{self.instruction_set or 'none'}, {self.threads} threads"),
+            ("CPU cache", f"{self.cpu_cache_bytes / 2**20:g} MiB used"),
         ]
         return "\n".join(f"{name:<13} {value}" for name, value in lines)
 
@@ -64,6 +67,15 @@ def _instruction_set() -> str:
         return str(_extension.module.instruction_set())
     except ValueError as error:  # a name that BN_EXT_CPU_CAPABILITY asks for, and this processor has not
         return f"none: {error}"
+
+
+def _cpu_cache_bytes() -> int:
+    if _extension.module is None:
+        return 0
+    try:
+        return int(_extension.module.last_level_cache_bytes())
+    except ValueError:  # the first call of an operator reports it
+        return 0
 
 
 def build_info() -> BuildInfo:
@@ -90,4 +102,5 @@ def build_info() -> BuildInfo:
         cuda_architectures=config.CUDA_ARCHITECTURES if config else "",
         instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),
+        cpu_cache_bytes=_cpu_cache_bytes(),
     )

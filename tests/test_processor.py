@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import bn_ext
+
 EVERY_VALUE = """
 import sys, bn_ext
 sys.path.insert(0, "tests")
@@ -54,6 +56,21 @@ def test_a_cache_size_that_is_no_number_is_refused(cache_bytes: str) -> None:
     result = run_python(code, BN_EXT_CPU_CACHE_BYTES=cache_bytes)
     assert result.returncode != 0
     assert f"BN_EXT_CPU_CACHE_BYTES must be a number of bytes, as 33554432, got {cache_bytes}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("reported", "threads", "usable"),
+    [(260, 2, 32), (300, 1, 32), (256, 64, 256), (512, 16, 64), (8, 4, 8), (32, 96, 32)],
+)
+def test_a_shared_cache_counts_by_the_threads(reported: int, threads: int, usable: int) -> None:
+    """In MiB. A cache that is as large as a machine's own is taken as reported."""
+    module = bn_ext._extension.module
+    assert module.usable_cache_bytes(reported << 20, threads) == usable << 20
+
+
+def test_build_info_shows_the_cache() -> None:
+    code = "import bn_ext; print(bn_ext.build_info())"
+    assert "CPU cache     5.5 MiB used" in run_python(code, BN_EXT_CPU_CACHE_BYTES=str(11 << 19)).stdout
 
 
 ACTIVATIONS = """

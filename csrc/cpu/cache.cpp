@@ -1,6 +1,9 @@
 // From sysfs: what sysconf knows can be another machine's.
 #include "cache.h"
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
 #include <stdexcept>
@@ -31,18 +34,27 @@ int64_t parse(const std::string& given) {
   throw std::invalid_argument("BN_EXT_CPU_CACHE_BYTES must be a number of bytes, as 33554432, got " + given);
 }
 
-int64_t choose() {
+constexpr int64_t kNotGiven = -1;
+
+int64_t given_bytes() {
   const char* given = std::getenv("BN_EXT_CPU_CACHE_BYTES");
-  if (given != nullptr && *given != '\0') return parse(given);
-  const int64_t found = largest_cache();
-  return found == 0 ? kUnknown : found;
+  return given != nullptr && *given != '\0' ? parse(given) : kNotGiven;
 }
 
 }  // namespace
 
+// A virtual machine reports the whole cache of a processor that it shares with others: 260 or 300 MiB for 2 cores. Of
+// such a cache a core keeps little more than its part.
+int64_t usable_cache_bytes(int64_t reported, int threads) {
+  constexpr int64_t kOfMachine = int64_t(32) << 20, kOfThread = int64_t(4) << 20;
+  return std::min(reported, std::max(kOfMachine, threads * kOfThread));
+}
+
 int64_t last_level_cache_bytes() {
-  static const int64_t bytes = choose();
-  return bytes;
+  static const int64_t given = given_bytes();
+  static const int64_t found = largest_cache();
+  if (given != kNotGiven) return given;
+  return usable_cache_bytes(found == 0 ? kUnknown : found, at::get_num_threads());
 }
 
 }  // namespace bn_ext::cpu
