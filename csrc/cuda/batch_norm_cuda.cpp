@@ -50,14 +50,18 @@ void check_launched(cudaError_t error) {
 Machine ask_machine() {
   int architecture = 0;
   check_launched(ask_compiled_for(architecture));
+  const bool is_hopper_or_newer = attribute(cudaDevAttrClusterLaunch) != 0 && architecture >= 90;
   Machine machine = {attribute(cudaDevAttrMultiProcessorCount),
                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                     attribute(cudaDevAttrClusterLaunch) != 0 && architecture >= 90,
-                     attribute(cudaDevAttrCooperativeLaunch) != 0};
+                     /*clusters=*/is_hopper_or_newer,
+                     attribute(cudaDevAttrCooperativeLaunch) != 0,
+                     /*early_starts=*/is_hopper_or_newer};
   const char* largest = std::getenv("BN_EXT_CUDA_TEAMS");
   TORCH_CHECK(largest == nullptr || limit_teams(largest, machine),
               "BN_EXT_CUDA_TEAMS must be none, block, cluster or grid, got ",
               largest);
+  const char* early = std::getenv("BN_EXT_CUDA_EARLY");
+  TORCH_CHECK(early == nullptr || choose_early_starts(early, machine), "BN_EXT_CUDA_EARLY must be 0 or 1, got ", early);
   return machine;
 }
 

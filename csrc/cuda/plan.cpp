@@ -20,8 +20,7 @@ constexpr int64_t kRowsOfBlock = 4;    // in what time a thread reads them, a bl
 constexpr int64_t kRowsOfCluster = 1;  // the same for barriers of a cluster
 constexpr int64_t kRowsOfGrid = 4;     // and of a grid's teams
 constexpr int64_t kLeastKept = 8;      // a part of so many must fit, for the general path has no barriers
-constexpr int kReservedSharedBytes = 1024;          // of every block, for the device's own use
-constexpr int64_t kSmallTensor = int64_t(4) << 20;  // bytes, which take about as long as a launch; not measured
+constexpr int kReservedSharedBytes = 1024;  // of every block, for the device's own use
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -214,7 +213,7 @@ Plan plan_with_slices(const Request& request, int line, const Machine& machine) 
   plan.step_offset = plan.row_lanes / plan.image_rows * plan.pitch + int64_t(plan.step_rows) * plan.vector;
   plan.wrap_offset = plan.pitch - plan.image_rows * plan.vector;
   choose_lanes(plan);
-  plan.starts_early = machine.clusters && shape.numel() * request.value_bytes <= kSmallTensor;
+  plan.starts_early = machine.early_starts;
   return plan;
 }
 
@@ -256,6 +255,12 @@ bool limit_teams(const char* largest, Machine& machine) {
   if (name == "block") return true;
   machine.shared_bytes = 0;
   return name == "none";
+}
+
+bool choose_early_starts(const char* choice, Machine& machine) {
+  const std::string_view name = choice;
+  if (name == "0") machine.early_starts = false;
+  return name == "0" || name == "1";
 }
 
 Plan make_plan(const Request& request, const Machine& machine) {

@@ -40,15 +40,19 @@ constexpr int most_values_of_any(int value_bytes) { return value_bytes == 8 ? 1 
 // What the plan depends on besides the tensor.
 struct Machine {
   int multiprocessors;
-  int shared_bytes = 0;      // of a multiprocessor, for all its blocks
-  bool clusters = false;     // whether blocks may be launched in clusters
-  bool cooperative = false;  // whether a grid's blocks may wait for each other
+  int shared_bytes = 0;       // of a multiprocessor, for all its blocks
+  bool clusters = false;      // whether blocks may be launched in clusters
+  bool cooperative = false;   // whether a grid's blocks may wait for each other
+  bool early_starts = false;  // whether a kernel may start while the one before it on the stream ends
 
-  constexpr Machine without_teams() const { return {multiprocessors}; }
+  constexpr Machine without_teams() const { return {multiprocessors, 0, false, false, early_starts}; }
 };
 
 // Without teams larger than those of this name, "none", "block", "cluster" or "grid"; false if there is no such name.
 bool limit_teams(const char* largest, Machine& machine);
+
+// With early starts where the machine has them, "1", or without, "0"; false if the choice is neither.
+bool choose_early_starts(const char* choice, Machine& machine);
 
 constexpr int kMaxClusterBlocks = 8;  // on every device that has clusters
 
@@ -95,7 +99,7 @@ struct Plan {
   int merge_lanes;      // threads that together merge the partials of a channel, a power of two <= 32
   int team_lanes;       // the same for the sums of a channel's segments
   Team team;
-  bool starts_early;  // kernels may start while the one before them ends: for tensors so small that this counts
+  bool starts_early;  // kernels may start while the one before them ends
   bool one_channel;   // all values of a thread belong to one channel
   bool whole_bytes;   // rows of slices are whole bytes of a mask, in memory: no two slices share one
 

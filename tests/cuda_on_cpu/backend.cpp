@@ -17,7 +17,7 @@ using cuda_on_cpu::Contents;
 using cuda_on_cpu::Kind;
 
 // With so little shared memory that small slices stay on chip, those of larger tensors in part, and others do not.
-constexpr cuda::Machine kMachine = {2, 24 * 1024, true, true};
+constexpr cuda::Machine kMachine = {2, 24 * 1024, true, true, true};
 
 size_t bytes_of(DType dtype, int64_t count) {
   const size_t sizes[] = {4, 8, 2, 2};

@@ -56,6 +56,12 @@ const char* batch_norm_limit_teams(const char* largest, cuda::Machine* machine) 
   });
 }
 
+const char* batch_norm_choose_early_starts(const char* choice, cuda::Machine* machine) {
+  return reported([&] {
+    if (!cuda::choose_early_starts(choice, *machine)) throw Fault("neither 0 nor 1");
+  });
+}
+
 // Of shared memory, for so many tensors in tiles.
 const char* batch_norm_resident_bytes(const cuda::Plan* plan, int64_t tensors, int64_t value_bytes, int64_t* bytes) {
   return reported([&] { *bytes = int64_t(cuda::ResidentMemory(*plan, int(tensors), size_t(value_bytes)).bytes); });

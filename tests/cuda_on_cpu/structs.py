@@ -123,12 +123,18 @@ class Machine(ctypes.Structure):
         ("shared_bytes", ctypes.c_int),
         ("clusters", ctypes.c_bool),
         ("cooperative", ctypes.c_bool),
+        ("early_starts", ctypes.c_bool),
     ]
 
     @property
     def blocks_may_wait(self) -> bool:
         """Whether blocks may wait for each other."""
         return self.clusters or self.cooperative
+
+    @property
+    def without_teams(self) -> "Machine":
+        """As in plan.h."""
+        return Machine(self.multiprocessors, early_starts=self.early_starts)
 
 
 class Request(ctypes.Structure):
@@ -146,8 +152,8 @@ class Request(ctypes.Structure):
 OF_H200 = 228 * 1024
 """Bytes of shared memory that a multiprocessor of an H200 has."""
 
-GENERAL = Machine(1)
+GENERAL = Machine(1, early_starts=True)
 """Where no slice stays on chip."""
-H200 = Machine(132, OF_H200, True, True)
-SMALL = Machine(4, 48 * 1024, True, True)
+H200 = Machine(132, OF_H200, True, True, True)
+SMALL = Machine(4, 48 * 1024, True, True, True)
 """Of which small tensors fill the shared memory."""

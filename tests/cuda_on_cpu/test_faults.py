@@ -10,7 +10,7 @@ from torch import Tensor
 from bn_ext import testing
 
 from . import build
-from .batch_norm import GENERAL, Machine, Settings, kernels
+from .batch_norm import GENERAL, Settings, kernels
 from .device import Fault
 from .operators import CudaOnCpu, bits
 from .test_resident import SPILLING, TEAMS
@@ -39,18 +39,13 @@ def step(operator: CudaOnCpu, case: testing.Case, activation: str | None = None)
     return [y.detach(), *gradients, mean, var]
 
 
-def without_teams(machine: Machine) -> Machine:
-    """As Machine::without_teams of plan.h."""
-    return Machine(machine.multiprocessors)
-
-
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("name", CASES)
 def test_refused_teams(name: str, activation: str | None) -> None:
     """Whatever CUDA says: the general kernels' bits, each statistic updated once, no error left for others."""
     machine, shape, layout = CASES[name]
     case = testing.Case(shape, torch.float32, layout)
-    general = CudaOnCpu(Settings(without_teams(machine)))
+    general = CudaOnCpu(Settings(machine.without_teams))
     expected = step(general, case, activation)
     team = name.split(",")[0].split(":")[0]
     granted = CudaOnCpu(Settings(machine))

@@ -24,8 +24,8 @@ LAYOUTS_OF_TORCH = {"contiguous": "contiguous_format", "channels_last": "channel
 KIB = 1024
 
 # Small devices and tensors, by the teams that they lead to.
-ONE = Machine(1, OF_H200)
-CLUSTERS = Machine(4, 64 * KIB, True, True)
+ONE = Machine(1, OF_H200, early_starts=True)
+CLUSTERS = Machine(4, 64 * KIB, True, True, True)
 GRIDS = Machine(4, 64 * KIB, False, True)
 TEAMS = {
     "block": (ONE, (8, 64, 14, 14), "contiguous"),
@@ -207,13 +207,14 @@ def test_teams_that_the_device_has_no_room_for(machine: Machine) -> None:
 @pytest.mark.parametrize("largest", ["none", "block", "cluster", "grid"])
 def test_the_largest_teams_may_be_named(largest: str) -> None:
     """As BN_EXT_CUDA_TEAMS does."""
-    machine = Machine(H200.multiprocessors, H200.shared_bytes, True, True)
+    machine = Machine(H200.multiprocessors, H200.shared_bytes, True, True, True)
     kernels().device.call("batch_norm_limit_teams", largest, ctypes.byref(machine))
     shapes = [(32, 2048, 49), (32, 64, 56 * 56), (256, 64, 112 * 112)]
     teams = [kernels().make_plan(Shape(*s, False), 2, 16, machine, False, 1).team_name for s in shapes]
     most = ["none", "block", "cluster", "grid"].index(largest)
     assert teams[:most] == ["block", "cluster", "grid"][:most]
     assert teams[most:] == ["none"] * (3 - most)
+    assert machine.early_starts  # which have a switch of their own
 
 
 def test_no_such_team() -> None:

@@ -207,7 +207,7 @@ std::set<std::string> all_ways(const Machine& device) {
     if (!device.cooperative) continue;
     for (const char* way : {"grid, last slice smaller", "slice after slice"}) add(kernel, way);
   }
-  if (!device.clusters) return ways;
+  if (!device.early_starts) return ways;
   for (const char* kernel : {"statistics_kernel",
                              "finalise_statistics_kernel",
                              "apply_kernel",

@@ -29,10 +29,12 @@ void check(cudaError_t error, const char* what) {
 bn_ext::cuda::Machine ask_machine() {
   int architecture = 0;
   check(bn_ext::cuda::ask_compiled_for(architecture), "asking what kernels are compiled for");
+  const bool is_hopper_or_newer = attribute(cudaDevAttrClusterLaunch) != 0 && architecture >= 90;
   return {attribute(cudaDevAttrMultiProcessorCount),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          attribute(cudaDevAttrClusterLaunch) != 0 && architecture >= 90,
-          attribute(cudaDevAttrCooperativeLaunch) != 0};
+          /*clusters=*/is_hopper_or_newer,
+          attribute(cudaDevAttrCooperativeLaunch) != 0,
+          /*early_starts=*/is_hopper_or_newer};
 }
 
 DeviceMemory::DeviceMemory(size_t bytes, size_t misalignment) : bytes_(bytes), misalignment_(misalignment) {

@@ -66,16 +66,23 @@ Machine machine_for(Path path, Request request, const Machine& device) {
   const bool grids = path == Path::kGrid || path == Path::kGridSpilling || path == Path::kWholeGrid;
   const bool spills = path == Path::kClusterSpilling || path == Path::kGridSpilling;
   // Half the multiprocessors, so that a grid also finds room where a tool makes kernels larger.
-  if (path == Path::kAny)
-    return {std::max(1, device.multiprocessors / 2), device.shared_bytes, device.clusters, device.cooperative};
-  Machine machine = {4, 0, device.clusters, false};
+  if (path == Path::kAny) {
+    Machine half = device;
+    half.multiprocessors = std::max(1, device.multiprocessors / 2);
+    return half;
+  }
+  Machine machine = {4, 0, false, false, device.early_starts};
   if (path == Path::kGeneral) return machine;
   if (path == Path::kWholeGrid) machine.multiprocessors = device.multiprocessors;
   if (spills) machine.multiprocessors = 1;
   request.resident_tiles = 0;
   const Plan general = make_plan(request, machine);
   const double kept = path == Path::kBlock ? rows_per_thread(path, false, device) + 1 : spills ? 2.25 : 1.5;
-  return {machine.multiprocessors, shared_bytes_for(kept, general, request.value_bytes), clusters, grids};
+  return {machine.multiprocessors,
+          shared_bytes_for(kept, general, request.value_bytes),
+          clusters,
+          grids,
+          device.early_starts};
 }
 
 bool takes(Path path, const Plan& plan) {
