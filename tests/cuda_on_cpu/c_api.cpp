@@ -55,12 +55,27 @@ const char* cuda_on_cpu_last_error(std::int64_t* error) {
   return reported([&] { *error = cuda_on_cpu::last_error(); });
 }
 
+const char* cuda_on_cpu_set_capture(std::int64_t captures, std::int64_t driver_version) {
+  return reported([&] { cuda_on_cpu::set_capture(captures != 0, static_cast<int>(driver_version)); });
+}
+
+// One name a line; valid until the next call.
+const char* cuda_on_cpu_calls(const char** names) {
+  static std::string lines;
+  return reported([&] {
+    lines.clear();
+    for (const std::string& name : cuda_on_cpu::calls()) lines += name + "\n";
+    *names = lines.c_str();
+  });
+}
+
 const char* cuda_on_cpu_check_written(const void* buffer, std::int64_t element_bytes) {
   return reported([&] { cuda_on_cpu::check_written(buffer, static_cast<std::size_t>(element_bytes)); });
 }
 
 const char* cuda_on_cpu_check_guards() { return reported(cuda_on_cpu::check_guards); }
 const char* cuda_on_cpu_reset_counters() { return reported(cuda_on_cpu::reset_counters); }
+const char* cuda_on_cpu_clear_calls() { return reported(cuda_on_cpu::clear_calls); }
 const char* cuda_on_cpu_reset() { return reported(cuda_on_cpu::reset); }
 
 }  // extern "C"

@@ -10,6 +10,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace cuda_on_cpu {
 
@@ -68,6 +69,15 @@ void refuse(Call call, const Refusal& refusal);
 
 // The error that cudaGetLastError() would give.
 int last_error();
+
+// What the stream and the driver say of themselves: whether a graph is captured, which changes nothing else, and the
+// version of CUDA that the driver is of. Holds until the next reset.
+void set_capture(bool captures, int driver_version);
+
+// Calls of the host's functions of CUDA that describe or use the device, in their order, since the last reset or
+// clear_calls: a name each, that of a launch with its attributes, "cudaLaunchKernelEx cluster early".
+const std::vector<std::string>& calls();
+void clear_calls();
 
 // What a buffer holds, for the counters.
 enum class Kind { activation, parameter, workspace };

@@ -141,6 +141,20 @@ class Device:
         self.call("cuda_on_cpu_last_error", ctypes.byref(error))
         return error.value
 
+    def set_capture(self, captures: bool, driver_version: int = 13000) -> None:
+        """Whether a graph is captured, and the version of CUDA that the driver is of."""
+        self.call("cuda_on_cpu_set_capture", int(captures), driver_version)
+
+    def calls(self) -> list[str]:
+        """The calls of CUDA's functions since the last reset or clear_calls; see cuda_on_cpu.h."""
+        names = ctypes.c_char_p()
+        self.call("cuda_on_cpu_calls", ctypes.byref(names))
+        return (names.value or b"").decode().splitlines()
+
+    def clear_calls(self) -> None:
+        """None yet."""
+        self.call("cuda_on_cpu_clear_calls")
+
     def check_written(self, *buffers: Buffer) -> None:
         """Raise if an element is still poison."""
         for buffer in buffers:

@@ -56,8 +56,7 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaSuccess; }
 
 // Attributes that change nothing here.
 enum IgnoredAttribute {
-  cudaFuncAttributePreferredSharedMemoryCarveout,
-  cudaFuncAttributeNonPortableClusterSizeAllowed
+  cudaFuncAttributeNonPortableClusterSizeAllowed,
 };
 template <typename... K>
 cudaError_t cudaFuncSetAttribute(void (*)(K...), IgnoredAttribute, int) {
@@ -74,10 +73,6 @@ struct cudaDeviceProp {
 };
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {};
-  return cudaSuccess;
-}
-inline cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 13000;
   return cudaSuccess;
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }

@@ -1,5 +1,6 @@
 // The device: what a launch must satisfy, the host's side of CUDA, and the functions that tests call.
 #include <cstring>
+#include <limits>
 #include <map>
 
 #include "cuda_on_cpu.h"
@@ -25,13 +26,10 @@ struct Device {
   std::int64_t launches = 0;
   std::set<const void*> kernels;  // that were launched
   cudaError_t last_error = cudaSuccess;
-  Refusal refusals[2];                              // of each Call
-  std::map<const void*, std::size_t> shared_bytes;  // that kernels have asked for
-
-  std::size_t shared_bytes_of(const void* function) const {
-    const auto found = shared_bytes.find(function);
-    return found == shared_bytes.end() ? kUnaskedSharedBytes : found->second;
-  }
+  Refusal refusals[2];  // of each Call
+  bool captures = false;
+  int driver_version = CUDART_VERSION;
+  std::vector<std::string> calls;
 };
 
 struct Attributes {
@@ -48,6 +46,20 @@ Device& device() {
 void replace_device() {
   device().~Device();
   new (&device()) Device;
+}
+
+void record(const std::string& call) { device().calls.push_back(call); }
+
+// Shared memory that kernels have asked for. A kernel keeps its attributes as long as it is loaded, whatever machine a
+// test describes next; one that has asked for all that there was, as those do that ask once, has all of that one too.
+std::map<const void*, std::size_t>& asked_shared_bytes() {
+  static std::map<const void*, std::size_t> bytes;
+  return bytes;
+}
+
+std::size_t shared_bytes_of(const void* function) {
+  const auto found = asked_shared_bytes().find(function);
+  return found == asked_shared_bytes().end() ? kUnaskedSharedBytes : found->second;
 }
 
 Attributes attributes_of(const cudaLaunchConfig_t& config) {
@@ -80,7 +92,7 @@ cudaError_t refusal(const cudaLaunchConfig_t& config, const Attributes& attribut
   }
   const Machine& machine = device().machine;
   if (config.dynamicSmemBytes > machine.shared_bytes) return cudaErrorInvalidValue;
-  if (config.dynamicSmemBytes > device().shared_bytes_of(function)) return cudaErrorInvalidValue;
+  if (config.dynamicSmemBytes > shared_bytes_of(function)) return cudaErrorInvalidValue;
   if (attributes.cluster_blocks == 0 || gx % attributes.cluster_blocks != 0) return cudaErrorInvalidConfiguration;
   const auto room = static_cast<unsigned>(machine.resident_blocks / machine.multiprocessors * machine.multiprocessors);
   if (attributes.cluster_blocks > std::min(kMaxClusterBlocks, room)) return cudaErrorInvalidClusterSize;
@@ -107,6 +119,8 @@ std::string ordinal(std::int64_t number) { return "launch " + std::to_string(num
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void (*body)(void*), void* arguments) {
   if (current) scheduler.fault("a kernel cannot launch a kernel");
   const Attributes attributes = attributes_of(config);
+  record(std::string("cudaLaunchKernelEx") + (attributes.cluster_blocks > 1 ? " cluster" : "") +
+         (attributes.cooperative ? " cooperative" : "") + (attributes.starts_early ? " early" : ""));
   const cudaError_t error = refusal(config, attributes, function);
   if (error != cudaSuccess) return device().last_error = error;
   if (const cudaError_t refused = wished(Call::launch); refused != cudaSuccess) return refused;
@@ -142,16 +156,23 @@ void check_access(Direction direction, const void* address, std::size_t bytes, P
 void count_awaited_later(std::size_t bytes) { device().memory.count_awaited_later(bytes); }
 
 cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) throw Fault("this harness knows one attribute only");
+  record("cudaFuncSetAttribute");
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) throw Fault("this harness knows no such attribute");
   const auto bytes = static_cast<std::size_t>(value);
-  if (value < 0 || bytes > device().machine.shared_bytes) return device().last_error = cudaErrorInvalidValue;
-  device().shared_bytes[function] = bytes;
+  const std::size_t most = device().machine.shared_bytes;
+  if (value < 0 || bytes > most) return device().last_error = cudaErrorInvalidValue;
+  asked_shared_bytes()[function] = bytes == most ? std::numeric_limits<std::size_t>::max() : bytes;
   return cudaSuccess;
 }
 
-cudaError_t load() { return wished(Call::load); }
+cudaError_t load() {
+  record("cudaFuncGetAttributes");
+  return wished(Call::load);
+}
 
 cudaError_t most_clusters(int* clusters, const void* function, const cudaLaunchConfig_t& config) {
+  record("cudaOccupancyMaxActiveClusters");
   const unsigned blocks = attributes_of(config).cluster_blocks;
   const cudaError_t error = refusal(config, {false, false, blocks}, function);
   if (error != cudaSuccess && error != cudaErrorInvalidClusterSize) return device().last_error = error;
@@ -160,8 +181,9 @@ cudaError_t most_clusters(int* clusters, const void* function, const cudaLaunchC
 }
 
 cudaError_t blocks_per_multiprocessor(int* blocks, const void* function, int threads, std::size_t shared_bytes) {
+  record("cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   const Machine& machine = device().machine;
-  const std::size_t most_shared = std::min(machine.shared_bytes, device().shared_bytes_of(function));
+  const std::size_t most_shared = std::min(machine.shared_bytes, shared_bytes_of(function));
   const bool fits = threads > 0 && unsigned(threads) <= kMaxBlockThreads && shared_bytes <= most_shared;
   *blocks = fits ? machine.resident_blocks / machine.multiprocessors : 0;
   return cudaSuccess;
@@ -176,6 +198,12 @@ void set_order(const Order& order) { device().order = order; }
 std::int64_t launch_count() { return device().launches; }
 void refuse(Call call, const Refusal& refusal) { device().refusals[static_cast<int>(call)] = refusal; }
 int last_error() { return device().last_error; }
+void set_capture(bool captures, int driver_version) {
+  device().captures = captures;
+  device().driver_version = driver_version;
+}
+const std::vector<std::string>& calls() { return device().calls; }
+void clear_calls() { device().calls.clear(); }
 std::set<const void*> launched_kernels() { return device().kernels; }
 void* add_buffer(const BufferOptions& options) { return device().memory.add(options); }
 Counters counters(Kind kind) { return device().memory.counters(kind); }
@@ -216,21 +244,31 @@ cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) {
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
+  cuda_on_cpu::record("cudaMemsetAsync");
   cuda_on_cpu::device().memory.fill(memory, value, bytes);
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
+  cuda_on_cpu::record("cudaStreamIsCapturing");
+  *status = cuda_on_cpu::device().captures ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  cuda_on_cpu::record("cudaDriverGetVersion");
+  *version = cuda_on_cpu::device().driver_version;
   return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {
+  cuda_on_cpu::record("cudaGetDevice");
   *device = 0;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  cuda_on_cpu::record("cudaDeviceGetAttribute");
   const cuda_on_cpu::Machine& machine = cuda_on_cpu::device().machine;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -249,6 +287,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaGetLastError() {
+  cuda_on_cpu::record("cudaGetLastError");
   cuda_on_cpu::Device& device = cuda_on_cpu::device();
   const bool is_lost = device.refusals[static_cast<int>(cuda_on_cpu::Call::launch)].refused == cuda_on_cpu::kForEver;
   return is_lost ? device.last_error : std::exchange(device.last_error, cudaSuccess);

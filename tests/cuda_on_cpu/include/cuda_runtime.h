@@ -50,7 +50,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cuda_on_cpu::launch(*config, reinterpret_cast<const void*>(kernel), body, &thread);
 }
 
-// More than 48 KiB of shared memory are for those kernels that have asked for it.
+// More than 48 KiB of shared memory are for those kernels that have asked for it, once for the library's life.
 template <typename... K>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(K...), cudaFuncAttribute attribute, int value) {
   return cuda_on_cpu::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);

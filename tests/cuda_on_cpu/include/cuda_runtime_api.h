@@ -62,10 +62,18 @@ struct cudaFuncAttributes {
   int ptxVersion;
 };
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,  // changes nothing here
+};
+enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0 };
+// As the test says; see set_capture of cuda_on_cpu.h.
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+
+#define CUDART_VERSION 13000
+cudaError_t cudaDriverGetVersion(int* version);
 
 // A buffer of its own, which holds poison; see add_buffer of cuda_on_cpu.h.
 cudaError_t cudaMalloc(void** memory, std::size_t bytes);
