@@ -49,6 +49,16 @@ struct Grid {
   bool starts_early = false;
 };
 
+// Whether kernels may start early in graphs too: from CUDA 12.3 on, of the toolkit and of the driver.
+inline bool graphs_start_early() {
+  thread_local const bool they_do = [] {
+    constexpr int kFirst = 12030;
+    int driver = 0;
+    return CUDART_VERSION >= kFirst && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kFirst;
+  }();
+  return they_do;
+}
+
 // CUDA's description of it, which holds a pointer to its own attributes.
 class LaunchConfig {
  public:
@@ -68,7 +78,7 @@ class LaunchConfig {
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
     }
-    if (grid.starts_early && !is_captured(stream)) {
+    if (grid.starts_early && (graphs_start_early() || !is_captured(stream))) {
       cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -80,7 +90,6 @@ class LaunchConfig {
   const cudaLaunchConfig_t* get() const { return &config_; }
 
  private:
-  // Into a graph: there kernels start as usual, since not every version of CUDA takes the other kind.
   static bool is_captured(cudaStream_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
@@ -92,31 +101,44 @@ class LaunchConfig {
   cudaLaunchConfig_t config_ = {};
 };
 
-// A kernel that is to have more must be told so: as much as there is, since what is told holds for all threads'
-// launches.
+// Calls ask(device) for the current device, unless it has succeeded for this kernel before; `asked` remembers that.
+using KernelsOfDevices = std::set<std::pair<int, const void*>>;
+template <typename Kernel, typename Ask>
+cudaError_t ask_once(KernelsOfDevices& asked, Kernel* kernel, const Ask& ask) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const std::pair<int, const void*> key = {device, reinterpret_cast<const void*>(kernel)};
+  if (error != cudaSuccess || asked.count(key) > 0) return error;
+  error = ask(device);
+  if (error == cudaSuccess) asked.insert(key);
+  return error;
+}
+
+// A kernel that is to have more shared memory must ask for it: for as much as there is, which holds for all threads'
+// launches. A thread asks once, because to set an attribute may wait for copies that are on their way.
 template <typename Kernel>
 cudaError_t ask_for_shared_memory(Kernel* kernel) {
-  int device = 0;
-  int bytes = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  thread_local KernelsOfDevices asked;
+  return ask_once(asked, kernel, [&](int device) {
+    int bytes = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    // Or a multiprocessor may be set to less, on which one block fits in place of kResidentAtATime.
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  });
 }
 
 // Loads a kernel's code, which CUDA otherwise does at its first launch: that takes device memory, and fails where there
 // is none left. A thread asks once.
 template <typename Kernel>
 cudaError_t load(Kernel* kernel) {
-  thread_local std::set<std::pair<int, const void*>> loaded;  // on a device
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  const std::pair<int, const void*> key = {device, reinterpret_cast<const void*>(kernel)};
-  if (error != cudaSuccess || loaded.count(key) > 0) return error;
-  cudaFuncAttributes attributes = {};
-  error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error == cudaSuccess) loaded.insert(key);
-  return error;
+  thread_local KernelsOfDevices loaded;
+  return ask_once(loaded, kernel, [&](int) {
+    cudaFuncAttributes attributes = {};
+    return cudaFuncGetAttributes(&attributes, kernel);
+  });
 }
 
 // The one way to launch.
