@@ -70,11 +70,11 @@ at::ScalarType params_type_of(const at::Tensor& input, std::initializer_list<con
 }
 
 void run_forward(const at::Tensor& x, const ForwardParams& params) {
-  x.is_cuda() ? cuda::forward(params) : cpu::forward(params);
+  x.is_cuda() ? cuda::forward(params, x.get_device()) : cpu::forward(params);
 }
 
 void run_backward(const at::Tensor& x, const BackwardParams& params) {
-  x.is_cuda() ? cuda::backward(params) : cpu::backward(params);
+  x.is_cuda() ? cuda::backward(params, x.get_device()) : cpu::backward(params);
 }
 
 // The kernels count in an int64 on their own device; a count of another kind is raised by torch.

@@ -6,9 +6,8 @@ import pytest
 from cuda_on_cpu.build import included
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
-KERNELS = sorted(
-    [*CUDA.rglob("*.cu"), *CUDA.glob("*.cuh"), CUDA / "kernels.h", CUDA / "plan.cpp", CUDA / "traffic.cpp"]
-)
+OTHERS = ("kernels.h", "plan_cache.h", "plan.cpp", "traffic.cpp")
+KERNELS = sorted([*CUDA.rglob("*.cu"), *CUDA.glob("*.cuh"), *(CUDA / name for name in OTHERS)])
 TORCH = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h", "caffe2/")
 
 

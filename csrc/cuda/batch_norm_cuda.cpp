@@ -2,7 +2,6 @@
 #include "batch_norm_cuda.h"
 
 #include <ATen/Functions.h>
-#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
@@ -11,25 +10,26 @@
 #include <mutex>
 
 #include "kernels.h"
+#include "plan_cache.h"
 
 namespace bn_ext::cuda {
 namespace {
 
 // c10 alone, not ATen's CUDAContext.h: that would ask for the headers of cuBLAS, cuSPARSE and cuSOLVER.
-int attribute(cudaDeviceAttr name) {
+int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, name, c10::cuda::current_device());
+  const cudaError_t error = cudaDeviceGetAttribute(&value, name, device);
   if (error == cudaSuccess) return value;
   (void)cudaGetLastError();  // so that the next call does not find it
   TORCH_CHECK(false, "bn_ext: the CUDA device could not be asked: ", cudaGetErrorString(error));
 }
 
-void check_launched(cudaError_t error) {
+void check_launched(cudaError_t error, int device) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();  // so that the next call does not find it
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
-    const int major = attribute(cudaDevAttrComputeCapabilityMajor);
-    const int minor = attribute(cudaDevAttrComputeCapabilityMinor);
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+    const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
     TORCH_CHECK(false,
                 "bn_ext has no kernels for this GPU's compute capability ",
                 major,
@@ -47,14 +47,14 @@ void check_launched(cudaError_t error) {
   TORCH_CHECK(false, "bn_ext: a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 
-Machine ask_machine() {
+Machine ask_machine(int device) {
   int architecture = 0;
-  check_launched(ask_compiled_for(architecture));
-  const bool is_hopper_or_newer = attribute(cudaDevAttrClusterLaunch) != 0 && architecture >= 90;
-  Machine machine = {attribute(cudaDevAttrMultiProcessorCount),
-                     attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+  check_launched(ask_compiled_for(architecture), device);
+  const bool is_hopper_or_newer = attribute(cudaDevAttrClusterLaunch, device) != 0 && architecture >= 90;
+  Machine machine = {attribute(cudaDevAttrMultiProcessorCount, device),
+                     attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
                      /*clusters=*/is_hopper_or_newer,
-                     attribute(cudaDevAttrCooperativeLaunch) != 0,
+                     attribute(cudaDevAttrCooperativeLaunch, device) != 0,
                      /*early_starts=*/is_hopper_or_newer};
   const char* largest = std::getenv("BN_EXT_CUDA_TEAMS");
   TORCH_CHECK(largest == nullptr || limit_teams(largest, machine),
@@ -66,42 +66,40 @@ Machine ask_machine() {
 }
 
 // The current device, which is asked once.
-Machine machine() {
+Machine machine_of(int device) {
   static std::mutex mutex;
   static std::map<int, Machine> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const int device = c10::cuda::current_device();
   const auto found = known.find(device);
-  return found != known.end() ? found->second : known[device] = ask_machine();
+  return found != known.end() ? found->second : known[device] = ask_machine(device);
 }
 
-// From torch's caching allocator: it belongs to the current stream, and to the graph that is being captured. Counters
-// first, at zero, then so many bytes of memory.
-template <typename Launch>
-cudaError_t with_workspace(const Plan& plan, size_t bytes, const Launch& launch) {
-  const size_t counted = counter_bytes(plan);
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const at::Tensor buffer =
-      at::empty({static_cast<int64_t>(counted + bytes)}, at::TensorOptions().device(at::kCUDA).dtype(at::kByte));
-  auto* begin = static_cast<unsigned char*>(buffer.data_ptr());
-  if (counted > 0) {
-    const cudaError_t error = cudaMemsetAsync(begin, 0, counted, stream);
-    if (error != cudaSuccess) return error;
+// From torch's caching allocator: it belongs to the current stream, and to the graph that is being captured. Most
+// passes need none, and then no tensor is made.
+class PassMemory {
+ public:
+  explicit PassMemory(size_t bytes) {
+    if (bytes == 0) return;
+    memory_ = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().device(at::kCUDA).dtype(at::kByte));
   }
-  return launch(Workspace{begin + counted, reinterpret_cast<TeamCounters*>(begin)}, stream);
-}
+  void* data() const { return memory_.defined() ? memory_.data_ptr() : nullptr; }
 
-// Launches a pass by launch(plan), and says once where CUDA has refused it in one kernel.
+ private:
+  at::Tensor memory_;
+};
+
+// Launches a pass by launch(plan, stream), and says once where CUDA has refused it in one kernel.
 template <typename Params, typename Launch>
-void run(const Params& p, const Launch& launch) {
-  const Machine here = machine();
-  Plan plan = choose_plan(p, here);
+void run(const Params& p, int device, const Launch& launch) {
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device));
+  Plan plan;
   cudaError_t refusal = cudaSuccess;
-  check_launched(launch_or_do_without_teams(p, here, plan, [&](const Plan& chosen) {
-    const cudaError_t error = launch(chosen);
-    if (chosen.resident()) refusal = error;
-    return error;
-  }));
+  const cudaError_t error = launch_by_known_plan(p, machine_of(device), device, plan, [&](const Plan& chosen) {
+    const cudaError_t launched = launch(chosen, stream);
+    if (chosen.resident()) refusal = launched;
+    return launched;
+  });
+  check_launched(error, device);
   if (refusal == cudaSuccess) return;
   TORCH_WARN_ONCE("bn_ext: CUDA refused to launch teams of blocks (",
                   cudaGetErrorString(refusal),
@@ -109,23 +107,27 @@ void run(const Params& p, const Launch& launch) {
                   "cluster asks for smaller teams or none");
 }
 
-}  // namespace
-
-void forward(const ForwardParams& p) {
-  run(p, [&](const Plan& plan) {
-    return with_workspace(plan, forward_workspace_bytes(p, plan), [&](const Workspace& workspace, cudaStream_t stream) {
-      return launch_forward(p, plan, workspace, stream);
-    });
+template <typename Params, typename Launch>
+void run_with_memory(const Params& p, int device, size_t (*bytes)(const Params&, const Plan&), const Launch& launch) {
+  run(p, device, [&](const Plan& plan, cudaStream_t stream) {
+    const PassMemory memory(bytes(p, plan));
+    const PassMemory counters(counter_bytes(plan));
+    if (counters.data() != nullptr) {
+      const cudaError_t error = cudaMemsetAsync(counters.data(), 0, counter_bytes(plan), stream);
+      if (error != cudaSuccess) return error;
+    }
+    return launch(p, plan, Workspace{memory.data(), static_cast<TeamCounters*>(counters.data())}, stream);
   });
 }
 
-void backward(const BackwardParams& p) {
-  run(p, [&](const Plan& plan) {
-    return with_workspace(
-        plan, backward_workspace_bytes(p, plan), [&](const Workspace& workspace, cudaStream_t stream) {
-          return launch_backward(p, plan, workspace, stream);
-        });
-  });
+}  // namespace
+
+void forward(const ForwardParams& p, int device) {
+  run_with_memory(p, device, forward_workspace_bytes, launch_forward);
+}
+
+void backward(const BackwardParams& p, int device) {
+  run_with_memory(p, device, backward_workspace_bytes, launch_backward);
 }
 
 }  // namespace bn_ext::cuda

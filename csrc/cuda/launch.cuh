@@ -7,6 +7,8 @@
 #include <set>
 #include <utility>
 
+#include "launched_before.h"
+
 namespace bn_ext::cuda {
 
 constexpr int kWarpThreads = 32;
@@ -145,7 +147,7 @@ cudaError_t load(Kernel* kernel) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, Arguments&&... arguments) {
   if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (grid.shared_bytes > kUnaskedSharedBytes) {
+  if (grid.shared_bytes > kUnaskedSharedBytes && !LaunchedBefore::holds()) {
     const cudaError_t error = ask_for_shared_memory(kernel);
     if (error != cudaSuccess) return error;
   }

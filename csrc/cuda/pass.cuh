@@ -8,14 +8,14 @@
 namespace bn_ext::cuda {
 
 // The kernels of a pass on a stream, one after another, until one is refused. What the first one changes would be lost
-// if a later one could not be had, for want of memory for its code; so all are loaded before.
+// if a later one could not be had, for want of memory for its code; so all are loaded before, if that is not known.
 class Pass {
  public:
-  // Calls body(pass) twice: to load the kernels, and to launch them.
+  // Calls body(pass) to load the kernels, unless they are known to be, and once more to launch them.
   template <typename Body>
   static cudaError_t run(const Plan& plan, cudaStream_t stream, const Body& body) {
     Pass loading(plan, stream, false), launching(plan, stream, true);
-    const cudaError_t error = body(loading);
+    const cudaError_t error = LaunchedBefore::holds() ? cudaSuccess : body(loading);
     return error == cudaSuccess ? body(launching) : error;
   }
 

@@ -14,7 +14,7 @@ namespace {
 
 }  // namespace
 
-void forward(const ForwardParams&) { fail(); }
-void backward(const BackwardParams&) { fail(); }
+void forward(const ForwardParams&, int) { fail(); }
+void backward(const BackwardParams&, int) { fail(); }
 
 }  // namespace bn_ext::cuda

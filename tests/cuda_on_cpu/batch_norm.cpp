@@ -4,6 +4,7 @@
 
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/plan.h"
+#include "../../csrc/cuda/plan_cache.h"
 #include "../../csrc/cuda/traffic.h"
 #include "c_api.h"
 #include "cuda_on_cpu.h"
@@ -101,6 +102,51 @@ const char* batch_norm_backward(const BackwardParams* p, const cuda::Machine* ma
         return cuda::launch_backward(*p, chosen, workspace, nullptr);
       });
     }));
+  });
+}
+
+// As the package launches passes: by the plan that this thread remembers, if there is one. The plan becomes the one
+// that was launched.
+const char* batch_norm_known_forward(const ForwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
+  return reported([&] {
+    check(cuda::launch_by_known_plan(*p, *machine, 0, *plan, [&](const cuda::Plan& chosen) {
+      void* workspace = add_workspace(cuda::forward_workspace_bytes(*p, chosen));
+      return cuda::launch_forward(*p, chosen, workspace, nullptr);
+    }));
+  });
+}
+
+const char* batch_norm_known_backward(const BackwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
+  return reported([&] {
+    check(cuda::launch_by_known_plan(*p, *machine, 0, *plan, [&](const cuda::Plan& chosen) {
+      void* workspace = add_workspace(cuda::backward_workspace_bytes(*p, chosen));
+      return cuda::launch_backward(*p, chosen, workspace, nullptr);
+    }));
+  });
+}
+
+// Whether a pass on one machine and device is taken for another one.
+const char* batch_norm_alike_forward(const ForwardParams* a,
+                                     const cuda::Machine* machine_of_a,
+                                     int64_t device_of_a,
+                                     const ForwardParams* b,
+                                     const cuda::Machine* machine_of_b,
+                                     int64_t device_of_b,
+                                     int64_t* alike) {
+  return reported([&] {
+    *alike = cuda::key_of(*a, *machine_of_a, int(device_of_a)) == cuda::key_of(*b, *machine_of_b, int(device_of_b));
+  });
+}
+
+const char* batch_norm_alike_backward(const BackwardParams* a,
+                                      const cuda::Machine* machine_of_a,
+                                      int64_t device_of_a,
+                                      const BackwardParams* b,
+                                      const cuda::Machine* machine_of_b,
+                                      int64_t device_of_b,
+                                      int64_t* alike) {
+  return reported([&] {
+    *alike = cuda::key_of(*a, *machine_of_a, int(device_of_a)) == cuda::key_of(*b, *machine_of_b, int(device_of_b));
   });
 }
 

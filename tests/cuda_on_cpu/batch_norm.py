@@ -71,6 +71,10 @@ class Settings:
     """For which there is room, where other than a machine that has teams says."""
     refusal: tuple[str, int, int, int] | None = None
     """What the device is to refuse of a pass, as Device.refuse has it."""
+    remembers: bool = False
+    """Whether the thread launches by the plan of the last pass like this one, as the package does. Without a gap."""
+    capture: tuple[bool, int] = (False, 13000)
+    """Whether a graph is captured, and the driver's version, as Device.set_capture has them."""
 
     def misalignment_of(self, name: str) -> int:
         """Of the tensor of this name."""
@@ -125,16 +129,18 @@ class Kernels:
         else:
             self.device.set_machine(shared_bytes=shared_bytes)
         self.device.set_order(settings.policy, settings.seed)
+        self.device.set_capture(*settings.capture)
 
     def _run(self, direction: str, params: ForwardParams | BackwardParams, settings: Settings) -> Plan:
         plan = Plan()
         at = (ctypes.byref(params), ctypes.byref(settings.machine), ctypes.byref(plan))
-        self.device.call(f"batch_norm_plan_{direction}", *at)
-        settings.spread(plan)
+        if not settings.remembers:
+            self.device.call(f"batch_norm_plan_{direction}", *at)
+            settings.spread(plan)
         self.device.reset_counters()
         if settings.refusal is not None:
             self.device.refuse(*settings.refusal)
-        self.device.call(f"batch_norm_{direction}", *at)
+        self.device.call(f"batch_norm_{'known_' if settings.remembers else ''}{direction}", *at)
         return plan
 
     def _check_traffic(self, direction: str, params: ForwardParams | BackwardParams, plan: Plan, moved: Moved) -> None:

@@ -49,6 +49,7 @@ class Call:
     plan: Any
     launches: int
     counters: dict[str, Any]
+    calls: list[str]
 
 
 class CudaOnCpu:
@@ -90,7 +91,7 @@ class CudaOnCpu:
         """Keep what the device says of the pass that just ran."""
         device = kernels().device
         counters = {kind: device.counters(kind) for kind in ("activation", "parameter", "workspace")}
-        self.calls.append(Call(results["plan"], device.launch_count(), counters))
+        self.calls.append(Call(results["plan"], device.launch_count(), counters, device.calls()))
 
 
 def _params_dtype(x: Tensor, *vectors: Tensor | None) -> torch.dtype:
