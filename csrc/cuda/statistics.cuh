@@ -157,20 +157,39 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   });
 }
 
-// A channel's moments in double throughout: for values whose squares are beyond float32.
+// A channel's moments in double throughout: for values whose squares are beyond float32. Few threads go through the
+// whole channel, so each asks for several values before it waits, and finds the next one by additions.
 template <typename T>
 __device__ Moments moments_in_double(const Group& group, const Shape& shape, const T* x, int64_t channel) {
-  const double count = double(shape.values_per_channel());
+  constexpr int kAtATime = 8;
+  const int64_t count = shape.values_per_channel();
+  const int64_t plane = shape.channels_last ? 1 : shape.s;                      // adjacent values of the channel
+  const int64_t images = group.lanes / plane, positions = group.lanes % plane;  // from a thread's value to its next one
   const auto sum_of = [&](const auto& term) {
+    int64_t position = group.lane % plane;
+    int64_t at = (group.lane / plane * shape.c + channel) * plane + position;
     double sum = 0;
-    for (int64_t i = group.lane; i < shape.values_per_channel(); i += group.lanes) {
-      const int64_t offset =
-          shape.channels_last ? i * shape.c + channel : (i / shape.s * shape.c + channel) * shape.s + i % shape.s;
-      sum += term(double(load<1>(x + offset)[0]));
-    }
+    const auto add = [&](auto at_a_time) {
+      Vector<T, 1> values[at_a_time.value];
+#pragma unroll
+      for (Vector<T, 1>& value : values) {
+        value = load<1>(x + at);
+        position += positions;
+        at += images * shape.c * plane + positions;
+        if (position >= plane) {
+          position -= plane;
+          at += (shape.c - 1) * plane;
+        }
+      }
+#pragma unroll
+      for (const Vector<T, 1>& value : values) sum += term(double(value[0]));
+    };
+    int64_t left = (count - group.lane + group.lanes - 1) / group.lanes;
+    for (; left >= kAtATime; left -= kAtATime) add(Int<kAtATime>{});
+    for (; left > 0; --left) add(Int<1>{});
     return group.sum(sum);
   };
-  const double mean = sum_of([](double value) { return value; }) / count;
+  const double mean = sum_of([](double value) { return value; }) / double(count);
   return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
 }
 
