@@ -198,7 +198,7 @@ struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
     const auto [y, saved, mask] = dispatch_forward(*args, chosen);
     save(ctx, *args, saved, mask, own.has_value() ? chosen : own);
     *saved_out = saved;
-    *mask_out = mask_format.has_value() ? mask : at::empty({0}, mask.options());
+    *mask_out = mask_format.has_value() ? mask : at::empty({0}, y.options().dtype(at::kByte));
     return y;
   }
 

@@ -116,7 +116,8 @@ at::Tensor contiguous_or_none(const OptionalTensor& tensor, at::MemoryFormat for
   return tensor.has_value() && tensor->defined() ? tensor->contiguous(format) : at::Tensor();
 }
 
-// Both forward passes, of checked arguments. What can fail comes before the back-end writes anything.
+// Both forward passes, of checked arguments; the mask is undefined if it is not asked for. What can fail comes before
+// the back-end writes anything.
 ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const c10::DeviceGuard guard(a.input.device());  // kernels are launched on the current device
   const bool saves_mask = mask_format.has_value();
@@ -126,7 +127,8 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const ChannelVector weight(a.weight), bias(a.bias), running_mean(a.running_mean), running_var(a.running_var);
   const at::Tensor y = empty(x.sizes(), x.options().memory_format(format));
   const Saved saved{empty({4, x.size(1)}, x.options().dtype(accumulate_type_of(x.scalar_type())))};
-  const at::Tensor mask = empty({saves_mask ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
+  at::Tensor mask;
+  if (saves_mask) mask = empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
 
   const bool is_tracked = a.num_batches_tracked.has_value() && a.num_batches_tracked->defined();
   const bool counted_by_torch =
@@ -138,7 +140,7 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   }
   if (x.numel() == 0) {
     if (counted_by_torch) a.num_batches_tracked->add_(1);
-    return {y, saved.tensor.zero_(), mask.zero_()};
+    return {y, saved.tensor.zero_(), saves_mask ? mask.zero_() : mask};
   }
   const at::Tensor raised_count = counted_by_torch ? a.num_batches_tracked->clone().add_(1) : at::Tensor();
 
@@ -166,6 +168,12 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
     running_var.write_back();
   }
   return {y, saved.tensor, mask};
+}
+
+// As operators return it; inside, nobody makes an empty tensor, which costs a call of the allocator.
+ThreeTensors with_defined_mask(const ThreeTensors& results) {
+  const auto& [y, saved, mask] = results;
+  return {y, saved, mask.defined() ? mask : empty({0}, y.options().dtype(at::kByte))};
 }
 
 }  // namespace
@@ -203,7 +211,7 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 skip};
   check_arguments(args);
   check_mask(args, mask_format);
-  return batch_norm_of_checked(args, mask_format);
+  return with_defined_mask(batch_norm_of_checked(args, mask_format));
 }
 
 ThreeTensors batch_norm_inference(const at::Tensor& input,
@@ -221,7 +229,7 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
       input, mean, var, weight, bias, false, 0.0, eps, no_count, residual, {activation, activation_parameter}, {}};
   check_arguments(args);
   check_mask(args, mask_format);
-  return batch_norm_of_checked(args, mask_format);
+  return with_defined_mask(batch_norm_of_checked(args, mask_format));
 }
 
 at::Tensor batch_norm_repeat(const at::Tensor& input,
@@ -244,6 +252,7 @@ at::Tensor batch_norm_repeat(const at::Tensor& input,
   return y;
 }
 
+template <bool kAllDefined>
 FourTensors batch_norm_backward(const at::Tensor& dy,
                                 const at::Tensor& input,
                                 const OptionalTensor& weight,
@@ -267,15 +276,21 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
   const Saved s{saved.contiguous()};
   const ChannelVector w(weight);
   const auto options = x.options().dtype(w.defined() ? w.scalar_type() : saved.scalar_type());
-  const auto vector = [&](bool wanted) { return empty({wanted ? x.size(1) : 0}, options); };
+  const auto none = [](const at::TensorOptions& options) { return kAllDefined ? empty({0}, options) : at::Tensor(); };
+  const auto vector = [&](bool wanted) { return wanted ? empty({x.size(1)}, options) : none(options); };
   const auto like_x = [&](bool wanted) {
-    return wanted ? empty(x.sizes(), x.options().memory_format(format)) : empty({0}, x.options());
+    return wanted ? empty(x.sizes(), x.options().memory_format(format)) : none(x.options());
   };
   const at::Tensor dx = like_x(output_mask[0]);
   const at::Tensor dweight = vector(output_mask[1]);
   const at::Tensor dbias = vector(output_mask[2]);
   const at::Tensor dz = like_x(output_mask[3]);
-  if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_(), dz};
+  if (x.numel() == 0) {
+    for (const at::Tensor& gradient : {dweight, dbias}) {
+      if (gradient.defined()) gradient.zero_();
+    }
+    return {dx, dweight, dbias, dz};
+  }
 
   const bool is_none = activation.kind == ActivationKind::kNone;
   if (is_none && output_mask[3]) dz.copy_(dy);
@@ -285,7 +300,7 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
   BackwardParams p{};
   p.shape = shape_of(x, format);
   p.dtype = dtype_of(x.scalar_type());
-  p.params_dtype = dtype_of(dweight.scalar_type());
+  p.params_dtype = dtype_of(options.dtype().toScalarType());
   p.training = training;
   p.activation = activation;
   p.dy = g.const_data_ptr();
@@ -304,5 +319,8 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
   run_backward(x, p);
   return {dx, dweight, dbias, dz};
 }
+
+template decltype(batch_norm_backward<true>) batch_norm_backward<true>;
+template decltype(batch_norm_backward<false>) batch_norm_backward<false>;
 
 }  // namespace bn_ext

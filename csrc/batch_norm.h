@@ -53,7 +53,8 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   double activation_parameter,
                                   OptionalFormat mask_format);
 
-// The forward pass of the mode that `args` asks for, without the operators' checks.
+// The forward pass of the mode that `args` asks for, without the operators' checks. Without a mask_format, mask is
+// undefined.
 ThreeTensors batch_norm_of_checked(const BatchNormArguments& args, OptionalFormat mask_format);
 
 // y of either once more, bit-equal, from what it saved.
@@ -63,10 +64,11 @@ at::Tensor batch_norm_repeat(const at::Tensor& input,
                              OptionalName activation,
                              double activation_parameter);
 
-// dx, dweight, dbias, dresidual where `output_mask` says so, else an empty tensor. dweight and dbias have weight's
-// dtype; without a weight, that of saved. With a mask the residual is not needed, and dx and dresidual are of the
-// format in which forward was asked for it: of whatever layout input has become, as compilers choose layouts of their
-// own for the forward and the backward graph.
+// dx, dweight, dbias, dresidual where `output_mask` says so, else an empty tensor, or an undefined one where not all
+// are to be defined, as an operator's must be. dweight and dbias have weight's dtype; without a weight, that of saved.
+// With a mask the residual is not needed, and dx and dresidual are of the format in which forward was asked for it: of
+// whatever layout input has become, as compilers choose layouts of their own for the forward and the backward graph.
+template <bool kAllDefined>
 FourTensors batch_norm_backward(const at::Tensor& dy,
                                 const at::Tensor& input,
                                 const OptionalTensor& weight,

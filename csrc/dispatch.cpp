@@ -49,8 +49,9 @@ FourTensors dispatch_backward(const at::Tensor& dy, const SavedForBackward& s, s
                     s.activation.parameter,
                     output_mask);
   };
-  if (goes_to_kernels(dy, s.input, s.weight, s.saved, s.residual, s.mask)) return call(batch_norm_backward);
-  static const auto op = operator_handle<decltype(batch_norm_backward)>("bn_ext::batch_norm_backward");
+  if (goes_to_kernels(dy, s.input, s.weight, s.saved, s.residual, s.mask))
+    return call(batch_norm_backward</*kAllDefined=*/false>);
+  static const auto op = operator_handle<decltype(batch_norm_backward<true>)>("bn_ext::batch_norm_backward");
   return call([](const auto&... arguments) { return op.call(arguments...); });
 }
 

@@ -63,14 +63,14 @@ TORCH_LIBRARY_IMPL(bn_ext, CPU, m) {
   m.impl("batch_norm_forward", &batch_norm_forward);
   m.impl("batch_norm_inference", &batch_norm_inference);
   m.impl("batch_norm_repeat", &batch_norm_repeat);
-  m.impl("batch_norm_backward", &batch_norm_backward);
+  m.impl("batch_norm_backward", &batch_norm_backward<true>);
 }
 
 TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {
   m.impl("batch_norm_forward", &batch_norm_forward);
   m.impl("batch_norm_inference", &batch_norm_inference);
   m.impl("batch_norm_repeat", &batch_norm_repeat);
-  m.impl("batch_norm_backward", &batch_norm_backward);
+  m.impl("batch_norm_backward", &batch_norm_backward<true>);
 }
 
 }  // namespace bn_ext
