@@ -2,6 +2,8 @@
 #include "batch_norm_cuda.h"
 
 #include <ATen/Functions.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
@@ -9,6 +11,7 @@
 #include <map>
 #include <mutex>
 
+#include "counters.h"
 #include "kernels.h"
 #include "plan_cache.h"
 
@@ -88,14 +91,43 @@ class PassMemory {
   at::Tensor memory_;
 };
 
-// Launches a pass by launch(plan, stream), and says once where CUDA has refused it in one kernel.
-template <typename Params, typename Launch>
-void run(const Params& p, int device, const Launch& launch) {
+// Zeros for the counters of a grid's teams: those that all passes of the stream share, or else memory of the pass's own
+// that is cleared before its kernel, in a graph each time that it runs.
+class Counters {
+ public:
+  Counters(size_t bytes, int device, cudaStream_t stream) {
+    if (bytes == 0) return;
+    if (may_share(stream)) memory_ = zeros_of_stream(bytes, device, stream);
+    if (memory_ != nullptr) return;
+    own_ = PassMemory(bytes);
+    memory_ = own_.data();
+    C10_CUDA_CHECK(cudaMemsetAsync(memory_, 0, bytes, stream));
+  }
+  TeamCounters* data() const { return static_cast<TeamCounters*>(memory_); }
+
+ private:
+  static bool may_share(cudaStream_t stream) {
+    const bool is_captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+    return !is_captured && stream != cudaStreamPerThread;
+  }
+
+  PassMemory own_{0};
+  void* memory_ = nullptr;
+};
+
+// Launches a pass, and says once where CUDA has refused it in one kernel.
+template <typename Params>
+void run(const Params& p,
+         int device,
+         size_t (*bytes_of)(const Params&, const Plan&),
+         cudaError_t (*launch)(const Params&, const Plan&, const Workspace&, cudaStream_t)) {
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device));
   Plan plan;
   cudaError_t refusal = cudaSuccess;
   const cudaError_t error = launch_by_known_plan(p, machine_of(device), device, plan, [&](const Plan& chosen) {
-    const cudaError_t launched = launch(chosen, stream);
+    const PassMemory memory(bytes_of(p, chosen));
+    const Counters counters(counter_bytes(chosen), device, stream);
+    const cudaError_t launched = launch(p, chosen, {memory.data(), counters.data()}, stream);
     if (chosen.resident()) refusal = launched;
     return launched;
   });
@@ -107,27 +139,10 @@ void run(const Params& p, int device, const Launch& launch) {
                   "cluster asks for smaller teams or none");
 }
 
-template <typename Params, typename Launch>
-void run_with_memory(const Params& p, int device, size_t (*bytes)(const Params&, const Plan&), const Launch& launch) {
-  run(p, device, [&](const Plan& plan, cudaStream_t stream) {
-    const PassMemory memory(bytes(p, plan));
-    const PassMemory counters(counter_bytes(plan));
-    if (counters.data() != nullptr) {
-      const cudaError_t error = cudaMemsetAsync(counters.data(), 0, counter_bytes(plan), stream);
-      if (error != cudaSuccess) return error;
-    }
-    return launch(p, plan, Workspace{memory.data(), static_cast<TeamCounters*>(counters.data())}, stream);
-  });
-}
-
 }  // namespace
 
-void forward(const ForwardParams& p, int device) {
-  run_with_memory(p, device, forward_workspace_bytes, launch_forward);
-}
+void forward(const ForwardParams& p, int device) { run(p, device, forward_workspace_bytes, launch_forward); }
 
-void backward(const BackwardParams& p, int device) {
-  run_with_memory(p, device, backward_workspace_bytes, launch_backward);
-}
+void backward(const BackwardParams& p, int device) { run(p, device, backward_workspace_bytes, launch_backward); }
 
 }  // namespace bn_ext::cuda

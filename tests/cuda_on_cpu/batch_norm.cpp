@@ -2,6 +2,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../../csrc/cuda/counters.h"
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/plan.h"
 #include "../../csrc/cuda/plan_cache.h"
@@ -15,19 +16,22 @@ using cuda_on_cpu::reported;
 
 namespace {
 
-// Calls launch(workspace), which begins with counters at zero and must leave them so.
-template <typename Launch>
-cudaError_t with_workspace(const cuda::Plan& plan, size_t bytes, const Launch& launch) {
+// With a workspace for this pass, whose counters begin at zero and must end so.
+template <typename Params>
+cudaError_t launch(const Params& p,
+                   const cuda::Plan& plan,
+                   size_t (*bytes_of)(const Params&, const cuda::Plan&),
+                   cudaError_t (*pass)(const Params&, const cuda::Plan&, const cuda::Workspace&, cudaStream_t)) {
   using cuda_on_cpu::add_buffer, cuda_on_cpu::Contents, cuda_on_cpu::Kind;
-  const size_t counted = counter_bytes(plan);
-  const std::vector<unsigned char> zeros(counted);
+  const size_t bytes = bytes_of(p, plan), counted = counter_bytes(plan);
   cuda::Workspace workspace{};
   if (bytes > 0) workspace.memory = add_buffer({"workspace", Kind::workspace, bytes});
   if (counted > 0) {
     void* counters = add_buffer({"counters", Kind::workspace, counted, 0, Contents::zero});
     workspace.counters = static_cast<cuda::TeamCounters*>(counters);
   }
-  const cudaError_t error = launch(workspace);
+  const cudaError_t error = pass(p, plan, workspace, nullptr);
+  const std::vector<unsigned char> zeros(counted);
   if (counted > 0 && std::memcmp(workspace.counters, zeros.data(), counted) != 0) {
     throw Fault("a pass has left counters of its teams that are not zero");
   }
@@ -88,9 +92,7 @@ const char* batch_norm_traffic_backward(const BackwardParams* p, const cuda::Pla
 const char* batch_norm_forward(const ForwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
   return reported([&] {
     check(cuda::launch_or_do_without_teams(*p, *machine, *plan, [&](const cuda::Plan& chosen) {
-      return with_workspace(chosen, cuda::forward_workspace_bytes(*p, chosen), [&](const cuda::Workspace& workspace) {
-        return cuda::launch_forward(*p, chosen, workspace, nullptr);
-      });
+      return launch(*p, chosen, cuda::forward_workspace_bytes, cuda::launch_forward);
     }));
   });
 }
@@ -98,9 +100,7 @@ const char* batch_norm_forward(const ForwardParams* p, const cuda::Machine* mach
 const char* batch_norm_backward(const BackwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
   return reported([&] {
     check(cuda::launch_or_do_without_teams(*p, *machine, *plan, [&](const cuda::Plan& chosen) {
-      return with_workspace(chosen, cuda::backward_workspace_bytes(*p, chosen), [&](const cuda::Workspace& workspace) {
-        return cuda::launch_backward(*p, chosen, workspace, nullptr);
-      });
+      return launch(*p, chosen, cuda::backward_workspace_bytes, cuda::launch_backward);
     }));
   });
 }
@@ -110,8 +110,7 @@ const char* batch_norm_backward(const BackwardParams* p, const cuda::Machine* ma
 const char* batch_norm_known_forward(const ForwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
   return reported([&] {
     check(cuda::launch_by_known_plan(*p, *machine, 0, *plan, [&](const cuda::Plan& chosen) {
-      void* workspace = add_workspace(cuda::forward_workspace_bytes(*p, chosen));
-      return cuda::launch_forward(*p, chosen, workspace, nullptr);
+      return launch(*p, chosen, cuda::forward_workspace_bytes, cuda::launch_forward);
     }));
   });
 }
@@ -119,10 +118,15 @@ const char* batch_norm_known_forward(const ForwardParams* p, const cuda::Machine
 const char* batch_norm_known_backward(const BackwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {
   return reported([&] {
     check(cuda::launch_by_known_plan(*p, *machine, 0, *plan, [&](const cuda::Plan& chosen) {
-      void* workspace = add_workspace(cuda::backward_workspace_bytes(*p, chosen));
-      return cuda::launch_backward(*p, chosen, workspace, nullptr);
+      return launch(*p, chosen, cuda::backward_workspace_bytes, cuda::launch_backward);
     }));
   });
+}
+
+// The counters of a stream, which is but a number here.
+const char* batch_norm_zeros_of_stream(int64_t bytes, int64_t device, int64_t stream, void** memory) {
+  return reported(
+      [&] { *memory = cuda::zeros_of_stream(size_t(bytes), int(device), reinterpret_cast<cudaStream_t>(stream)); });
 }
 
 // Whether a pass on one machine and device is taken for another one.

@@ -53,7 +53,8 @@ std::set<const void*> launched_kernels();
 // What a device may refuse though it said that there is room: it is shared, or has no memory left.
 enum class Call {
   launch,
-  load,  // of a kernel's code, by cudaFuncGetAttributes
+  load,      // of a kernel's code, by cudaFuncGetAttributes
+  allocate,  // by cudaMalloc
 };
 
 constexpr std::int64_t kForEver = -1;

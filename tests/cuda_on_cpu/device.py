@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 POLICIES = ["ascending", "descending", "random", "priorities"]
 KINDS = ["activation", "parameter", "workspace"]
-CALLS = ["launch", "load"]
+CALLS = ["launch", "load", "allocate"]
 CONTENTS = ["poison", "copied", "zero"]
 
 
@@ -132,7 +132,7 @@ class Device:
         return count.value
 
     def refuse(self, call: str, granted: int, refused: int, error: int) -> None:
-        """Let calls after the next ``granted`` ones give this error: so many "launch" or "load" calls, or all (-1)."""
+        """Let calls after the next ``granted`` ones give this error: so many of one of CALLS, or all (-1)."""
         self.call("cuda_on_cpu_refuse", CALLS.index(call), granted, refused, error)
 
     def last_error(self) -> int:

@@ -46,7 +46,6 @@ inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_
 
 using cudaGraph_t = int*;
 using cudaGraphExec_t = int*;
-enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return cudaSuccess; }
 inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) { return cudaSuccess; }
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, unsigned) { return cudaSuccess; }

@@ -26,7 +26,7 @@ struct Device {
   std::int64_t launches = 0;
   std::set<const void*> kernels;  // that were launched
   cudaError_t last_error = cudaSuccess;
-  Refusal refusals[2];  // of each Call
+  Refusal refusals[3];  // of each Call
   bool captures = false;
   int driver_version = CUDART_VERSION;
   std::vector<std::string> calls;
@@ -218,6 +218,8 @@ void reset() { replace_device(); }
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
   static std::int64_t count = 0;
+  cuda_on_cpu::record("cudaMalloc");
+  if (const cudaError_t refused = cuda_on_cpu::wished(cuda_on_cpu::Call::allocate)) return refused;
   *memory =
       cuda_on_cpu::device().memory.add({"allocation " + std::to_string(++count), cuda_on_cpu::Kind::activation, bytes});
   return cudaSuccess;
@@ -252,6 +254,13 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStre
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   cuda_on_cpu::record("cudaStreamIsCapturing");
   *status = cuda_on_cpu::device().captures ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
+  cuda_on_cpu::record("cudaThreadExchangeStreamCaptureMode");
+  std::swap(*mode, current);
   return cudaSuccess;
 }
 

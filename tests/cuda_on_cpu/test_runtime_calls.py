@@ -1,5 +1,7 @@
 """What a pass asks of CUDA: the second one of a known kind the launches, and nothing else."""
 
+import ctypes
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +13,7 @@ import torch
 from bn_ext import testing
 
 from . import build
-from .batch_norm import GENERAL, Settings
+from .batch_norm import GENERAL, Settings, kernels
 from .device import Fault
 from .operators import Call, CudaOnCpu, bits
 from .structs import OF_H200, Machine
@@ -218,3 +220,37 @@ def test_only_so_many_plans_are_remembered() -> None:
     known, one_more, new, forgotten = in_a_thread(run_all)
     assert known == new == [f"{LAUNCH} early"] * 3
     assert one_more == forgotten == ["cudaGetDevice"] * 3 + known
+
+
+STREAMS = itertools.count(1)
+"""Numbers of streams that no test has used yet."""
+
+
+def zeros_of_stream(size: int, device: int, stream: int) -> int | None:
+    """The address of a stream's counters."""
+    memory = ctypes.c_void_p()
+    kernels().device.call("batch_norm_zeros_of_stream", size, device, stream, ctypes.byref(memory))
+    return memory.value
+
+
+def test_counters_of_a_stream_are_made_once() -> None:
+    """Of each stream of each device; again where they are too few, and where there was no memory for them."""
+    device = kernels().device
+    device.reset()
+    first, other = next(STREAMS), next(STREAMS)
+    device.refuse("allocate", 0, 1, 2)
+    assert zeros_of_stream(16, 0, first) is None
+    assert device.last_error() == 0
+    device.clear_calls()
+    exchange = "cudaThreadExchangeStreamCaptureMode"
+    memory = zeros_of_stream(16, 0, first)
+    assert memory is not None
+    assert device.calls() == [exchange, "cudaMalloc", "cudaMemsetAsync", exchange]
+    assert ctypes.string_at(memory, 16) == bytes(16)
+    device.clear_calls()
+    assert zeros_of_stream(1 << 16, 0, first) == memory
+    assert device.calls() == []
+    apart = {memory, zeros_of_stream(16, 1, first), zeros_of_stream(16, 0, other), zeros_of_stream(1 << 17, 0, first)}
+    assert len(apart) == 4
+    assert zeros_of_stream(16, 0, first) in apart - {memory}
+    device.reset()

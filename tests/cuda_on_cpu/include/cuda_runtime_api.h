@@ -72,6 +72,14 @@ enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 
+// Which calls a capture forbids; here none.
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal = 0,
+  cudaStreamCaptureModeThreadLocal = 1,
+  cudaStreamCaptureModeRelaxed = 2,
+};
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
+
 #define CUDART_VERSION 13000
 cudaError_t cudaDriverGetVersion(int* version);
 
