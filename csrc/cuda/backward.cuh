@@ -74,14 +74,14 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
 // Channel by channel: dweight, dbias, and the slope and shift of grad_input_kernel, in (2, C) coefficients.
 // Grid: a group of `lanes` threads per channel.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) finalise_gradients_kernel(
+__global__ void __launch_bounds__(kMaxThreads) finalise_gradients_kernel(
     const Plan plan, int lanes, const BackwardParams p, const GradSums* partials, acc_t<T>* coefficients) {
   wait_for_earlier_kernels();
   using A = acc_t<T>;
   const ChannelSums<GradSums> sums(plan, lanes, partials);
   SavedScale saved = {};
   if (sums.is_first()) saved = load_scale<A>(p, sums.channel);
-  const GradSums total = merge(sums.group, sums.parts, sums);
+  const GradSums total = merge<kFinalisedAtATime>(sums.group, sums.parts, sums);
   if (!sums.is_first()) return;
 
   store_gradients(p, sums.channel, saved.rstd, total);

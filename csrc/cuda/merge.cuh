@@ -103,12 +103,11 @@ class Merging<GradSums> {
   GradSums total_ = {0, 0};
 };
 
-// Merges get(0) ... get(parts - 1), of count_of(i) values each; `share` of one value in all of them. Several parts are
+// Merges get(0) ... get(parts - 1), of count_of(i) values each; `share` of one value in all of them. kAtATime parts are
 // asked for before the first one is waited for.
-template <typename Get, typename CountOf>
+template <int kAtATime = 4, typename Get, typename CountOf>
 __device__ auto merge(const Group& group, int64_t parts, const Get& get, const CountOf& count_of, double share) {
   using Sums = decltype(get(0));
-  constexpr int kAtATime = 4;
   Sums some[kAtATime] = {};
   const auto load_from = [&](int64_t first) {
 #pragma unroll
@@ -129,9 +128,9 @@ __device__ auto merge(const Group& group, int64_t parts, const Get& get, const C
   return merging.total(share);
 }
 
-template <typename Get>
+template <int kAtATime = 4, typename Get>
 __device__ GradSums merge(const Group& group, int64_t parts, const Get& get) {
-  return merge(group, parts, get, [](int64_t) { return 1.0; }, 1.0);
+  return merge<kAtATime>(group, parts, get, [](int64_t) { return 1.0; }, 1.0);
 }
 
 // The sums of a thread's values, of equally many each, `count`, in one.

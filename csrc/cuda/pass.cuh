@@ -50,6 +50,8 @@ class Pass {
   cudaError_t error_ = cudaSuccess;
 };
 
+constexpr int kFinalisedAtATime = 6;  // partial sums of a thread: nothing else hides the memory's latency
+
 // The partial sums of the channel that a thread's group merges, one for each segment. Groups without a channel, and
 // threads that are not `first`, must stay until all have merged.
 template <typename Sums>

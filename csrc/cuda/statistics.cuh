@@ -261,7 +261,7 @@ __device__ void store_statistics(const ForwardParams& p,
 // Channel by channel, from the partial moments.
 // Grid: a group of `lanes` threads per channel.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
+__global__ void __launch_bounds__(kMaxThreads)
     finalise_statistics_kernel(const Plan plan, int lanes, const ForwardParams p, const Moments* partials) {
   wait_for_earlier_kernels();
   const ChannelSums<Moments> sums(plan, lanes, partials);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   if (sums.is_first()) own = load_weight_and_bias(p, sums.channel);
   const double share = 1 / double(p.shape.values_per_channel());
   const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
-  const Moments merged = merge(sums.group, sums.parts, sums, count_of, share);
+  const Moments merged = merge<kFinalisedAtATime>(sums.group, sums.parts, sums, count_of, share);
   const Moments total = mend_overflow<T>(sums.group, p, sums.channel, sums.parts > 0, merged);
   if (!sums.is_first()) return;
   store_statistics(p, sums.channel, total, affine_of_batch<acc_t<T>>(p, own, total));
