@@ -140,11 +140,11 @@ pytest_step() {
     -p no:cacheprovider --ignore=tests/cuda_on_cpu --junitxml="$out/$name.xml" "$@"
 }
 
-built=(--exclude='*.so' --exclude=_build_config.py)
+# Without what earlier builds left, also in other folders: it would be taken for what this one makes.
+built=(--exclude='*.so' --exclude=_build_config.py --exclude=./build --exclude=kernels_driver_program)
 [ "${USE_BUILT:-0}" = 1 ] && built=()
-(cd "$sources" && tar --exclude=.git --exclude=.venv --exclude=./gpu-check "${built[@]}" \
-  --exclude=__pycache__ -cf - .) | tar -xf - -C "$copy" || stop "the sources could not be copied"
-[ "${USE_BUILT:-0}" = 1 ] || rm -rf "$copy/build"
+(cd "$sources" && tar --exclude=.git --exclude=.venv --exclude=./gpu-check --exclude="./${out#"$sources/"}" \
+  "${built[@]}" --exclude=__pycache__ -cf - .) | tar -xf - -C "$copy" || stop "the sources could not be copied"
 # Of the metadata, what setuptools before 77 refuses and this build does not need.
 sed -i '/^license/d' "$copy/pyproject.toml"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,14 @@ esac
 echo "$*"
 for word in $FAIL; do case "$*" in *"$word"*) exit 1 ;; esac; done
 case "$*" in
-  *build_ext*) for file in $MAKES; do mkdir -p "$(dirname "$file")"; touch "$file"; done ;;
-  *"${{HANG:-nothing}}") trap 'echo caught INT; exit 1' INT; touch "$READY"; while :; do read -rt 1 <> <(:); done ;;
+  *build_info*) find . -type f ;;
+  *build_ext*) find . -type f; for file in $MAKES; do mkdir -p "$(dirname "$file")"; touch "$file"; done ;;
+  *"${{HANG:-nothing}}")
+    exec 3<> <(:) # opened before the trap: bash that is interrupted while it parses a substitution cannot parse a trap
+    trap 'echo caught INT; exit 1' INT
+    touch "$READY"
+    while :; do read -rt 1 -u 3; done
+    ;;
 esac
 report='{report}'
 for argument; do
@@ -48,6 +55,7 @@ class Check:
     """Runs the script, and reads what it leaves."""
 
     def __init__(self, folder: Path):
+        self.script = SCRIPT
         self.folder = folder / "out"
         self.tools = folder / "bin"
         self.tools.mkdir()
@@ -70,7 +78,7 @@ class Check:
         path = f"{self.tools}:{os.environ['PATH']}"
         variables = {"PATH": path, "PYTHON": str(self.tools / "python"), "FAIL": "", "CUDA_HOME": "", "CUT": ""}
         variables |= {"MAKES": " ".join(self.made), "INCOMPLETE_TOOL": ""} | environment
-        command = ["bash", str(SCRIPT), str(self.folder), *steps]
+        command = ["bash", str(self.script), str(self.folder), *steps]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | variables
         )
@@ -139,6 +147,25 @@ def test_what_was_built_before_is_taken(check: Check) -> None:
     assert check("build", USE_BUILT="1").returncode == 0
     assert "bn_ext.build_info()" in check.log("build")
     assert check.results() == {"build": "passed"}
+
+
+@pytest.mark.slow
+def test_build_products_of_the_checkout_are_copied_only_on_request(check: Check) -> None:
+    """An old program or object would be taken for one of this build."""
+    checkout = check.folder.parent / "checkout"
+    for file in ("scripts/gpu_check.sh", "scripts/gpu_summary.py", "benchmarks/origin.py", "pyproject.toml"):
+        (checkout / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(SCRIPT.parents[1] / file, checkout / file)
+    products = ["bn_ext/_C.so", "bn_ext/_build_config.py", "build/temp.x/csrc/cuda/kernels.o", "kernels_driver_program"]
+    for file in products:
+        (checkout / file).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / file).touch()
+    check.script = checkout / "scripts" / "gpu_check.sh"
+    for use_built, expected in (("0", []), ("1", products)):
+        assert check("build", USE_BUILT=use_built).returncode == 0
+        copied = check.log("build").splitlines()
+        assert "./scripts/gpu_check.sh" in copied
+        assert [file for file in products if f"./{file}" in copied] == expected
 
 
 @pytest.mark.slow
