@@ -13,17 +13,22 @@ from bn_ext import activations, build_info, explain, testing
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-def _verify() -> int:
+def _verify(device: str | None) -> int:
     """Print one line per device, dtype, layout and mode; 1 if any error exceeds its tolerance."""
-    if not build_info().loaded:
-        print(f"bn_ext verify: {build_info().reason}", file=sys.stderr)
+    info = build_info()
+    if not info.loaded:
+        print(f"bn_ext verify: {info.reason}", file=sys.stderr)
+        return 1
+    if device is not None and device not in testing.devices():
+        reason = "torch sees no GPU" if info.cuda else info.cuda_reason
+        print(f"bn_ext verify: --device {device}: bn_ext cannot run there: {reason}", file=sys.stderr)
         return 1
     print("Worst error against float64, as a share of its tolerance (bn_ext.testing.TOLERANCE):\n")
     header = ("device", "dtype", "layout", "mode", *testing.QUANTITIES)
     widths = [max(len(name), width) for name, width in zip(header, (6, 8, 13, 8, *[7] * 6), strict=True)]
     print("  ".join(name.ljust(width) for name, width in zip(header, widths, strict=True)))
     failures = count = 0
-    for row in testing.verify():
+    for row in testing.verify(on=None if device is None else [device]):
         count += 1
         failures += not row.passed
         mode = "training" if row.training else "eval"
@@ -61,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bn_ext")
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("info", help="the default: versions, CUDA, instruction set, threads")
-    commands.add_parser("verify", help="compare with float64 formulas")
+    verifying = commands.add_parser("verify", help="compare with float64 formulas")
+    verifying.add_argument("--device", choices=("cpu", "cuda"), help="only on this one; default: on all there are")
     explaining = commands.add_parser("explain", help="the plan of the CUDA kernels for a shape: see bn_ext.explain")
     explaining.add_argument("input_shape", nargs="+", type=int, metavar="size", help="N C H W")
     explaining.add_argument("--dtype", choices=_DTYPES, default="float32")
@@ -73,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "verify":
         try:
-            return _verify()
+            return _verify(options.device)
         except RuntimeError as error:  # as a wrong value of a variable of the environment
             print(f"bn_ext verify: {error}", file=sys.stderr)
             return 1

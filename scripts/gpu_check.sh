@@ -6,21 +6,28 @@
 #
 # The steps, in their order:
 #   build        for this GPU, unless an earlier call into the folder did so from the same sources; USE_BUILT=1 takes the
-#                extension that is built in this checkout
-#   limits       what the GPU can do: benchmarks.device_limits
-#   verify       bn_ext against float64, with all teams and with the smaller ones
-#   sanitize     every kernel on small tensors, alone and under each tool of compute-sanitizer
-#   benchmark    against every rival: benchmarks, for BENCH_SECONDS (default 200)
+#                extension (and the kernels_driver_program) that is built in this checkout
+#   verify       bn_ext against float64 on the GPU, with all teams, with the smaller ones, and without early starts
+#   kernels      every kernel on small tensors: tests/kernels_driver
+#   grids        two cooperative grids at a time, before anything else could hang on them
 #   tests        the suite on the GPU
-#   faults       work that holds the GPU, many processes, no memory
+#   faults       work that holds the GPU, launches under stress, many processes, no memory
 #   large        tensors of more than 2^31 elements, and other tests that want the GPU for themselves
+#   limits       what the GPU can do: benchmarks.device_limits
+#   benchmark    against every rival: benchmarks, for BENCH_SECONDS (default 60)
 #   bytes        bytes from and to memory, by ncu: benchmarks.dram
 #   training     whole models: benchmarks.training, for TRAIN_SECONDS (default 200)
 #   convergence  does training end as well: benchmarks.convergence
+#   sanitize     every kernel on small tensors under each tool of compute-sanitizer
 #
-# The folder gets a log for each step, results as JSON (those of a measurement that was cut off as ....partial.json), and
-# summary.json. With the folder of an earlier call on the same kind of GPU, benchmark and training go on where that
-# ended. GPU_SECONDS (default 1500) is the time for all together: what does not fit is cut off, and the summary says so.
+# Two names stand for the steps of one call where a GPU is lent for 15 minutes in all, and 10 minutes a call:
+#   first        build verify kernels grids tests
+#   second       build faults large limits benchmark sanitize, with the same folder, which has the build
+#
+# The folder gets a log for each step, results as JSON (those of a measurement that was cut off as ....partial.json),
+# summary.json, and all of these in results.tar.gz. With the folder of an earlier call on the same kind of GPU, benchmark
+# and training go on where that ended. GPU_SECONDS is the time for all together (default: 420 for first, 360 for second,
+# else 1500): what does not fit is cut off, and the summary says so.
 # Nothing is installed: PYTHON (default python3) must have torch with CUDA, pytest, and pytest-benchmark for the
 # benchmarks; CUDA_HOME or the PATH an nvcc. A step that fails does not keep the next ones from running; the exit status
 # is 0 only if none failed.
@@ -28,7 +35,9 @@ set -u
 
 sources=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
-all="build limits verify sanitize benchmark tests faults large bytes training convergence"
+all="build verify kernels grids tests faults large limits benchmark bytes training convergence sanitize"
+first="build verify kernels grids tests"
+second="build faults large limits benchmark sanitize"
 
 stop() {
   echo "gpu_check: $1" >&2
@@ -37,26 +46,25 @@ stop() {
 
 folder=${1:-gpu-check}
 [ $# -gt 0 ] && shift
-chosen=" ${*:-$all} "
+seconds=1500
+case "$*" in
+  first) seconds=420 chosen=" $first " ;;
+  second) seconds=360 chosen=" $second " ;;
+  *) chosen=" ${*:-$all} " ;;
+esac
 for name in $chosen; do
-  case " $all " in *" $name "*) ;; *) stop "there is no step $name; there are: $all" ;; esac
+  case " $all " in *" $name "*) ;; *) stop "there is no step $name; there are: $all; or first, or second" ;; esac
 done
-total=${GPU_SECONDS:-1500}
+total=${GPU_SECONDS:-$seconds}
 case $total in *[!0-9]* | "") stop "GPU_SECONDS must be a number of seconds, got $total" ;; esac
 
 python=$(command -v "$python") || stop "there is no ${PYTHON:-python3}"
 case $python in /*) ;; *) python=$PWD/$python ;; esac
-"$python" -c 'import torch' 2>/dev/null ||
-  stop "$python cannot import torch; name another Python with PYTHON=, as PYTHON=.venv/bin/python"
-"$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null ||
-  stop "torch sees no GPU on this machine; the tests that need none are run by make test"
 if [ -n "${CUDA_HOME:-}" ]; then PATH=$CUDA_HOME/bin:$PATH; fi
 command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] ||
   stop "no nvcc was found; install the CUDA toolkit of torch's version or set CUDA_HOME to it"
-"$python" -c 'import pytest' 2>/dev/null || stop "$python cannot import pytest"
-capabilities='import torch
-print(";".join(sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})))'
-architectures=$("$python" -c "$capabilities") || stop "torch could not tell the GPU's compute capability"
+answers=$("$python" "$sources/scripts/gpu_probe.py") || exit 2 # which has printed the reason
+{ read -r architectures && read -r state && read -r packages && read -r machine; } <<<"$answers"
 export BN_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architectures}"
 
 mkdir -p "$folder" || stop "the folder $folder cannot be made"
@@ -67,8 +75,9 @@ steps=$out/steps.tsv # name, result, exit status, seconds, command
 
 # Written also when something ends the script before its time.
 finish() {
-  "$python" "$sources/scripts/gpu_summary.py" "$steps" "$sources" "$out"
+  "$python" "$sources/scripts/gpu_summary.py" "$steps" "$sources" "$out" "$state" "$machine"
   status=$?
+  (cd "$out" && tar --exclude='./built-*.tar' --exclude=./results.tar.gz --exclude=./steps.tsv -czf results.tar.gz .)
   rm -rf "$copy" "$steps"
   exit "$status"
 }
@@ -87,7 +96,7 @@ interrupted() {
 trap interrupted INT TERM
 
 wanted() { [[ $chosen == *" $1 "* ]]; }
-has() { "$python" -c "import $1" 2>/dev/null; }
+has() { [[ " $packages " == *" $1 "* ]]; }
 
 # step NAME SECONDS COMMAND...: runs it in the copy, at most so long and not beyond the end of all; its output goes to
 # NAME.log.
@@ -150,7 +159,6 @@ sed -i '/^license/d' "$copy/pyproject.toml"
 
 objects() { ls -td "$copy"/build/temp*/csrc/cuda 2>/dev/null | head -n 1; }
 told='import bn_ext; info = bn_ext.build_info(); print(info); raise SystemExit(not (info.loaded and info.cuda))'
-state=$(cd "$copy" && "$python" -c 'from benchmarks import origin; print(origin.sources())')
 kept=$out/built-$state.tar
 keep_build() {
   (cd "$copy" && tar -cf "$kept" bn_ext/*.so bn_ext/_build_config.py build/temp*/csrc/cuda) 2>/dev/null || rm -f "$kept"
@@ -164,62 +172,51 @@ else
   step build "$total" env NVCC_APPEND_FLAGS=-lineinfo "$python" setup.py build_ext --inplace && keep_build
 fi || stop "without a build there is nothing to check"
 
+if wanted verify; then
+  verify=("$python" -m bn_ext verify --device cuda)
+  step verify 60 "${verify[@]}"
+  for teams in none block cluster; do # where verify fails, which teams it takes to fail, and whether early starts
+    step "verify-$teams" 30 env BN_EXT_CUDA_TEAMS="$teams" "${verify[@]}"
+  done
+  step verify-late 30 env BN_EXT_CUDA_EARLY=0 "${verify[@]}"
+fi
+
+# make_driver: builds the program that runs every kernel, unless it is there; at most one attempt.
+driver=$copy/kernels_driver_program attempted=
+make_driver() {
+  local found
+  found=$(objects) # without which the kernels are compiled once more
+  if [ -z "$attempted" ] && [ ! -x "$driver" ]; then
+    step driver 200 tests/kernels_driver/build.sh "$driver" ${found:+"$found"}
+  fi
+  attempted=1
+  [ -x "$driver" ]
+}
+if wanted kernels && make_driver; then step kernels 60 "$driver"; fi
+
+grids=tests/test_cuda_two_grids.py
+faults=(tests/test_cuda_faults.py tests/test_cuda_launches.py tests/test_cuda_out_of_memory.py)
+if wanted grids; then pytest_step grids 120 -x "$grids"; fi
+if wanted tests; then
+  workers=()
+  if has xdist; then workers=(-n 6 --dist worksteal); fi
+  apart=("--ignore=$grids" "${faults[@]/#/--ignore=}")
+  pytest_step tests 300 "${workers[@]}" -m "not large_memory and not alone" "${apart[@]}"
+fi
+if wanted faults; then pytest_step faults 150 "${faults[@]}"; fi
+if wanted large; then pytest_step large 90 -m "large_memory or alone"; fi
+
 if wanted limits; then
   step limits 70 "$python" -m benchmarks.device_limits --budget 60 --json "$out/device_limits.json"
 fi
-
-if wanted verify; then
-  step verify 60 "$python" -m bn_ext verify
-  for teams in none block cluster; do # where verify fails, which teams it takes to fail
-    step "verify-$teams" 30 env BN_EXT_CUDA_TEAMS="$teams" "$python" -m bn_ext verify
-  done
-fi
-
-# What the tools see:
-#   memcheck   accesses outside of allocations, global and shared ones, misaligned ones, and CUDA's own errors
-#   racecheck  shared memory that threads of a block use without a barrier between them; not global memory, so not how
-#              the teams of a grid exchange sums
-#   initcheck  reads of global memory that nothing has written; not shared memory
-#   synccheck  barriers and warp operations that some of their threads do not reach, or with a wrong mask
-# None of them sees a missing fence.
-if wanted sanitize; then
-  driver=$copy/kernels_driver_program
-  found=$(objects) # without which the kernels are compiled once more
-  if step driver 200 bash -c '"$0" "$@" && "$1"' tests/kernels_driver/build.sh "$driver" ${found:+"$found"}; then
-    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
-    for tool in memcheck racecheck initcheck synccheck; do
-      of_tool=() of_driver=(--verbose --seconds 24)
-      case $tool in
-        memcheck) of_tool=(--padding 256 --destroy-on-device-error kernel) ;; # so that the other cases run too
-        initcheck) of_driver+=(--unwritten) ;;
-      esac
-      if [ -n "$sanitizer" ]; then
-        INCOMPLETE="not all cases, see the end of $tool.log" step "$tool" 50 \
-          "$sanitizer" --tool "$tool" --error-exitcode 9 "${of_tool[@]}" "$driver" "${of_driver[@]}"
-      else
-        skip "$tool" "compute-sanitizer is not installed"
-      fi
-    done
-  fi
-fi
-
 if wanted benchmark; then
   if has pytest_benchmark; then
-    step benchmark $((${BENCH_SECONDS:-200} + 60)) "$python" -m benchmarks --resume --budget "${BENCH_SECONDS:-200}" \
+    step benchmark $((${BENCH_SECONDS:-60} + 60)) "$python" -m benchmarks --resume --budget "${BENCH_SECONDS:-60}" \
       --json "$out/batch_norm.json"
   else
     skip benchmark "pytest-benchmark is not installed"
   fi
 fi
-
-if wanted tests; then
-  workers=()
-  if has xdist; then workers=(-n 6 --dist worksteal); fi
-  apart=(--ignore=tests/test_cuda_faults.py --ignore=tests/test_cuda_out_of_memory.py)
-  pytest_step tests 300 "${workers[@]}" -m "not large_memory and not alone" "${apart[@]}"
-fi
-if wanted faults; then pytest_step faults 150 tests/test_cuda_faults.py tests/test_cuda_out_of_memory.py; fi
-if wanted large; then pytest_step large 120 -m "large_memory or alone"; fi
 if wanted bytes; then step bytes 130 "$python" -m benchmarks.dram --budget 60 --json "$out/dram.json"; fi
 if wanted training; then
   step training $((${TRAIN_SECONDS:-200} + 60)) "$python" -m benchmarks.training --resume \
@@ -227,5 +224,32 @@ if wanted training; then
 fi
 if wanted convergence; then
   step convergence 60 "$python" -m benchmarks.convergence --budget 30 --json "$out/convergence.json"
+fi
+
+# What the tools see:
+#   memcheck   accesses outside of allocations, global and shared ones, misaligned ones, and CUDA's own errors
+#   racecheck  shared memory that threads of a block use without a barrier between them; not global memory, so not how
+#              the teams of a grid exchange sums. It is not documented to take barrier.cluster for a barrier between the
+#              threads of a block. So a hazard is expected to be the tool's, and needs no mending, if both accesses are
+#              to sums_ or coefficients_ (exchange.cuh), the case (printed before it) has teams of clusters, and a
+#              cluster barrier lies between the two lines. Any other hazard is real
+#   initcheck  reads of global memory that nothing has written; not shared memory
+#   synccheck  barriers and warp operations that some of their threads do not reach, or with a wrong mask
+# None of them sees a missing fence.
+if wanted sanitize && make_driver; then
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
+  for tool in memcheck racecheck initcheck synccheck; do
+    of_tool=() of_driver=(--verbose --seconds 24)
+    case $tool in
+      memcheck) of_tool=(--padding 256 --destroy-on-device-error kernel) ;; # so that the other cases run too
+      initcheck) of_driver+=(--unwritten) ;;
+    esac
+    if [ -n "$sanitizer" ]; then
+      INCOMPLETE="not all cases, see the end of $tool.log" step "$tool" 50 \
+        "$sanitizer" --tool "$tool" --error-exitcode 9 "${of_tool[@]}" "$driver" "${of_driver[@]}"
+    else
+      skip "$tool" "compute-sanitizer is not installed"
+    fi
+  done
 fi
 echo end >>"$steps"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[1]
 END = "end"  # the last line of a script that was not ended before its time
 
 
@@ -19,20 +18,6 @@ def commit(sources: Path) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def machine() -> dict[str, Any]:
-    """What the results are of."""
-    import torch  # late: a summary is written also where this fails
-
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "devices": torch.cuda.device_count(),
-        "capability": list(torch.cuda.get_device_capability()) if torch.cuda.is_available() else [],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": sys.version.split()[0],
-    }
 
 
 def tests(report: Path) -> dict[str, Any]:
@@ -58,22 +43,15 @@ def read_steps(lines: list[str]) -> list[dict[str, Any]]:
     return steps
 
 
-def main(steps_file: str, sources: str, folder: str) -> int:
-    """Write the summary and print where it is."""
+def main(steps_file: str, sources: str, folder: str, state: str, machine: str) -> int:
+    """Write the summary and print where it is; the last two arguments are lines of gpu_probe.py."""
     lines = Path(steps_file).read_text().splitlines()
     complete = lines[-1:] == [END]
     steps = read_steps(lines[: len(lines) - complete])
     passed = complete and all(step["result"].startswith(("passed", "skipped: ")) for step in steps)
     passed = passed and steps[0]["result"] == "passed"
     summary: dict[str, Any] = {"passed": passed, "complete": complete}
-    sys.path.insert(0, str(ROOT))
-    from benchmarks import origin
-
-    summary |= {"commit": commit(Path(sources)), "sources": origin.sources(), "driver": origin.driver()}
-    try:
-        summary |= machine()
-    except Exception as error:
-        summary["error"] = f"torch could not be asked: {error}"
+    summary |= {"commit": commit(Path(sources)), "sources": state, **json.loads(machine)}
     reports = {step["name"]: Path(folder) / f"{step['name']}.xml" for step in steps}
     summary["tests"] = {name: tests(report) for name, report in reports.items() if report.exists()}
     summary |= {"seconds": sum(step["seconds"] for step in steps), "steps": steps}

@@ -5,17 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.sh"
-# Says yes to every question; a step whose command has one of the words in $FAIL fails, one that ends in $HANG waits for
+# A step whose command has one of the words in $FAIL fails, one that ends in $HANG waits for
 # a signal; pytest writes a report, the build the files of $MAKES.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  *gpu_summary.py* | *origin.sources*) exec {python} "$@" ;;
-  *get_device_capability*) echo 9.0; exit ;;
+  *gpu_summary.py* | *gpu_probe.py*) exec {python} "$@" ;;
 esac
 echo "$*"
 for word in $FAIL; do case "$*" in *"$word"*) exit 1 ;; esac; done
@@ -34,6 +34,25 @@ for argument; do
   case $argument in --junitxml=*) echo "${{report:0:${{CUT:-9999}}}}" > "${{argument#*=}}" ;; esac
 done
 """
+# A machine with two GPUs, or as $FAIL says.
+TORCH = """
+import os
+
+fail = os.environ["FAIL"]
+if fail == "import torch":
+    raise ImportError
+__version__ = "2.11"
+
+class version:
+    cuda = "13.0"
+
+class cuda:
+    is_available = staticmethod(lambda: fail != "is_available")
+    device_count = staticmethod(lambda: 2)
+    get_device_name = staticmethod(lambda: "GPU")
+    get_device_capability = staticmethod(lambda device=0: (9 + device, 0))
+"""
+# Makes empty programs.
 NVCC = """#!/bin/sh
 while [ $# -gt 0 ]; do
   [ "$1" = -o ] && echo : > "$2" && chmod +x "$2"
@@ -60,9 +79,8 @@ class Check:
         self.tools = folder / "bin"
         self.tools.mkdir()
         self.tool("python", PYTHON.format(python=sys.executable, report=REPORT))
-        self.tool(
-            "nvcc", '#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && echo : > "$2" && chmod +x "$2"; shift; done\n'
-        )
+        self.tool("torch.py", TORCH)
+        self.tool("nvcc", NVCC)
         self.tool("compute-sanitizer", SANITIZER)
         self.made: list[str] = []
 
@@ -77,7 +95,12 @@ class Check:
     def __call__(self, *steps: str, **environment: str) -> subprocess.CompletedProcess[str]:
         path = f"{self.tools}:{os.environ['PATH']}"
         variables = {"PATH": path, "PYTHON": str(self.tools / "python"), "FAIL": "", "CUDA_HOME": "", "CUT": ""}
-        variables |= {"MAKES": " ".join(self.made), "INCOMPLETE_TOOL": ""} | environment
+        variables |= {
+            "PYTHONPATH": str(self.tools),
+            "BN_EXT_CUDA_TEAMS": "",
+            "MAKES": " ".join(self.made),
+            "INCOMPLETE_TOOL": "",
+        } | environment
         command = ["bash", str(self.script), str(self.folder), *steps]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | variables
@@ -107,10 +130,40 @@ def check(tmp_path: Path) -> Check:
 def test_steps_that_are_asked_for(check: Check) -> None:
     done = check("verify", "benchmark", BENCH_SECONDS="77")
     assert done.returncode == 0, done.stdout + done.stderr
-    names = ["build", "verify", "verify-none", "verify-block", "verify-cluster", "benchmark"]
+    names = ["build", "verify", "verify-none", "verify-block", "verify-cluster", "verify-late", "benchmark"]
     assert check.results() == dict.fromkeys(names, "passed")
     assert f"benchmarks --resume --budget 77 --json {check.folder}/batch_norm.json" in check.log("benchmark")
-    assert check.summary()["passed"] is True
+    assert "bn_ext verify --device cuda" in check.log("verify")
+    summary = check.summary()
+    assert summary["passed"] is True
+    assert (summary["device"], summary["devices"], summary["capability"]) == ("GPU", 2, [9, 0])
+
+
+@pytest.mark.slow
+def test_two_calls_cover_the_steps_of_a_short_lease(check: Check) -> None:
+    """Both keep to their time, and each leaves one archive of its logs and results, without the build."""
+    cuda = SCRIPT.parents[1] / "csrc" / "cuda"
+    objects = [path.relative_to(cuda).with_suffix(".o") for path in (*cuda.rglob("*.cu"), cuda / "plan.cpp")]
+    for file in ("bn_ext/_C.so", "bn_ext/_build_config.py", *(f"build/temp.x/csrc/cuda/{name}" for name in objects)):
+        check.makes(file)
+    verify = ["verify", "verify-none", "verify-block", "verify-cluster", "verify-late"]
+    tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
+    names = {
+        "first": ["build", *verify, "driver", "kernels", "grids", "tests"],
+        "second": ["build", "faults", "large", "limits", "benchmark", "driver", *tools],
+    }
+    for call, steps in names.items():
+        done = check(call)
+        assert done.returncode == 0, done.stdout
+        assert check.results() == dict.fromkeys(steps, "passed")
+        with tarfile.open(check.folder / "results.tar.gz") as archive:
+            found = archive.getnames()
+        assert {f"./{name}.log" for name in steps} | {"./summary.json"} <= set(found)
+        assert not [name for name in found if name.startswith("./built-")]
+        assert len(found) == len(set(found))
+    assert "bn_ext.build_info()" in check.log("build")
+    assert "-x tests/test_cuda_two_grids.py" in check.log("grids")
+    assert "--ignore=tests/test_cuda_two_grids.py --ignore=tests/test_cuda_faults.py" in check.log("tests")
 
 
 @pytest.mark.slow
@@ -153,7 +206,8 @@ def test_what_was_built_before_is_taken(check: Check) -> None:
 def test_build_products_of_the_checkout_are_copied_only_on_request(check: Check) -> None:
     """An old program or object would be taken for one of this build."""
     checkout = check.folder.parent / "checkout"
-    for file in ("scripts/gpu_check.sh", "scripts/gpu_summary.py", "benchmarks/origin.py", "pyproject.toml"):
+    scripts = (f"scripts/gpu_{name}" for name in ("check.sh", "probe.py", "summary.py"))
+    for file in (*scripts, "benchmarks/__init__.py", "benchmarks/origin.py", "pyproject.toml"):
         (checkout / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SCRIPT.parents[1] / file, checkout / file)
     products = ["bn_ext/_C.so", "bn_ext/_build_config.py", "build/temp.x/csrc/cuda/kernels.o", "kernels_driver_program"]
@@ -172,7 +226,7 @@ def test_build_products_of_the_checkout_are_copied_only_on_request(check: Check)
 def test_a_signal_ends_the_step_that_runs(check: Check) -> None:
     """What it has written is there, and the summary too."""
     ready = check.folder.parent / "ready"
-    done = check("verify", "bytes", HANG="bn_ext verify", READY=str(ready), KILL="1")
+    done = check("verify", "bytes", HANG="bn_ext verify --device cuda", READY=str(ready), KILL="1")
     assert done.returncode != 0
     assert check.results() == {"build": "passed", "verify": "cut off by a signal"}
     assert "caught INT" in check.log("verify")
@@ -214,11 +268,11 @@ def test_when_the_time_is_over(check: Check) -> None:
 @pytest.mark.parametrize(
     ("steps", "environment", "sentence"),
     [
-        (["verfy"], {}, "there is no step verfy; there are: build limits verify"),
+        (["verfy"], {}, "there is no step verfy; there are: build verify kernels grids"),
         ([], {"PYTHON": "no-such-python"}, "there is no no-such-python"),
         ([], {"FAIL": "import torch"}, "cannot import torch; name another Python with PYTHON="),
         ([], {"FAIL": "is_available"}, "torch sees no GPU on this machine"),
-        ([], {"GPU_SECONDS": "ten"}, "GPU_SECONDS must be a number of seconds, got ten"),
+        (["first"], {"GPU_SECONDS": "ten"}, "GPU_SECONDS must be a number of seconds, got ten"),
     ],
 )
 def test_what_stops_it(check: Check, steps: list[str], environment: dict[str, str], sentence: str) -> None:

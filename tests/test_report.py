@@ -68,6 +68,18 @@ def test_verify_passes_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(line.endswith("ok") for line in lines) == 16 * len(testing.devices())
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_verify_on_one_device(device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(testing.verify, "__defaults__", (bn_ext.batch_norm, None, testing.SHAPES[:1]))
+    there = device in testing.devices()
+    assert __main__.main(["verify", "--device", device]) == int(not there)
+    printed = capsys.readouterr()
+    rows = [line for line in printed.out.splitlines() if line.endswith("ok")]
+    assert all(line.startswith(device) for line in rows)
+    assert bool(rows) is there
+    assert ("--device cuda: bn_ext cannot run there" in printed.err) is not there
+
+
 FAULTS = {
     "y": lambda y, mean, var: (y * (1 + 1e-4), mean, var),
     "running_mean": lambda y, mean, var: (y, mean + 1e-4, var),
