@@ -4,7 +4,6 @@ All runs in processes that are ended after a while, with word of where they were
 take the test run with it.
 """
 
-import copy
 import hashlib
 import os
 import warnings
@@ -14,7 +13,7 @@ import pytest
 import torch
 from helpers.holding import Hold
 from helpers.processes import Workers
-from helpers.steps import FORMATS, SHAPES, equal, inputs, step
+from helpers.steps import FORMATS, SHAPES, Step, equal, inputs, step
 from torch import Tensor, distributed
 
 import bn_ext
@@ -33,25 +32,6 @@ LIMIT = 40.0
 def device(request: pytest.FixtureRequest) -> str:
     """Of all tests here; conftest.py chooses by it."""
     return str(request.param)
-
-
-class Step:
-    """A training step on tensors of its own, the same each time; kernels and memory for it are there."""
-
-    def __init__(self, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
-        torch.manual_seed(0)
-        self.x, self.dy = inputs(shape, torch.bfloat16, memory_format)
-        self.module = bn_ext.BatchNorm2d(shape[1], device="cuda")
-        self._start = copy.deepcopy(self.module.state_dict())
-        self.expected = self()
-        for _ in range(2):
-            self()
-
-    def __call__(self) -> list[Tensor]:
-        """Output, gradients, and statistics after it."""
-        for name, value in self.module.state_dict().items():
-            value.copy_(self._start[name])
-        return step(self.module, self.x, self.dy)
 
 
 def job_beside_a_kernel(_: int, halves: int, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
@@ -74,33 +54,6 @@ def test_beside_a_kernel_that_stays(
 ) -> None:
     """Teams that cannot be resident as a whole, because half of each multiprocessor or all of it is taken, wait."""
     process.run(job_beside_a_kernel, halves, shape, memory_format, limit=LIMIT)
-
-
-def job_two_grids(_: int, memory_format: torch.memory_format) -> None:
-    """On two streams at once, behind a kernel that holds half of the GPU, and beside matrix products."""
-    steps, streams = [], [torch.cuda.Stream() for _ in range(2)]
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            steps.append(Step(SHAPES[2], memory_format))
-    work, others = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16), torch.cuda.Stream()
-    hold = Hold(1)
-    torch.cuda.synchronize()
-    results: list[list[list[Tensor]]] = [[], []]
-    with hold:
-        for _ in range(5):
-            with torch.cuda.stream(others):
-                work = torch.mm(work, work).clamp_(-1, 1)
-            for stream, one, of_stream in zip(streams, steps, results, strict=True):
-                with torch.cuda.stream(stream):
-                    of_stream.append(one())
-    torch.cuda.synchronize()
-    for one, of_stream in zip(steps, results, strict=True):
-        assert all(equal(result, one.expected) for result in of_stream)
-
-
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_two_grids_beside_other_work(device: str, process: Workers, memory_format: torch.memory_format) -> None:
-    process.run(job_two_grids, memory_format, limit=LIMIT)
 
 
 def job_capture(_: int, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:

@@ -1,7 +1,5 @@
 """Teams of blocks that keep values on chip, on a GPU: what the simulated device cannot tell of them."""
 
-import itertools
-
 import pytest
 import torch
 from helpers.steps import FORMATS, SHAPES, inputs, step
@@ -76,19 +74,3 @@ def test_graphs(device: str, shape: tuple[int, ...], memory_format: torch.memory
             x.normal_(1, 2), dy.normal_()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(results, step(eager, x, dy), strict=True))
-
-
-def test_two_streams(device: str) -> None:
-    """Grids on two streams at a time: each waits for room, and neither for the other."""
-    x, dy = inputs(SHAPES[2], torch.bfloat16, torch.contiguous_format)
-    module = bn_ext.BatchNorm2d(SHAPES[2][1], track_running_stats=False, device="cuda")
-    expected = step(module, x, dy)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-    results = []
-    for _, stream in itertools.product(range(10), streams):
-        with torch.cuda.stream(stream):
-            results.append(step(module, x, dy))
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, e) for result in results for a, e in zip(result, expected, strict=True))

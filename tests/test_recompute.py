@@ -19,7 +19,7 @@ import bn_ext
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.1), "silu", "gelu"])
+@pytest.mark.parametrize("activation", [None, "relu", ("leaky_relu", 0.1), "silu", "gelu", "gelu_tanh", "mish"])
 def test_bit_equal(
     device: str, activation: Any, dtype: torch.dtype, layout: torch.memory_format, training: bool
 ) -> None:

@@ -1,7 +1,11 @@
 """A training step of one layer on a GPU, and shapes for which its kernels have teams of all kinds."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
+
+import bn_ext
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 # On an H200 teams of one block, of a cluster, of a grid; and at the end a part that does not fit.
@@ -24,3 +28,22 @@ def step(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
 def equal(actual: list[Tensor], expected: list[Tensor]) -> bool:
     """Bit by bit; waits for the GPU."""
     return all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+class Step:
+    """A training step on tensors of its own, the same each time; kernels and memory for it are there."""
+
+    def __init__(self, shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+        torch.manual_seed(0)
+        self.x, self.dy = inputs(shape, torch.bfloat16, memory_format)
+        self.module = bn_ext.BatchNorm2d(shape[1], device="cuda")
+        self._start = copy.deepcopy(self.module.state_dict())
+        self.expected = self()
+        for _ in range(2):
+            self()
+
+    def __call__(self) -> list[Tensor]:
+        """Output, gradients, and statistics after it."""
+        for name, value in self.module.state_dict().items():
+            value.copy_(self._start[name])
+        return step(self.module, self.x, self.dy)
