@@ -1,8 +1,9 @@
 """Count what bn_ext and its rivals read from a GPU's memory and write to it: `python -m benchmarks.dram`.
 
-Needs `ncu`, Nsight Compute. A program that makes each call once runs under it; before every call the L2 cache is filled
-with something else, and between the kernels of a call it is left alone, as in real life. What a call writes and the
-cache still holds at its end is not counted, so small tensors can write less than they have.
+Needs `ncu`, Nsight Compute. A program that makes each call once runs under it. Before every call a read of a large
+buffer fills the L2 cache with lines that need no writing back; between the kernels of a call the cache is left alone,
+as in real life. The same read behind the call evicts the lines that the call has written and the cache still holds, and
+their bytes count as the call's.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from .names import COMPILED, OURS, RIVAL
 from .tables import table, versions
 
 HERE = Path(__file__).parent
-MARK = "spin_kernel"  # of torch.cuda._sleep: one before a call's kernels, one behind them
+MARK = "spin_kernel"  # of torch.cuda._sleep: before a call's kernels, behind them, and behind the read that follows
 READ, WRITTEN = METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 DIRECTIONS = ("forward", "backward")
 FLUSH_BYTES = 512 << 20
@@ -70,17 +71,19 @@ def make_calls(providers: list[str], described: Path, seconds: float) -> None:
 
     config.donated_buffer = False
     deadline = time.monotonic() + seconds
-    flush = torch.empty(FLUSH_BYTES // 4, device="cuda")
+    buffer = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     made = []
     for about, call in calls(providers):
         if time.monotonic() > deadline:
             break
         call()  # chooses, loads, allocates
-        flush.normal_()
+        buffer.sum()  # reads only: a write would leave lines for the call to write back
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
         torch.cuda._sleep(1)
         call()
+        torch.cuda._sleep(1)
+        buffer.sum()
         torch.cuda._sleep(1)
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
@@ -89,25 +92,33 @@ def make_calls(providers: list[str], described: Path, seconds: float) -> None:
 
 
 def counted(text: str) -> list[dict[str, Any]]:
-    """Read what ncu prints: for each call its kernels' bytes, added up."""
+    """Read what ncu prints: for each call its kernels' bytes, added up, and what the read behind it writes back."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         raise FileError(f"ncu printed no table; its last words: {' '.join(lines[-3:])[:300] or 'none'}")
     found: list[dict[str, Any]] = []
-    inside = False
+    marks = 0
     for row in csv.DictReader(lines[start:]):
         if not (row.get("ID") or "").isdigit():  # the line of units, and what is not of the table
             continue
+        in_call, in_read = marks % 3 == 1, marks % 3 == 2
         if MARK in row["Kernel Name"]:
-            inside = not inside
-            if inside:
+            marks += 1
+            if marks % 3 == 1:
                 found.append({"kernels": 0, "read": 0, "written": 0})
-        elif inside:
+            continue
+        if in_call:
             found[-1]["kernels"] += 1
-            for name, metric in (("read", READ), ("written", WRITTEN)):
-                found[-1][name] += round(float(row[metric].replace(",", "")))
+            found[-1]["read"] += bytes_of(row[READ])
+        if in_call or in_read:
+            found[-1]["written"] += bytes_of(row[WRITTEN])
     return found
+
+
+def bytes_of(cell: str) -> int:
+    """A number as ncu prints it."""
+    return round(float(cell.replace(",", "")))
 
 
 def profile(providers: list[str], seconds: float) -> list[dict[str, Any]]:
@@ -124,7 +135,7 @@ def profile(providers: list[str], seconds: float) -> list[dict[str, Any]]:
         found, made = counted(text), read_json(described)
     if len(found) < len(made):
         raise FileError(f"ncu told of {len(found)} calls, and {len(made)} were made")
-    return [about | bytes_of for about, bytes_of in zip(made, found, strict=False)]
+    return [about | moved for about, moved in zip(made, found, strict=False)]
 
 
 def find_ncu() -> str:

@@ -142,18 +142,23 @@ NCU = """==PROF== Connected to process 7
 "0","7","spin_kernel(long)","(1, 1, 1)","32","0"
 "1","7","void bn_ext::cuda::statistics_kernel<float>(int)","(512, 1, 1)","1,000","64"
 "2","7","void bn_ext::cuda::apply_kernel<float>(int)","(512, 1, 1)","500","936"
-"3","7","spin_kernel(long)","(1, 1, 1)","32","0"
-"4","7","spin_kernel(long)","(1, 1, 1)","32","0"
-"5","7","triton_per_fused_0","(512, 1, 1)","7","8"
-"6","7","spin_kernel(long)","(1, 1, 1)","32","0"
+"3","7","spin_kernel(long)","(1, 1, 1)","32","5"
+"4","7","void reduce_kernel(int)","(512, 1, 1)","9,000","2,000"
+"5","7","spin_kernel(long)","(1, 1, 1)","32","0"
+"6","7","void something_else(int)","(1, 1, 1)","32","77"
+"7","7","spin_kernel(long)","(1, 1, 1)","32","0"
+"8","7","triton_per_fused_0","(512, 1, 1)","7","8"
+"9","7","spin_kernel(long)","(1, 1, 1)","32","0"
+"10","7","void reduce_kernel(int)","(512, 1, 1)","9,000","0"
+"11","7","spin_kernel(long)","(1, 1, 1)","32","0"
 ==PROF== Disconnected from process 7
 """
 
 
 def test_bytes_that_ncu_counts() -> None:
-    """Kernels between two marks are one call's; nothing outside is counted."""
+    """Kernels between two marks are one call's, and so are the writes, not the reads, of the read behind it."""
     assert dram.counted(NCU) == [
-        {"kernels": 2, "read": 1500, "written": 1000},
+        {"kernels": 2, "read": 1500, "written": 3000},
         {"kernels": 1, "read": 7, "written": 8},
     ]
     with pytest.raises(FileError, match=r"ncu printed no table; its last words: .*==ERROR== no permission"):
