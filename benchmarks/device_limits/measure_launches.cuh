@@ -1,8 +1,9 @@
-// Part "launches": what launches cost, what early starts save, and how many blocks and clusters are resident at a time.
+// Part "launches": what launches and questions to CUDA cost, what early starts save, what a change of the split between
+// L1 cache and shared memory costs, and how many blocks and clusters are resident at a time.
 #pragma once
 
 #include "gpu.cuh"
-#include "measure_barriers.cuh"
+#include "measure_resident.cuh"
 
 namespace device_limits {
 
@@ -134,6 +135,89 @@ inline void measure_chains(Gpu& gpu) {
   }
 }
 
+// A chain of copies of so many MiB each, in turns by the first kind of kernel and by the second: through shared memory,
+// which takes all of a multiprocessor's, or without any. Between the kinds each multiprocessor must change its split
+// between L1 cache and shared memory, which it does when it is idle.
+inline void measure_turns(Gpu& gpu, const char* what, bool first_is_resident, bool second_is_resident, int mib) {
+  Line line("launches");
+  line.add("table", "turns").add("what", what).add("mib", mib);
+  gpu.figure(std::move(line), [&](Line& line) {
+    const ResidentCopy copy(gpu, kSchedules[0], {2, kThreads}, mib, 0);
+    const Plan plan = plan_of(copy.shape);
+    const int64_t slice_vectors = plan.slice_width / plan.vector, vectors = slice_vectors * plan.slices;
+    const int64_t calls = calls_over_pool(vectors) / 2 * 2;
+    const auto is_resident = [&](int64_t i) { return i % 2 == 0 ? first_is_resident : second_is_resident; };
+    const auto call = [&](int64_t i) {
+      const uint4* const x = gpu.source + i * vectors;
+      uint4* const y = gpu.target + i * vectors;
+      if (!is_resident(i)) return gpu.launch(chain_kernel<false>, {copy.grid.blocks, kThreads}, x, y, vectors);
+      gpu.launch(resident_copy_kernel,
+                 copy.grid,
+                 plan,
+                 reinterpret_cast<const unsigned*>(x),
+                 reinterpret_cast<unsigned*>(y),
+                 static_cast<void*>(gpu.sums));
+    };
+    gpu.clear(gpu.target, kPoolBytes);
+    call(1);  // loads the second kernel before a capture, as the graph does with the first
+    const Timing timing = gpu.time_in_graph(calls, call);
+
+    std::vector<unsigned> keys;  // none, where a kernel copies without any
+    for (int64_t i = 0; i < calls * plan.slices; ++i) {
+      const unsigned words = gpu.sum_of_source(i * slice_vectors, slice_vectors);
+      keys.push_back(is_resident(i / plan.slices) ? key_of(words, 1) : 0);
+    }
+    check(cudaMemcpy(gpu.sums, keys.data(), keys.size() * sizeof(unsigned), cudaMemcpyHostToDevice), "keys");
+    gpu.check_target(calls * vectors, {0, gpu.sums, slice_vectors});
+    line.add("bytes", 2 * vectors * kVectorBytes) << timing;
+  });
+}
+
+inline void measure_all_turns(Gpu& gpu) {
+  for (int mib : {2, 13, 51}) {
+    measure_turns(gpu, "copy, copy", false, false, mib);
+    measure_turns(gpu, "resident, resident", true, true, mib);
+    measure_turns(gpu, "copy, resident", false, true, mib);
+  }
+}
+
+// A question to CUDA: microseconds of the host.
+template <typename Ask>
+void measure_question(Gpu& gpu, const char* what, const Ask& ask) {
+  gpu.figure(Line("launches").add("table", "calls").add("what", what), [&](Line& line) {
+    std::vector<double> samples;
+    for (int i = 0; i < kWarmUps + kSamples; ++i) {
+      const double begin = seconds_now();
+      for (int call = 0; call < kLaunches; ++call) check(ask(), what);
+      if (i >= kWarmUps) samples.push_back((seconds_now() - begin) * 1e6 / kLaunches);
+    }
+    line << timing_of(std::move(samples));
+  });
+}
+
+// Those that the package asks about a kernel before it launches it.
+inline void measure_questions(Gpu& gpu) {
+  const Placement placement = {2, kThreads};
+  const size_t shared_bytes = placement.shared_bytes(gpu);
+  check(bn_ext::cuda::ask_for_shared_memory(resident_copy_kernel), "shared memory");
+  int found = 0;
+  measure_question(gpu, "cudaFuncSetAttribute", [&] {
+    return cudaFuncSetAttribute(
+        resident_copy_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  });
+  check(bn_ext::cuda::ask_for_shared_memory(resident_copy_kernel), "shared memory");
+  measure_question(gpu, "cudaOccupancyMaxActiveBlocksPerMultiprocessor", [&] {
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, resident_copy_kernel, kThreads, shared_bytes);
+  });
+  if (!gpu.has_clusters()) return;
+  for (int cluster : {2, 8}) {
+    const std::string what = "cudaOccupancyMaxActiveClusters, clusters of " + std::to_string(cluster);
+    const bn_ext::cuda::LaunchConfig config({cluster, kThreads, shared_bytes, cluster}, nullptr);
+    measure_question(
+        gpu, what.c_str(), [&] { return cudaOccupancyMaxActiveClusters(&found, resident_copy_kernel, config.get()); });
+  }
+}
+
 // How many blocks are on a multiprocessor together: by CUDA's word, and as blocks have seen it.
 inline void measure_residents(Gpu& gpu, const Placement& placement, int carveout) {
   Line line("launches");
@@ -178,6 +262,8 @@ inline void measure_launches(Gpu& gpu) {
   }
   measure_empties(gpu);
   measure_chains(gpu);
+  measure_all_turns(gpu);
+  measure_questions(gpu);
 }
 
 }  // namespace device_limits

@@ -135,6 +135,11 @@ def launch_tables(figures: Sequence[Figure], markdown: bool) -> list[str]:
         microseconds,
         markdown,
     )
+    lines += title("Copies of MiB in turns, through shared memory and without: us each", markdown)
+    turns = of_table(figures, "turns")
+    lines += pivot(turns, "kernels", lambda f: f["what"], lambda f: str(f["mib"]), microseconds, markdown)
+    lines += title("Calls that the package makes before a launch: us of the host", markdown)
+    lines += pivot(of_table(figures, "calls"), "call", lambda f: f["what"], lambda f: "us", microseconds, markdown)
     lines += title("Blocks on a multiprocessor: by CUDA's word (multiprocessors that had as many as wanted)", markdown)
     lines += pivot(
         of_table(figures, "residents"),

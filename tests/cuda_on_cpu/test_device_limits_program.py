@@ -21,7 +21,7 @@ MOST_BLOCKS = 3  # on a multiprocessor, whatever they need
 # For which the simulated device has no room.
 TOO_LARGE = {"no such team fits", "no such cluster fits"}
 # That are there, with or without a value.
-FIGURES = {"copy": 48, "launches": 104, "barriers": 108, "resident": 230, "cache": 40, "slices": 46}
+FIGURES = {"copy": 48, "launches": 117, "barriers": 108, "resident": 230, "cache": 40, "slices": 46}
 
 
 @functools.cache
@@ -109,5 +109,7 @@ def test_the_report_takes_what_the_program_prints(tmp_path: Path) -> None:
     for words in ("copy, streaming", "early, graph", "exchange in a cluster, 8 blocks, 64 channels", "2 x 256, block"):
         assert f"| {words} " in text
     assert "| resident: cluster of 4 " in text
+    assert "| copy, resident " in text
+    assert "| cudaOccupancyMaxActiveClusters, clusters of 8 " in text
     assert "| copy, 64 bytes " in text
     assert "| streaming copy backwards " in text
