@@ -21,7 +21,7 @@
 #   sanitize     every kernel on small tensors under each tool of compute-sanitizer
 #
 # Two names stand for the steps of one call where a GPU is lent for 15 minutes in all, and 10 minutes a call:
-#   first        build verify kernels grids tests
+#   first        build verify kernels grids tests; best with USE_BUILT=1, so that the GPU need not wait for the build
 #   second       build faults large limits benchmark sanitize, with the same folder, which has the build
 #
 # The folder gets a log for each step, results as JSON (those of a measurement that was cut off as ....partial.json),
