@@ -83,12 +83,13 @@ finish() {
 }
 trap finish EXIT
 
-# A signal ends the step that runs, which then still writes what it has.
+# A signal ends the step that runs, which then still writes what it has. It may come before the script knows more of the
+# step than that it begins; $! is known as soon as there is a process.
 running=
 interrupted() {
-  if [ -n "$running" ]; then
-    kill -INT "$running" 2>/dev/null
-    wait "$running"
+  if [ -n "$running" ] && [ -n "${!:-}" ]; then
+    kill -INT $! 2>/dev/null
+    wait $!
     note "$current" "cut off by a signal" "" $((SECONDS - start)) "$command"
   fi
   exit 130
@@ -112,9 +113,9 @@ step() {
   if [ "$left" -lt "$limit" ]; then limit=$left; fi
   # INT, upon which pytest and the benchmarks still write what they have. In the background, for a shell that waits for
   # a command in the foreground hears of no signal.
+  running=1
   (cd "$copy" && exec timeout --signal=INT --kill-after=25 "$limit" "$@") >"$out/$current.log" 2>&1 &
-  running=$!
-  wait "$running"
+  wait $!
   code=$?
   running=
   if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
