@@ -2,6 +2,7 @@
 #pragma once
 
 #include "merge.cuh"
+#include "phase_clock.cuh"
 #include "plan.h"
 
 namespace bn_ext::cuda {
@@ -65,7 +66,7 @@ inline __device__ unsigned load_and_acquire(const unsigned* counter) {
 // blocks have arrived with the next slice's, so have read the first one's. Otherwise the sums of a channel go from all
 // blocks to one of them, those of the next channel to the next block, and coefficients from there to all; all wait for
 // each other before either is read. docs/exchange.md has the argument, tests/models/exchange.pml a model.
-template <typename Sums, typename Coefficients>
+template <typename Sums, typename Coefficients, typename Clock = PhaseClock>
 class Exchange {
  public:
   // The memory of a grid's teams is TeamWorkspace's.
@@ -105,6 +106,7 @@ class Exchange {
     decltype(load(first_index)) own = {};
     if (thread % plan_.team_lanes == 0 && first < plan_.channels_of(slice)) own = load(first_index);
     wait();
+    clock.mark(Phase::kFirstBarrier);
     for_channels(plan_, slice, plan_.team_lanes, begin, step, [&](const Channel& channel) {
       if (channel.is_first() && channel.place != first) own = load(channel.index);
       finish(channel, own, [&](int64_t block) {
@@ -161,6 +163,8 @@ class Exchange {
     __stcg(&counters_->arrivals, 0u);
     __stcg(&counters_->leavers, 0u);
   }
+
+  Clock clock;  // for the kernels' marks
 
  private:
   // Where a cluster's peers read sums_, this block's totals lie where its threads have left partial sums, which are

@@ -35,10 +35,12 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   const Gradient<T, kVector, kVariant, true> g(p, true);
   Exchange<GradSums, Slope<A>> exchange(plan, memory, workspace);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
+    exchange.clock.mark(Phase::kStart);
     Walk<T, false, kOneChannel> walk(plan, block, p.dy);
     Walk<T, false, kOneChannel> ahead = walk;
     int count = tile.first_chunk(walk.rows);
     tile.template fetch_in_groups<kGroupRows>(ahead, count, count == walk.rows);
+    exchange.clock.mark(Phase::kFetchIssued);
     Affine<A> affine[kOneChannel ? 1 : kVector] = {};
     make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
       return saved_affine<A>(p, channel, true, p.needs_u());
@@ -67,6 +69,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
           walk.next(plan);
         }
         if (done % kGroupRows == 0) tile.wait_for_group();
+        exchange.clock.mark(Phase::kFetched);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           batch[i].dy = tile.row(0, done + i);
@@ -84,6 +87,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     leave_sums<kVector, kOneChannel>(plan, walk, sums);
     merge_gradients<kVector>(
         plan, block, [&](const GradSums& total, int64_t, int place) { exchange.leave_sums(place, total); });
+    exchange.clock.mark(Phase::kSummed);
     Walk<T, true, kOneChannel> back(plan, block, p.dx != nullptr ? p.dx : p.dz);  // as in forward
     const auto load = [&](int64_t channel) { return load_scale<A>(p, channel); };
     exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& saved, const auto& get) {
@@ -93,7 +97,9 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       exchange.keep_total(channel.place, total);
       exchange.leave_coefficients(channel.place, slope_of<A>(p, saved, total));
     });
+    exchange.clock.mark(Phase::kCoefficients);
     const Slope<A>* of_slice = exchange.gather_coefficients(block.slice);
+    exchange.clock.mark(Phase::kGathered);
     exchange.for_own_totals(block.slice, [&](int64_t channel, const GradSums& total, const Slope<A>&) {
       store_gradients(p, channel, load_one(static_cast<const A*>(p.rstd) + channel), total);
     });
@@ -141,6 +147,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         }
       });
     }
+    exchange.clock.mark(Phase::kWritten);
   }
   exchange.finish();
 }

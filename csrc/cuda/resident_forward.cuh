@@ -27,16 +27,19 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   Exchange<Moments, Affine<A>> exchange(plan, memory, workspace);
   count_batch(p.num_batches_tracked);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
+    exchange.clock.mark(Phase::kStart);
     Walk<T, false, kOneChannel> walk(plan, block, p.x);
     constexpr int kStates = kOneChannel ? 1 : kVector;
     constexpr int kGroupRows = kAddedRows<T, kVector, kStates>;
     int count = tile.first_chunk(walk.rows);
     tile.template fetch_in_groups<kGroupRows>(walk, count, count == walk.rows);
+    exchange.clock.mark(Phase::kFetchIssued);
     RunningMoments<A> moments[kStates] = {};
     for (int done = 0; done < walk.rows;) {
       int i = 0;
       const auto next = [&] {
         if (i % kGroupRows == 0) tile.wait_for_group();
+        exchange.clock.mark(Phase::kFetched);
         return tile.row(0, i++);
       };
       add_rows<T, kVector>(done + count, next, moments, done);
@@ -47,6 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int place) {
       exchange.leave_sums(place, total);
     });
+    exchange.clock.mark(Phase::kSummed);
     Walk<T, true, kOneChannel> back(plan, block, p.y);  // here, where other blocks are waited for anyway
     const double share = 1 / double(p.shape.values_per_channel());
     const auto load = [&](int64_t channel) { return load_weight_and_bias(p, channel); };
@@ -59,7 +63,9 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       exchange.keep_total(channel.place, total);
       exchange.leave_coefficients(channel.place, affine_of_batch<A>(p, own, total));
     });
+    exchange.clock.mark(Phase::kCoefficients);
     const Affine<A>* of_slice = exchange.gather_coefficients(block.slice);
+    exchange.clock.mark(Phase::kGathered);
     exchange.for_own_totals(block.slice, [&](int64_t channel, const Moments& total, const Affine<A>& affine) {
       store_statistics(p, channel, total, affine);
     });
@@ -85,6 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         for (const auto& row : rows) apply.finish(plan, back, row);
       });
     }
+    exchange.clock.mark(Phase::kWritten);
   }
   exchange.finish();
 }

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,13 +49,18 @@ def compiler() -> list[str] | None:
     return command if version and int(version[1]) >= OLDEST_GCC else None
 
 
-def library(sources: Sequence[Path], variant: str = "plain", defines: Iterable[str] = ()) -> Path:
+def library(
+    sources: Sequence[Path],
+    variant: str = "plain",
+    defines: Iterable[str] = (),
+    defined: Container[Path] | None = None,
+) -> Path:
     """The shared library of these sources and the harness.
 
-    ``defines`` are given to the sources only ("FAULT=1"). What was built before from the same inputs (source, its
-    headers, flags, compiler) is found again, object by object.
+    ``defines`` are given to the sources only ("FAULT=1"), or to those of them that are in ``defined``. What was built
+    before from the same inputs (source, its headers, flags, compiler) is found again, object by object.
     """
-    return _linked(sources, variant, defines, ["-shared"], ".so")
+    return _linked(sources, variant, defines, ["-shared"], ".so", defined)
 
 
 def program(sources: Sequence[Path]) -> Path:
@@ -63,10 +68,19 @@ def program(sources: Sequence[Path]) -> Path:
     return _linked(sources, "plain", (), ["-no-pie"], "")
 
 
-def _linked(sources: Sequence[Path], variant: str, defines: Iterable[str], kind: list[str], suffix: str) -> Path:
+def _linked(
+    sources: Sequence[Path],
+    variant: str,
+    defines: Iterable[str],
+    kind: list[str],
+    suffix: str,
+    defined: Container[Path] | None = None,
+) -> Path:
     compile_flags, link_flags = VARIANTS[variant]
     own = FLAGS + compile_flags
-    jobs = [(source, own) for source in HARNESS] + [(Path(s), own + [f"-D{d}" for d in defines]) for s in sources]
+    more = [f"-D{name}" for name in defines]
+    jobs = [(source, own) for source in HARNESS]
+    jobs += [(Path(s), own + (more if defined is None or s in defined else [])) for s in sources]
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda job: _object(*job), jobs))
     target = FOLDER / f"{_key(*(o.name for o in objects), *kind, *link_flags)}{suffix}"

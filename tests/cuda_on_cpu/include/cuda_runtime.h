@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -39,6 +40,18 @@ cudaError_t most_clusters(int* clusters, const void* function, const cudaLaunchC
 cudaError_t blocks_per_multiprocessor(int* blocks, const void* function, int threads, std::size_t shared_bytes);
 
 }  // namespace cuda_on_cpu
+
+// A __device__ variable is one of the host's.
+template <typename T>
+cudaError_t cudaMemcpyFromSymbol(void* to, const T& symbol, std::size_t bytes) {
+  std::memcpy(to, &symbol, bytes);
+  return cudaSuccess;
+}
+template <typename T>
+cudaError_t cudaMemcpyToSymbol(const T& symbol, const void* from, std::size_t bytes) {
+  std::memcpy(const_cast<T*>(&symbol), from, bytes);
+  return cudaSuccess;
+}
 
 // Runs the kernel to its end. A fault comes out as cuda_on_cpu::Fault, a launch that a device refuses as an error.
 template <typename... K, typename... A>
