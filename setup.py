@@ -1,7 +1,8 @@
 """Builds the extension bn_ext._C against the torch that is installed; metadata is in pyproject.toml.
 
 Environment: BN_EXT_CUDA=0|1 leaves the CUDA kernels out or insists on them; TORCH_CUDA_ARCH_LIST, MAX_JOBS and
-CUDA_HOME as for every torch extension.
+CUDA_HOME as for every torch extension. BN_EXT_PHASE_CLOCK=1 makes the build of lab/README.md, whose kernels note when
+they come to which phase.
 """
 
 import os
@@ -57,7 +58,17 @@ def choose_cuda() -> tuple[Path | None, str]:
     return None, reason
 
 
-def build_config(cuda: bool, reason: str) -> str:
+def wants_phase_clock(cuda: bool) -> bool:
+    """Whether BN_EXT_PHASE_CLOCK asks for kernels that note the times of their phases: for lab/, not to be released."""
+    wanted = os.environ.get("BN_EXT_PHASE_CLOCK", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"bn_ext: BN_EXT_PHASE_CLOCK must be 0 or 1, got {wanted!r}")
+    if wanted == "1" and not cuda:
+        sys.exit("bn_ext: BN_EXT_PHASE_CLOCK=1 is for CUDA kernels, and there are to be none; see BN_EXT_CUDA=1")
+    return wanted == "1"
+
+
+def build_config(cuda: bool, reason: str, phase_clock: bool) -> str:
     """What bn_ext.build_info() tells of the build; a module beside the extension, readable when that cannot load."""
     lines = [
         '"""Written by setup.py when it has built the extension."""',
@@ -66,6 +77,7 @@ def build_config(cuda: bool, reason: str) -> str:
         f"CUDA = {cuda!r}",
         f"CUDA_REASON = {reason!r}",
         f"CUDA_ARCHITECTURES = {os.environ.get('TORCH_CUDA_ARCH_LIST', '') if cuda else ''!r}",
+        f"PHASE_CLOCK = {phase_clock!r}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -102,7 +114,7 @@ def optimisation() -> list[str]:
     return ["-ftree-vectorize", "-fvect-cost-model=dynamic", "--param=ggc-min-expand=30"] if is_gcc else []
 
 
-def extension(cuda: bool, reason: str) -> "cpp_extension.CppExtension":
+def extension(cuda: bool, reason: str, phase_clock: bool) -> "cpp_extension.CppExtension":
     """The one extension module, with the CUDA back-end or what stands in for it."""
     # The planner is in every build; of the host's side of CUDA there is one or the other.
     left_out = "csrc/cuda/unavailable.cpp" if cuda else "csrc/cuda/batch_norm_cuda.cpp"
@@ -112,7 +124,7 @@ def extension(cuda: bool, reason: str) -> "cpp_extension.CppExtension":
     # errno: nobody reads it, and loops with a square root become vectors.
     cxx = ["-O2", "-g0", "-Wall", "-fvisibility=hidden", "-fno-math-errno", *optimisation(), *openmp]
     # Headers with the operators that are named, not with all of ATen's: half the time and memory of a compiler.
-    macros = [("AT_PER_OPERATOR_HEADERS", None)]
+    macros = [("AT_PER_OPERATOR_HEADERS", None), *[("BN_EXT_PHASE_CLOCK", None)] * phase_clock]
     depends = paths("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh")
     if cuda:
         return cpp_extension.CUDAExtension(
@@ -142,9 +154,10 @@ def main() -> None:
         cpp_extension.CUDA_HOME = str(toolkit)
         os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
     print(f"bn_ext: torch {torch.__version__}; CUDA kernels: {'yes' if cuda else 'no'}: {reason}", flush=True)
+    phase_clock = wants_phase_clock(cuda)
     setup(
-        ext_modules=[extension(cuda, reason)],
-        cmdclass={"build_ext": build_command(build_config(cuda, reason))},
+        ext_modules=[extension(cuda, reason, phase_clock)],
+        cmdclass={"build_ext": build_command(build_config(cuda, reason, phase_clock))},
     )
 
 

@@ -30,6 +30,8 @@ class BuildInfo:
     """Why, or why not."""
     cuda_architectures: str
     """Compute capabilities of the CUDA kernels, as TORCH_CUDA_ARCH_LIST."""
+    phase_clock: bool
+    """Whether the CUDA kernels note when they come to which phase (BN_EXT_PHASE_CLOCK=1): no release does."""
     instruction_set: str
     """Of the CPU kernels in use: avx512, avx2 or baseline; empty if not loaded."""
     threads: int
@@ -41,6 +43,8 @@ class BuildInfo:
         cuda = f"{'yes' if self.cuda else 'no'} ({self.cuda_reason})"
         if self.cuda_architectures:
             cuda += f", architectures {self.cuda_architectures}"
+        if self.phase_clock:
+            cuda += ", with the phase clock"
         lines = [
             ("bn_ext", self.version),
             ("torch", f"{self.torch}, at build {self.torch_at_build or 'unknown'}"),
@@ -100,6 +104,7 @@ def build_info() -> BuildInfo:
         cuda=bool(config and config.CUDA and module is not None),
         cuda_reason=config.CUDA_REASON if config else "bn_ext has not been built",
         cuda_architectures=config.CUDA_ARCHITECTURES if config else "",
+        phase_clock=bool(config and getattr(config, "PHASE_CLOCK", False)),
         instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),
         cpu_cache_bytes=_cpu_cache_bytes(),

@@ -97,7 +97,7 @@ def check_build_info(python: Path, sources: Path) -> None:
     """Compare what the package tells of itself with what was asked for; a call on the CPU works."""
     info = json.loads(output_of("a call on the CPU", python, "-c", BUILD_INFO, cwd=sources).splitlines()[-1])
     version = TORCH.removeprefix("torch==")
-    expected = {"loaded": True, "cuda": True, "cuda_architectures": "8.0;9.0+PTX"}
+    expected = {"loaded": True, "cuda": True, "cuda_architectures": "8.0;9.0+PTX", "phase_clock": False}
     for name, value in expected.items():
         if info[name] != value:
             fail(f"build_info().{name} must be {value!r}, got {info[name]!r}")

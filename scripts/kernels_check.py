@@ -69,6 +69,8 @@ def check_kernels(cuobjdump: Path, extension: Path) -> None:
     check_listed({(titles[k.name].split("<")[0], k.architecture, k.registers) for k in kernels})
     check_inlined(cuobjdump, extension, set(names))
     machine_code = output_of("cuobjdump", cuobjdump, "-sass", "-arch", "sm_90", extension)
+    if "GLOBALTIMER" in machine_code:
+        fail("a release must not have the phase clock of lab/, but some kernel reads %globaltimer on sm_90")
     check_waits(machine_code, titles)
     check_slots(machine_code, titles)
 

@@ -111,6 +111,25 @@ def test_sources_are_built_once_and_the_planner_always(sources: Path, tmp_path: 
         assert ("csrc/cuda/instantiations/forward_float32.cu" in built) == cuda
 
 
+@pytest.mark.slow
+def test_phase_clock_is_a_build_of_its_own(sources: Path, tmp_path: Path) -> None:
+    """A macro for all sources and a line of the build config, only if asked for and only with CUDA kernels."""
+    show = SHOW_SOURCES.replace("sources:", "macros:").replace("sources)", "define_macros)")
+    with_cuda = f"{WITH_CUDA}\n{show}"
+    toolkit = str(fake_toolkit(tmp_path / "toolkit"))
+    for value, has_clock in (("", False), ("0", False), ("1", True)):
+        result = setup(sources, with_cuda, CUDA_HOME=toolkit, BN_EXT_PHASE_CLOCK=value)
+        assert result.returncode == 0, result.stderr
+        assert ("BN_EXT_PHASE_CLOCK" in result.stdout.split("macros:")[1]) == has_clock
+    for environment, words in (
+        ({"BN_EXT_PHASE_CLOCK": "yes"}, "BN_EXT_PHASE_CLOCK must be 0 or 1, got 'yes'"),
+        ({"BN_EXT_PHASE_CLOCK": "1", "BN_EXT_CUDA": "0"}, "BN_EXT_PHASE_CLOCK=1 is for CUDA kernels"),
+    ):
+        result = setup(sources, with_cuda, CUDA_HOME=toolkit, **environment)
+        assert result.returncode == 1
+        assert words in result.stderr
+
+
 def test_without_torch(sources: Path) -> None:
     result = setup(sources, "import sys; sys.modules['torch'] = None")
     assert result.returncode == 1

@@ -28,6 +28,17 @@ def test_build_info_is_of_this_build() -> None:
     assert info.version == bn_ext.__version__
 
 
+def test_phase_clock_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a build that has it, and of no other."""
+    assert not bn_ext.build_info().phase_clock
+    assert "phase clock" not in str(bn_ext.build_info())
+    config = type("Config", (), {name: "" for name in ("TORCH", "CUDA_REASON", "CUDA_ARCHITECTURES")})
+    config.CUDA, config.PHASE_CLOCK = True, True
+    monkeypatch.setitem(sys.modules, "bn_ext._build_config", config)
+    assert bn_ext.build_info().phase_clock
+    assert "with the phase clock" in str(bn_ext.build_info())
+
+
 def test_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Import and build_info work all the same; the first call says what is wrong."""
     monkeypatch.setenv("BN_EXT_CPU_CAPABILITY", "sse9")
