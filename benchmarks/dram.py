@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .cells import FileError, read_json
 from .names import COMPILED, OURS, RIVAL
@@ -76,44 +76,65 @@ def make_calls(providers: list[str], described: Path, seconds: float) -> None:
     for about, call in calls(providers):
         if time.monotonic() > deadline:
             break
-        call()  # chooses, loads, allocates
-        buffer.sum()  # reads only: a write would leave lines for the call to write back
-        torch.cuda.synchronize()
-        torch.cuda.profiler.start()
-        torch.cuda._sleep(1)
-        call()
-        torch.cuda._sleep(1)
-        buffer.sum()
-        torch.cuda._sleep(1)
-        torch.cuda.synchronize()
-        torch.cuda.profiler.stop()
+        make_marked(call, buffer)
         made.append(about)
         described.write_text(json.dumps(made))
 
 
-def counted(text: str) -> list[dict[str, Any]]:
-    """Read what ncu prints: for each call its kernels' bytes, added up, and what the read behind it writes back."""
+def make_marked(call: Any, buffer: Any) -> None:
+    """Make a call twice, the second time for ncu, between marks for `kernels_of_calls` and reads of a large buffer."""
+    import torch
+
+    call()  # chooses, loads, allocates
+    buffer.sum()  # reads only: a write would leave lines for the call to write back
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    torch.cuda._sleep(1)
+    call()
+    torch.cuda._sleep(1)
+    buffer.sum()
+    torch.cuda._sleep(1)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+class MarkedCall(NamedTuple):
+    """Rows of ncu's table by the names of its columns."""
+
+    kernels: list[dict[str, str]]
+    read_behind: list[dict[str, str]]
+
+
+def kernels_of_calls(text: str) -> list[MarkedCall]:
+    """Read what ncu prints: for each call its kernels, and those of the read behind it."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         raise FileError(f"ncu printed no table; its last words: {' '.join(lines[-3:])[:300] or 'none'}")
-    found: list[dict[str, Any]] = []
+    found: list[MarkedCall] = []
     marks = 0
     for row in csv.DictReader(lines[start:]):
         if not (row.get("ID") or "").isdigit():  # the line of units, and what is not of the table
             continue
-        in_call, in_read = marks % 3 == 1, marks % 3 == 2
         if MARK in row["Kernel Name"]:
             marks += 1
             if marks % 3 == 1:
-                found.append({"kernels": 0, "read": 0, "written": 0})
-            continue
-        if in_call:
-            found[-1]["kernels"] += 1
-            found[-1]["read"] += bytes_of(row[READ])
-        if in_call or in_read:
-            found[-1]["written"] += bytes_of(row[WRITTEN])
+                found.append(MarkedCall([], []))
+        elif marks % 3 > 0:
+            found[-1][marks % 3 - 1].append(row)
     return found
+
+
+def counted(text: str) -> list[dict[str, Any]]:
+    """For each call its kernels' bytes, added up, and what the read behind it writes back."""
+    return [
+        {
+            "kernels": len(kernels),
+            "read": sum(bytes_of(row[READ]) for row in kernels),
+            "written": sum(bytes_of(row[WRITTEN]) for row in [*kernels, *read_behind]),
+        }
+        for kernels, read_behind in kernels_of_calls(text)
+    ]
 
 
 def bytes_of(cell: str) -> int:
@@ -121,16 +142,20 @@ def bytes_of(cell: str) -> int:
     return round(float(cell.replace(",", "")))
 
 
+def ncu_command(metrics: tuple[str, ...]) -> list[str]:
+    """Let ncu profile what comes behind these words, between start and stop."""
+    command = [find_ncu(), "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(metrics)]
+    command += ["--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off"]
+    return [*command, "--target-processes", "application-only"]  # not those that compile
+
+
 def profile(providers: list[str], seconds: float) -> list[dict[str, Any]]:
     """Run `make_calls` under ncu, and put together what was called and what was counted."""
     with tempfile.TemporaryDirectory() as folder:
         described = Path(folder) / "calls.json"
         described.write_text("[]")
-        command = [find_ncu(), "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
-        command += ["--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off"]
-        command += ["--target-processes", "application-only"]  # not those that compile
-        command += [sys.executable, "-m", "benchmarks.dram", "--calls", str(described), "--providers", *providers]
-        command += ["--budget", str(seconds)]
+        command = [*ncu_command(METRICS), sys.executable, "-m", "benchmarks.dram", "--calls", str(described)]
+        command += ["--providers", *providers, "--budget", str(seconds)]
         text = output_of(command, seconds + GRACE)
         found, made = counted(text), read_json(described)
     if len(found) < len(made):
