@@ -20,7 +20,7 @@ WORKERS ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo 0 || echo 2)
 PYTEST = $(RUN) -m pytest -n $(WORKERS) --dist worksteal
 OUT ?= gpu-check
 RUN := $(VENV)/bin/python
-FORMATTED := $(shell find benchmarks csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find benchmarks csrc lab tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-quick test-cuda-on-cpu test-cuda-build test-arm64 test-gpu bench lint format build clean
 

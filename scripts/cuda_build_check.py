@@ -127,10 +127,10 @@ def check_machine_code(cuobjdump: Path, extension: Path) -> None:
     print(", ".join(f"sm_{name} {kind}" for name, kind in sorted(found)))
 
 
-def check_device_limits(nvcc: Path, sources: Path) -> None:
-    """The program of benchmarks/device_limits compiles, for what is newer than the package's architectures too."""
-    program = sources / "benchmarks" / "device_limits" / "limits.cu"
-    for architecture in (*ARCHITECTURES, "100"):
+def check_programs(nvcc: Path, sources: Path) -> None:
+    """Those that measure a GPU compile, for what is newer than the package's architectures too."""
+    limits, host_calls = sources / "benchmarks" / "device_limits" / "limits.cu", sources / "lab" / "host_calls.cu"
+    for program, architecture in [*((limits, name) for name in (*ARCHITECTURES, "100")), (host_calls, "90")]:
         command = (
             nvcc,
             "-O3",
@@ -169,8 +169,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bn_ext-cuda-") as folder:
         sources = Path(folder, "bn_ext")
         shutil.copytree(ROOT, sources, ignore=NOT_SOURCES)
-        with part("benchmarks/device_limits", seconds):
-            check_device_limits(nvcc, sources)
+        with part("programs that measure a GPU", seconds):
+            check_programs(nvcc, sources)
         with part("build", seconds):
             # Insist on CUDA, and take the architectures that a user gets who names none.
             setting = {"BN_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""}
