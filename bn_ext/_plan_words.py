@@ -89,8 +89,8 @@ def _mask(e: "Explanation", plan: "PassPlan") -> str:
     """Of the bytes moved."""
     if plan.mask_bytes == 0:
         return ""
-    times = plan.mask_bytes // ((e.tensor_bytes // e.dtype.itemsize + 7) // 8)
-    often = {1: "once", 2: "twice"}.get(times, f"{times} times")
+    times, again = divmod(plan.mask_bytes, (e.tensor_bytes // e.dtype.itemsize + 7) // 8)
+    often = {1: "once", 2: "twice"}.get(times, f"{times} times") + " and in part again" * (again > 0)
     how = "written" if plan.direction == "forward" else "read"
     if plan.direction == "forward" and times > 1:
         how = "cleared, then changed in place, for slices share bytes of it: moved"

@@ -100,10 +100,10 @@ def test_eval_needs_no_team() -> None:
 def test_activations_and_residual() -> None:
     """A mask is a bit per value; the residual is read once, and by a smooth activation's gradient again."""
     relu = bn_ext.explain(SHAPE, activation="relu", residual=True, **BFLOAT16)
-    assert multiples(relu) == [2, 1 + 1 / 16, 2 + 2 / 16, 2]
-    assert (relu.forward.mask_bytes, relu.backward.mask_bytes) == (N // 16, N // 8)
+    assert multiples(relu) == [2, 1 + 1 / 16, 2 + 1 / 16, 2]
+    assert (relu.forward.mask_bytes, relu.backward.mask_bytes) == (N // 16, N // 16)
     assert "relu, residual" in str(relu)
-    assert "1.61 MB of these, one bit per value, read twice" in str(relu)
+    assert "0.80 MB of these, one bit per value, read once" in str(relu)
 
     silu = bn_ext.explain(SHAPE, activation=torch.nn.SiLU(), residual=True, **BFLOAT16)
     assert (silu.forward.team, silu.backward.team) == ("cluster", "none")

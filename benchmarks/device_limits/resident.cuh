@@ -18,12 +18,16 @@ __global__ void __launch_bounds__(512, 2)
   device_limits::Exchange exchange(plan, memory, workspace);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     Walk<unsigned, false, true> walk(plan, block, x);
-    tile.fetch_in_groups<kBatch>(walk, walk.rows, true);
+    const Chunks chunks = tile.chunks<kBatch>(walk.rows);  // one, because all rows fit
+    tile.fetch_first<kBatch>(walk, chunks);
     unsigned sum = 0;
+    const unsigned char* place = tile.place(chunks[0], 0);
     in_batches<kBatch>(walk.rows, [&](auto count, int done) {
       if (done % kBatch == 0) tile.wait_for_group();
 #pragma unroll
-      for (int i = 0; i < decltype(count)::value; ++i) sum += sum_of(tile.row(0, done + i).words);
+      for (int i = 0; i < decltype(count)::value; ++i, place += tile.row_bytes()) {
+        sum += sum_of(tile.row(0, place).words);
+      }
     });
 
     // Of warps, then of the block.
@@ -39,11 +43,10 @@ __global__ void __launch_bounds__(512, 2)
     const unsigned key = exchange_keys(plan, exchange, block.slice)->words[0];
 
     Walk<unsigned, true, true> back(plan, block, y);
-    int i = back.rows;
     in_batches<kBatch>(back.rows, [&](auto count, int) {
 #pragma unroll
       for (int row = 0; row < decltype(count)::value; ++row) {
-        const uint4 value = tile.row(0, --i).words + uint4{key, key, key, key};
+        const uint4 value = tile.row(0, place -= tile.row_bytes()).words + uint4{key, key, key, key};
         store_last(back.in(y, back.at), Vector<unsigned, kVector>{value});
         back.next(plan);
       }

@@ -13,6 +13,15 @@ inline __device__ unsigned load_bits(const uint8_t* mask, int64_t offset) {
   return unsigned{load<1>(mask + (offset >> 3)).value(0)} >> (offset & 7);
 }
 
+// The word that has them, whatever address the mask begins at, and where they begin in it. A mask's tensor goes on to
+// the end of its last word: mask_bytes of params.h.
+inline __device__ const unsigned* word_of_bits(const uint8_t* mask, int64_t offset) {
+  return reinterpret_cast<const unsigned*>(reinterpret_cast<uint64_t>(mask + (offset >> 3)) & ~uint64_t{3});
+}
+inline __device__ unsigned place_in_word(const uint8_t* mask, int64_t offset) {
+  return static_cast<unsigned>(reinterpret_cast<uint64_t>(mask) * 8 + offset) % 32;
+}
+
 // Stores the bits of a vector; other bits are zero. All threads of a block's slice must call it with each of their
 // rows.
 //

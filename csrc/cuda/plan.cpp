@@ -140,7 +140,7 @@ Plan choose_team(const Plan& general, int tensors, int value_bytes, const Machin
   Plan none = general;
   none.kept_rows = 0;
   const int64_t room = machine.shared_bytes / kResidentAtATime - kReservedSharedBytes;
-  const int64_t row_bytes = int64_t(general.threads) * general.vector * value_bytes * tensors;
+  const int64_t row_bytes = general.kept_row_bytes(tensors, value_bytes);
   const int64_t free_bytes = room - static_cast<int64_t>(ResidentMemory(none, tensors, value_bytes).bytes);
   const int64_t most_rows = std::min<int64_t>(kMaxRowsPerThread, free_bytes / row_bytes);
   if (free_bytes < row_bytes) return general;
@@ -199,6 +199,7 @@ Plan plan_with_slices(const Request& request, int line, const Machine& machine) 
   const int64_t plane = shape.channels_last ? 1 : shape.s;
   const int64_t images = shape.channels_last ? shape.n * shape.s : shape.n;
   Plan plan{};
+  plan.keeps_mask = request.keeps_mask;
   plan.channels = shape.c;
   plan.pitch = shape.c * plane;
   plan.plane = static_cast<int>(std::min(plane, kManyRows));
@@ -282,7 +283,7 @@ Plan plan_backward(const BackwardParams& p, const Machine& machine) {
   const int bytes = value_bytes(p.dtype);
   const void* dy = p.dy_is_scalar ? nullptr : p.dy;
   const int alignment = common_alignment(variant_of(p), bytes, {dy, p.x, p.z, p.dx, p.dz});
-  return make_plan({p.shape, bytes, alignment, false, resident_tiles(p)}, machine);
+  return make_plan({p.shape, bytes, alignment, false, resident_tiles(p), p.mask != nullptr}, machine);
 }
 
 BackwardParams after_sums(BackwardParams p) {

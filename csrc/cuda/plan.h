@@ -64,6 +64,8 @@ enum class Team : int {
   kGrid,     // many, of a grid that is resident as a whole; its teams take slice after slice
 };
 
+constexpr int kMaskWordBytes = 4;  // the least that can be copied to a tile, and what atomics change
+
 // A channels_last tensor is a contiguous (N, C, P) tensor with P = 1 and a position for an image; so there is one
 // layout: images of C planes of P values.
 //
@@ -102,6 +104,7 @@ struct Plan {
   bool starts_early;  // kernels may start while the one before them ends
   bool one_channel;   // all values of a thread belong to one channel
   bool whole_bytes;   // rows of slices are whole bytes of a mask, in memory: no two slices share one
+  bool keeps_mask;    // a mask's bits of kept rows stay on chip too: for each vector the word that has them
 
   constexpr bool resident() const { return team != Team::kNone; }
   constexpr bool blocks_wait() const { return team == Team::kCluster || team == Team::kGrid; }  // for each other
@@ -123,6 +126,10 @@ struct Plan {
     const int64_t kept = int64_t(row_lanes) * kept_rows, last = rows_of(segments - 1);
     return rows - (segments - 1) * kept - (last < kept ? last : kept);
   }
+  // What a row of each thread takes on chip, of so many tensors.
+  constexpr int64_t kept_row_bytes(int tensors, int64_t value_bytes) const {
+    return threads * (tensors * vector * value_bytes + (keeps_mask ? kMaskWordBytes : 0));
+  }
   // Values of a channel in a segment.
   constexpr double values_of(int64_t segment) const { return double(rows_of(segment)) * row_values; }
   // Partial sums that a block leaves in shared memory, with gaps: from those of one vector to the next one's, from one
@@ -139,8 +146,7 @@ struct Plan {
 };
 
 // Where things lie in the shared memory of a resident block, in bytes: first what threads leave for each other, then
-// coefficients of the slice's channels, then the block's sums of them for its team, then a tile for each of some
-// tensors.
+// coefficients of the slice's channels, then the block's sums of them for its team, then the tile.
 struct ResidentMemory {
   size_t coefficients;
   size_t sums;
@@ -155,7 +161,7 @@ struct ResidentMemory {
     coefficients = round_up(partial_bytes > affine_bytes ? partial_bytes : affine_bytes);
     sums = round_up(coefficients + affine_bytes);
     tiles = sums + plan.slice_channels * 2 * sizeof(double);
-    bytes = tiles + size_t(plan.threads) * plan.kept_rows * plan.vector * value_bytes * tensors;
+    bytes = tiles + plan.kept_rows * plan.kept_row_bytes(tensors, value_bytes);
   }
 
  private:
@@ -204,9 +210,10 @@ int64_t blocks_of_groups(int64_t groups, int lanes);
 struct Request {
   Shape shape;
   int value_bytes;
-  int alignment;       // bytes, a power of two that divides every activation's address
-  bool for_mask;       // rows of slices shall be whole bytes, if possible
-  int resident_tiles;  // tensors that a team would keep of a slice; 0: there is to be none
+  int alignment;            // bytes, a power of two that divides every activation's address
+  bool for_mask;            // rows of slices shall be whole bytes, if possible
+  int resident_tiles;       // tensors that a team would keep of a slice; 0: there is to be none
+  bool keeps_mask = false;  // besides
 };
 
 int value_bytes(DType dtype);

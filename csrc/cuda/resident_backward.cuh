@@ -14,32 +14,30 @@ namespace {
 constexpr int kTensors = 2;    // in tiles
 constexpr int kGroupRows = 4;  // of copies into them
 
-// Rows of a thread at a time, whose bits of a mask are asked for together: as many as registers allow.
-constexpr int rows_to_sum(Variant variant) {
-  return variant == Variant::kAny ? 1 : variant == Variant::kReluLike ? 2 : kGroupRows;
-}
+// Rows of a thread at a time, as many as registers allow.
+constexpr int rows_to_sum(Variant variant) { return variant == Variant::kAny ? 1 : kGroupRows; }
 constexpr int rows_to_write(Variant variant) {
-  return variant == Variant::kAny ? 1 : variant == Variant::kReluLike ? 4 : 2;
+  return variant == Variant::kAny ? 1 : variant == Variant::kReluLike ? 2 : 4;
 }
 
 // Sums of g and g * (x - mean) of a slice from its tiles, then, backwards, dx and dz, as they are wanted.
-// Grid: the teams' blocks. Reads dy and x once, what is not in tiles twice, a mask twice; writes each result once.
-template <typename T, int kVector, bool kOneChannel, Variant kVariant>
+// Grid: the teams' blocks. Reads dy, x and a mask once, what is not in tiles twice; writes each result once.
+template <typename T, int kVector, bool kOneChannel, Variant kVariant, bool kMasked>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     resident_backward_kernel(const Plan plan, const BackwardParams p, const Workspace workspace) {
   wait_for_earlier_kernels();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   const ResidentMemory memory(plan, kTensors, sizeof(T));
-  const Tile<T, kVector, kTensors> tile(plan, memory.tiles, {p.dy, p.x});
-  const Gradient<T, kVector, kVariant, true> g(p, true);
+  const Tile<T, kVector, kTensors, kMasked> tile(plan, memory.tiles, {p.dy, p.x}, p.mask);
+  const Gradient<T, kVector, kVariant, true> g(p, true, kMasked, false);
   Exchange<GradSums, Slope<A>> exchange(plan, memory, workspace);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     exchange.clock.mark(Phase::kStart);
     Walk<T, false, kOneChannel> walk(plan, block, p.dy);
     Walk<T, false, kOneChannel> ahead = walk;
-    int count = tile.first_chunk(walk.rows);
-    tile.template fetch_in_groups<kGroupRows>(ahead, count, count == walk.rows);
+    const Chunks chunks = tile.template chunks<kGroupRows>(walk.rows);
+    tile.template fetch_first<kGroupRows>(ahead, chunks);
     exchange.clock.mark(Phase::kFetchIssued);
     Affine<A> affine[kOneChannel ? 1 : kVector] = {};
     make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
@@ -58,28 +56,19 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         }
       });
     };
-    for (int left = walk.rows; left > 0;) {
-      in_batches<rows_to_sum(kVariant)>(count, [&](auto rows, int done) {
-        constexpr int kRows = decltype(rows)::value;
-        typename decltype(g)::Row batch[kRows] = {};
-#pragma unroll
-        for (auto& row : batch) {
-          row.at = walk.at;
-          row.passed = g.passed(walk);
-          walk.next(plan);
-        }
+    for (int chunk = 0; chunk < chunks.count; ++chunk) {
+      const unsigned char* place = tile.place(chunks[chunk], 0);
+      in_batches<rows_to_sum(kVariant)>(chunks[chunk].rows, [&](auto rows, int done) {
         if (done % kGroupRows == 0) tile.wait_for_group();
         exchange.clock.mark(Phase::kFetched);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          batch[i].dy = tile.row(0, done + i);
-          batch[i].x = tile.row(1, done + i);
-          add(batch[i]);
+        for (int i = 0; i < decltype(rows)::value; ++i) {
+          add(typename decltype(g)::Row{walk.at, tile.row(0, place), tile.row(1, place), {}, tile.passed(walk, place)});
+          walk.next(plan);
+          place += tile.row_bytes();
         }
       });
-      left -= count;
-      count = tile.last_chunk(left);
-      tile.template fetch_in_groups<kGroupRows>(ahead, count, count == left);
+      tile.template fetch_in_groups<kGroupRows>(ahead, chunks, chunk + 2);
     }
     GradSums sums[kVector];
 #pragma unroll
@@ -122,30 +111,20 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       if (kVariant > Variant::kRelu && p.dz != nullptr) store_last(back.in(p.dz, row.at), V::rounded(row_dz));
     };
     if (p.dx == nullptr && p.dz == nullptr) continue;
-    for (int left = back.rows; left > 0;) {
-      int i = tile.last_chunk(left);
-      if (left < back.rows) {
-        Walk<T, true, kOneChannel> again = back;
-        tile.fetch(again, i, true);
-        tile.wait();
-      }
-      left -= i;
-      in_batches<rows_to_write(kVariant)>(i, [&](auto count, int) {
-        typename decltype(g)::Row batch[decltype(count)::value] = {};
+    for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {
+      const int count = chunks[chunk].rows;
+      const unsigned char* place = tile.place(chunks[chunk], count);
+      tile.wait_for_chunk();
+      in_batches<rows_to_write(kVariant)>(count, [&](auto rows, int) {
 #pragma unroll
-        for (auto& row : batch) {
-          row.at = back.at;
-          row.passed = g.passed(back);
+        for (int i = 0; i < decltype(rows)::value; ++i) {
+          place -= tile.row_bytes();
+          finish(
+              typename decltype(g)::Row{back.at, tile.row(0, place), tile.row(1, place), {}, tile.passed(back, place)});
           back.next(plan);
         }
-#pragma unroll
-        for (auto& row : batch) {
-          --i;
-          row.dy = tile.row(0, i);
-          row.x = tile.row(1, i);
-          finish(row);
-        }
       });
+      tile.fetch_again(back, chunks, chunk);
     }
     exchange.clock.mark(Phase::kWritten);
   }
@@ -157,8 +136,12 @@ template <typename T, typename Body>
 cudaError_t with_kernel(const BackwardParams& p, const Plan& plan, const Body& body) {
   const Variant variant = variant_of(p, plan);
   return dispatch_plan<T>(plan, variant, [&](auto vector, auto one_channel, auto chosen) {
-    return body(resident_backward_kernel<T, vector.value, one_channel.value, chosen.value>,
-                grid_of_teams(plan, kTensors, sizeof(T)));
+    constexpr Variant kVariant = chosen.value;
+    auto* kernel = resident_backward_kernel<T, vector.value, one_channel.value, kVariant, false>;
+    if constexpr (kVariant == Variant::kReluLike) {
+      if (p.mask != nullptr) kernel = resident_backward_kernel<T, vector.value, one_channel.value, kVariant, true>;
+    }
+    return body(kernel, grid_of_teams(plan, kTensors, sizeof(T)));
   });
 }
 

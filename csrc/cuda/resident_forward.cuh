@@ -31,21 +31,23 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     Walk<T, false, kOneChannel> walk(plan, block, p.x);
     constexpr int kStates = kOneChannel ? 1 : kVector;
     constexpr int kGroupRows = kAddedRows<T, kVector, kStates>;
-    int count = tile.first_chunk(walk.rows);
-    tile.template fetch_in_groups<kGroupRows>(walk, count, count == walk.rows);
+    const Chunks chunks = tile.template chunks<kGroupRows>(walk.rows);
+    tile.template fetch_first<kGroupRows>(walk, chunks);
     exchange.clock.mark(Phase::kFetchIssued);
     RunningMoments<A> moments[kStates] = {};
-    for (int done = 0; done < walk.rows;) {
+    for (int chunk = 0, done = 0; chunk < chunks.count; ++chunk) {
+      const unsigned char* place = tile.place(chunks[chunk], 0);
       int i = 0;
       const auto next = [&] {
-        if (i % kGroupRows == 0) tile.wait_for_group();
+        if (i++ % kGroupRows == 0) tile.wait_for_group();
         exchange.clock.mark(Phase::kFetched);
-        return tile.row(0, i++);
+        const V row = tile.row(0, place);
+        place += tile.row_bytes();
+        return row;
       };
-      add_rows<T, kVector>(done + count, next, moments, done);
-      done += count;
-      count = tile.last_chunk(walk.rows - done);
-      tile.template fetch_in_groups<kGroupRows>(walk, count, done + count == walk.rows);
+      add_rows<T, kVector>(done + chunks[chunk].rows, next, moments, done);
+      done += chunks[chunk].rows;
+      tile.template fetch_in_groups<kGroupRows>(walk, chunks, chunk + 2);
     }
     merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int place) {
       exchange.leave_sums(place, total);
@@ -72,24 +74,21 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
 
     Apply<T, kVector, kOneChannel, kVariant> apply(p);
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, apply.affine);
-    for (int left = back.rows; left > 0;) {
-      int i = tile.last_chunk(left);
-      if (left < back.rows) {
-        Walk<T, true, kOneChannel> ahead = back;
-        tile.fetch(ahead, i, true);
-        tile.wait();
-      }
-      left -= i;
-      in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V), true)>>(i, [&](auto count, int) {
+    for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {
+      const int count = chunks[chunk].rows;
+      const unsigned char* place = tile.place(chunks[chunk], count);
+      tile.wait_for_chunk();
+      in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V), true)>>(count, [&](auto count, int) {
         typename decltype(apply)::Row rows[decltype(count)::value] = {};
 #pragma unroll
         for (auto& row : rows) {
-          row = apply.row(back, tile.row(0, --i));
+          row = apply.row(back, tile.row(0, place -= tile.row_bytes()));
           back.next(plan);
         }
 #pragma unroll
         for (const auto& row : rows) apply.finish(plan, back, row);
       });
+      tile.fetch_again(back, chunks, chunk);
     }
     exchange.clock.mark(Phase::kWritten);
   }

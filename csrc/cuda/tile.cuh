@@ -5,6 +5,7 @@
 #include <cuda_pipeline.h>
 
 #include "launch.cuh"
+#include "mask.cuh"
 #include "plan.h"
 #include "vector.cuh"
 #include "walk.cuh"
@@ -26,95 +27,161 @@ __device__ void copy_async(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 16);
 }
 
-// Rows of some tensors. A thread's rows go through it in chunks of plan.kept_rows, of which the first one is what is
-// left over; the last one stays, until all have been there once and they come again from the end.
+// Rows of a thread that are read from the tile one after the other: their places, and how many they are.
+struct Chunk {
+  int begin;
+  int rows;
+};
+
+// A thread's rows in chunks, in memory's order. If all fit, one chunk has them all. Otherwise every two chunks are
+// kept_rows rows, a part of whole groups and the rest, and the first two are those that remain. Two chunks at a time
+// are in the tile: one is on its way while the other one is read. The last two stay. A chunk may be empty.
+class Chunks {
+ public:
+  int count;  // even
+
+  __device__ Chunks(int rows, int kept_rows, int group_rows) : kept_rows_(kept_rows) {
+    const int times = rows > kept_rows ? (rows - 1) / kept_rows : 0;
+    count = 2 * times + 2;
+    first_rows_ = rows - times * kept_rows;
+    part_ = times == 0 ? kept_rows : (kept_rows / 2 + group_rows - 1) / group_rows * group_rows;
+  }
+
+  __device__ Chunk operator[](int i) const {
+    if (i < 0 || i >= count) return {0, 0};
+    const int rows = i < 2 ? first_rows_ : kept_rows_;
+    return i % 2 == 0 ? Chunk{0, min(rows, part_)} : Chunk{part_, max(rows - part_, 0)};
+  }
+  __device__ bool stays(int i) const { return i >= count - 2; }
+
+ private:
+  int kept_rows_;
+  int first_rows_;  // of the first two
+  int part_;        // at most, of the first one of two
+};
+
+// Rows of some tensors, and their bits of a mask. A thread's rows go through it in chunks, of which the last two stay,
+// until all have been there once and they come again from the end. When a chunk has been read the one after the next is
+// fetched to its place.
 //
 // Copies are committed in groups, so that rows are read while later ones are still on their way. An instruction that
-// waits names, as a constant, how many groups may be left. It is kGroups - 1 for every group, because at first kGroups
-// are committed at least, if need be without copies, and one more after each wait. If there are more, as with narrow
-// accesses, what is beyond kGroups is awaited first.
-template <typename T, int kVector, int kTensors>
+// waits names, as a constant, how many groups may be left. A chunk has kGroups at least, if need be without copies; the
+// next chunk is fetched before the first of them is awaited; and each wait commits one more. So kLeft may be left at
+// each wait. If a chunk has more groups, as with narrow accesses, or if waits for the chunk before have committed some,
+// groups are awaited earlier than they need be.
+template <typename T, int kVector, int kTensors, bool kMasked = false>
 class Tile {
  public:
   using V = Vector<T, kVector>;
 
-  __device__ Tile(const Plan& plan, size_t begin, const void* const (&tensors)[kTensors])
-      : own_(reinterpret_cast<V*>(shared_memory<unsigned char>() + begin) + threadIdx.x), plan_(plan) {
+  __device__ Tile(const Plan& plan, size_t begin, const void* const (&tensors)[kTensors], const uint8_t* mask = nullptr)
+      : own_(shared_memory_at<unsigned char>(begin) + threadIdx.x * sizeof(V)), plan_(plan), mask_(mask) {
 #pragma unroll
     for (int i = 0; i < kTensors; ++i) tensors_[i] = tensors[i];
   }
 
-  // Of so many rows that are still to come.
-  __device__ int first_chunk(int rows) const {
-    return rows == 0 ? 0 : rows - (rows - 1) / plan_.kept_rows * plan_.kept_rows;
-  }
-  __device__ int last_chunk(int rows) const { return min(rows, plan_.kept_rows); }
-
-  // The next rows of a walk are to be here, in memory's order; they are after wait(). is_last: they are not fetched
-  // again.
-  template <bool kBackwards, bool kOneChannel>
-  __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, int count, bool is_last) const {
-    is_last ? fetch<kAllRows, true>(walk, count) : fetch<kAllRows, false>(walk, count);
-  }
-  static __device__ void wait() {
-    __pipeline_commit();
-    wait_until_left<0>();
+  template <int kGroupRows>
+  __device__ Chunks chunks(int rows) const {
+    return Chunks(rows, plan_.kept_rows, kGroupRows);
   }
 
-  // The same in groups of kGroupRows; the rows of a group are there after one wait_for_group() more.
+  // The first two chunks, or a later one, of which each kGroupRows rows are there after one wait_for_group() more.
   template <int kGroupRows, bool kOneChannel>
-  __device__ void fetch_in_groups(Walk<T, false, kOneChannel>& walk, int count, bool is_last) const {
-    is_last ? fetch<kGroupRows, true>(walk, count) : fetch<kGroupRows, false>(walk, count);
-    for (int groups = count / kGroupRows; groups < kGroups; ++groups) __pipeline_commit();
+  __device__ void fetch_first(Walk<T, false, kOneChannel>& walk, const Chunks& chunks) const {
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) fetch_in_groups<kGroupRows>(walk, chunks, i);
+  }
+  template <int kGroupRows, bool kOneChannel>
+  __device__ void fetch_in_groups(Walk<T, false, kOneChannel>& walk, const Chunks& chunks, int i) const {
+    const Chunk chunk = chunks[i];
+    chunks.stays(i) ? fetch<kGroupRows, true>(walk, chunk) : fetch<kGroupRows, false>(walk, chunk);
+    for (int groups = chunk.rows / kGroupRows; groups < kGroups; ++groups) __pipeline_commit();
   }
   static __device__ void wait_for_group() {
-    wait_until_left<kGroups - 1>();
+    wait_until_left<kLeft>();
     __pipeline_commit();
   }
 
-  __device__ const V& row(int tensor, int i) const { return *place(tensor, i); }
+  // On the way back, after chunk i, at whose end the walk is: chunk i - 2 is to come to its place. A chunk is there
+  // after wait_for_chunk(), while the next one is on its way.
+  template <bool kOneChannel>
+  __device__ void fetch_again(Walk<T, true, kOneChannel> walk, const Chunks& chunks, int i) const {
+    const Chunk chunk = chunks[i - 2];
+    if (chunk.rows > 0) {
+#pragma unroll 1
+      for (int row = chunks[i - 1].rows; row > 0; --row) walk.next(plan_);
+      fetch<kAllRows, true>(walk, chunk);
+    }
+    __pipeline_commit();
+  }
+  static __device__ void wait_for_chunk() { wait_until_left<1>(); }
+
+  // Where row i of a chunk is; the next row is row_bytes() further.
+  __device__ const unsigned char* place(const Chunk& chunk, int i) const {
+    return own_ + (chunk.begin + i) * row_bytes();
+  }
+  __device__ int row_bytes() const {
+    return plan_.threads * (kTensors * kVectorBytes + (kMasked ? kMaskWordBytes : 0));
+  }
+  __device__ const V& row(int tensor, const unsigned char* place) const {
+    return *reinterpret_cast<const V*>(place + tensor * plan_.threads * kVectorBytes);
+  }
+  // Bits of the mask for that row, which the walk is at; none if there is no mask.
+  template <typename Walk>
+  __device__ unsigned passed(const Walk& walk, const unsigned char* place) const {
+    if (!kMasked) return 0;
+    return *reinterpret_cast<const unsigned*>(place + bits_begin()) >> place_in_word(mask_, walk.offset(walk.at));
+  }
 
  private:
   static constexpr int kGroups = 8;
+  static constexpr int kLeft = 2 * kGroups - 1;
+  static constexpr int kVectorBytes = sizeof(V);
   static constexpr int kAllRows = 0;  // in one group, which is not committed
 
-  __device__ int tensor_stride() const { return plan_.kept_rows * plan_.threads; }
-  __device__ V* place(int tensor, int i) const { return own_ + tensor * tensor_stride() + i * plan_.threads; }
+  // From a thread's values of a row to its word of the mask, which lies behind all threads' values.
+  __device__ int bits_begin() const {
+    return plan_.threads * kTensors * kVectorBytes - static_cast<int>(threadIdx.x) * (kVectorBytes - kMaskWordBytes);
+  }
   template <int kGroupRows, bool kLast, bool kBackwards, bool kOneChannel>
-  __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, int count) const {
-    V* to = place(0, kBackwards ? count - 1 : 0);
+  __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, const Chunk& chunk) const {
+    unsigned char* to = own_ + (kBackwards ? chunk.begin + chunk.rows - 1 : chunk.begin) * row_bytes();
 #pragma unroll 8
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < chunk.rows; ++i) {
 #pragma unroll
       for (int tensor = 0; tensor < kTensors; ++tensor) {
-        copy<kLast>(to + tensor * tensor_stride(), walk.in(tensors_[tensor], walk.at));
+        copy<kLast>(to + tensor * plan_.threads * kVectorBytes, walk.in(tensors_[tensor], walk.at));
+      }
+      if (kMasked) {
+        __pipeline_memcpy_async(to + bits_begin(), word_of_bits(mask_, walk.offset(walk.at)), kMaskWordBytes);
       }
       walk.next(plan_);
-      to += kBackwards ? -plan_.threads : plan_.threads;
+      to += kBackwards ? -row_bytes() : row_bytes();
       if constexpr (kGroupRows != kAllRows) {
         if (i % kGroupRows == kGroupRows - 1) __pipeline_commit();
       }
     }
   }
-  template <int kLeft>
+  template <int kCount>
   static __device__ void wait_until_left() {
-    __pipeline_wait_prior(kLeft);
+    __pipeline_wait_prior(kCount);
     asm volatile("" ::: "memory");  // nothing is read before: CUDA's own wait does not say so to the compiler
   }
   template <bool kLast>
-  static __device__ void copy(V* to, const T* from) {
+  static __device__ void copy(unsigned char* to, const T* from) {
     if constexpr (sizeof(V) == 16) {
       copy_async<kLast>(to, from);
     } else if constexpr (sizeof(V) >= 4) {
       __pipeline_memcpy_async(to, from, sizeof(V));
     } else {
-      *to = load_last<kVector>(from);
+      *reinterpret_cast<V*>(to) = load_last<kVector>(from);
     }
   }
 
-  V* own_;
+  unsigned char* own_;
   const Plan& plan_;
   const void* tensors_[kTensors];
+  const uint8_t* mask_;
 };
 
 }  // namespace bn_ext::cuda

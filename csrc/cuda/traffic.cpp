@@ -11,17 +11,18 @@ struct Counts {
   int read_again;     // tensors, of which only what is not in tiles
   int written;        // tensors
   int masks_read;     // masks
+  int masks_again;    // masks, of which only what is not in tiles
   int masks_written;  // masks
   int launches;
 };
 
 Traffic in_bytes(const Counts& counts, const Shape& shape, DType dtype, const Plan& plan) {
   const int64_t tensor = shape.numel() * value_bytes(dtype), mask = (shape.numel() + 7) / 8;
-  const int64_t spilled = plan.resident() ? tensor / plan.rows * plan.spilled_rows() : 0;
+  const int64_t spilled = plan.resident() ? shape.numel() / plan.rows * plan.spilled_rows() : 0;  // values
   Traffic traffic{};
-  traffic.mask_read = counts.masks_read * mask;
+  traffic.mask_read = counts.masks_read * mask + counts.masks_again * ((spilled + 7) / 8);
   traffic.mask_written = counts.masks_written * mask;
-  traffic.read = counts.read * tensor + counts.read_again * spilled + traffic.mask_read;
+  traffic.read = counts.read * tensor + counts.read_again * spilled * value_bytes(dtype) + traffic.mask_read;
   traffic.written = counts.written * tensor + traffic.mask_written;
   traffic.launches = counts.launches;
   return traffic;
@@ -43,7 +44,8 @@ Counts resident_backward(const BackwardParams& p) {
   counts.read = 2;
   counts.read_again = results > 0 ? 2 : 0;
   counts.written = results;
-  counts.masks_read = reads_mask(p) ? 1 + (results > 0) : 0;
+  counts.masks_read = reads_mask(p);
+  counts.masks_again = reads_mask(p) && results > 0;
   return counts;
 }
 

@@ -105,10 +105,11 @@ class Kernels:
         machine: Machine = GENERAL,
         for_mask: bool = False,
         resident_tiles: int = 0,
+        keeps_mask: bool = False,
     ) -> Plan:
         """make_plan of plan.h."""
         plan = Plan()
-        request = Request(shape, value_bytes, alignment, for_mask, resident_tiles)
+        request = Request(shape, value_bytes, alignment, for_mask, resident_tiles, keeps_mask)
         at = (ctypes.byref(request), ctypes.byref(machine), ctypes.byref(plan))
         self.device.call("batch_norm_make_plan", *at)
         return plan

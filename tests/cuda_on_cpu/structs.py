@@ -107,12 +107,20 @@ class Plan(ctypes.Structure):
         ("starts_early", ctypes.c_bool),
         ("one_channel", ctypes.c_bool),
         ("whole_bytes", ctypes.c_bool),
+        ("keeps_mask", ctypes.c_bool),
     ]
 
     @property
     def team_name(self) -> str:
         """Of TEAMS."""
         return TEAMS[self.team]
+
+    @property
+    def spilled_rows(self) -> int:
+        """How many rows of all segments do not stay on chip, of all teams but "none"."""
+        segment_rows = self.row_lanes * self.rows_per_thread
+        rows = [min(segment_rows, self.rows - i * segment_rows) for i in range(self.segments)]
+        return sum(max(0, r - self.row_lanes * self.kept_rows) for r in rows)
 
 
 class Machine(ctypes.Structure):
@@ -146,6 +154,7 @@ class Request(ctypes.Structure):
         ("alignment", ctypes.c_int),
         ("for_mask", ctypes.c_bool),
         ("resident_tiles", ctypes.c_int),
+        ("keeps_mask", ctypes.c_bool),
     ]
 
 

@@ -16,6 +16,7 @@ from .operators import Call, CudaOnCpu
 from .structs import GENERAL, H200, OF_H200, Machine, Plan, Shape
 from .test_plan import RESNET50
 from .test_plan import check as check_plan
+from .tiles import awaited_later
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -56,12 +57,8 @@ def passes(case: testing.Case, settings: Settings) -> list[Call]:
 
 
 def read_again(plan: Plan) -> float:
-    """The part of each tensor that the teams do not keep: spilled_rows() of plan.h."""
-    if plan.team_name == "none":
-        return 1.0
-    segment_rows = plan.row_lanes * plan.rows_per_thread
-    rows = [min(segment_rows, plan.rows - i * segment_rows) for i in range(plan.segments)]
-    return sum(max(0, r - plan.row_lanes * plan.kept_rows) for r in rows) / plan.rows
+    """The part of each tensor that the teams do not keep."""
+    return 1.0 if plan.team_name == "none" else plan.spilled_rows / plan.rows
 
 
 def assert_moves_what_is_planned(calls: list[Call], size: int) -> None:
@@ -105,17 +102,14 @@ def test_what_does_not_fit_is_read_again(name: str, dtype: torch.dtype) -> None:
         assert calls[1].plan.team_name == name.split(",")[0]
 
 
-def awaited_later(plan: Plan, group_rows: int) -> int:
-    """Rows that are on their way still after a wait for a group before them, added up."""
+def awaited_later_of(plan: Plan, group_rows: int, goes_back: bool = True) -> int:
+    """Rows that are on their way still after a wait for others, of all threads."""
     total = 0
     for first_row in range(0, plan.rows, plan.row_lanes * plan.rows_per_thread):
         rows = min(plan.rows - first_row, plan.row_lanes * plan.rows_per_thread)
         for lane in range(plan.row_lanes):
-            left = len(range(lane, rows, plan.row_lanes))
-            while left > 0:  # chunks, of which the first one is what is left over
-                chunk = (left - 1) % plan.kept_rows + 1
-                total += sum(max(0, chunk - group_rows - i) for i in range(0, chunk, group_rows))
-                left -= chunk
+            of_thread = len(range(lane, rows, plan.row_lanes))
+            total += awaited_later(of_thread, plan.kept_rows, group_rows, goes_back)
     return total * (plan.slices if plan.columns == 1 else -(-plan.pitch // plan.vector))
 
 
@@ -140,7 +134,7 @@ def test_no_sum_waits_for_rows_it_does_not_need(
         assert plan.vector * dtype.itemsize == 16
         group_rows = 4 if tensors == 2 or plan.one_channel else 8
         assert group_rows < plan.kept_rows <= 32
-        rows = awaited_later(plan, group_rows)
+        rows = awaited_later_of(plan, group_rows)
         assert call.counters["activation"].bytes_awaited_later == rows * tensors * 16 > 0
 
 
@@ -163,7 +157,7 @@ def test_odd_shapes_too(shape: tuple[int, ...], misalignment: int, machine: Mach
 def test_activation_and_residual(
     machine: Machine, name: str | None, has_residual: bool, dtype: torch.dtype, layout: str
 ) -> None:
-    """The residual is read once more, dz written; a mask is read twice in backward."""
+    """The residual is read once more, dz written; a mask is read once in backward."""
     shape = (8, 32, 14, 14) if layout == "contiguous" else (4, 32, 5, 5)
     operator = CudaOnCpu(Settings(machine))
     check(operator, testing.Case(shape, dtype, layout), name, has_residual)
@@ -172,9 +166,24 @@ def test_activation_and_residual(
     mask = torch.Size(shape).numel() // 8 if has_mask else 0
     forward, backward = (call.counters["activation"] for call in operator.calls)
     assert (forward.bytes_read, forward.bytes_written) == ((1 + has_residual) * size, size + mask)
-    mask_read = 2 * torch.Size(shape).numel() // operator.calls[1].plan.vector if has_mask else 0
+    # For each access the word that has its bits.
+    mask_read = 4 * torch.Size(shape).numel() // operator.calls[1].plan.vector if has_mask else 0
     assert (backward.bytes_read, backward.bytes_written) == (2 * size + mask_read, (1 + has_mask) * size)
     assert [call.launches for call in operator.calls] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["cluster", "grid, channels_last"])
+def test_a_mask_of_rows_that_do_not_fit_is_read_again_with_them(name: str) -> None:
+    machine, shape, layout = SPILLING[name]
+    operator = CudaOnCpu(Settings(machine, "descending"))
+    check(operator, testing.Case(shape, torch.float32, layout), "relu", True)
+    plan, moved = operator.calls[1].plan, operator.calls[1].counters["activation"]
+    accesses = torch.Size(shape).numel() // plan.vector
+    again = accesses // plan.rows * plan.spilled_rows
+    assert 0 < again < accesses
+    assert plan.team_name == name.split(",")[0]
+    assert moved.bytes_read == (accesses + again) * (2 * 16 + 4)
+    assert moved.sector_bytes_read <= 1.2 * 2 * 16 * (accesses + again)
 
 
 def test_what_needs_the_general_kernels() -> None:
@@ -268,9 +277,11 @@ def test_statistics_of_a_large_mean(machine: Machine, layout: str) -> None:
 # The planner, as data.
 
 
-def plan_of(shape: Shape, value_bytes: int, machine: Machine, tiles: int, for_mask: bool = False) -> Plan:
+def plan_of(
+    shape: Shape, value_bytes: int, machine: Machine, tiles: int, for_mask: bool = False, keeps_mask: bool = False
+) -> Plan:
     """A plan that is one, with its shared memory within what two blocks of a multiprocessor may have."""
-    plan = kernels().make_plan(shape, value_bytes, 16, machine, for_mask, tiles)
+    plan = kernels().make_plan(shape, value_bytes, 16, machine, for_mask, tiles, keeps_mask)
     if plan.team_name == "none":
         check_plan(plan, shape, value_bytes, 16)
         return plan
@@ -296,7 +307,9 @@ def plan_of(shape: Shape, value_bytes: int, machine: Machine, tiles: int, for_ma
 def test_every_channel_of_resnet50_fits_on_an_h200(n: int, value_bytes: int) -> None:
     """NCHW: 2N forward and 3N backward, with masks and without; at N = 32 in 16 bits clusters do, but for one layer."""
     for (channels, size), tiles, for_mask in itertools.product(RESNET50, (1, 2), (False, True)):
-        plan = plan_of(Shape(n, channels, size * size, False), value_bytes, H200, tiles, for_mask)
+        keeps_mask = for_mask and tiles == 2
+        plan = plan_of(Shape(n, channels, size * size, False), value_bytes, H200, tiles, for_mask, keeps_mask)
+        assert plan.keeps_mask == keeps_mask
         assert plan.team_name != "none"
         assert read_again(plan) == 0, (channels, size)
         if n == 32 and value_bytes == 2 and size < 112:
@@ -329,4 +342,11 @@ def test_any_shape() -> None:
         n, c, s = (int(2 ** draw(13.5)) for _ in range(3))
         shared = int(draw(230)) * KIB
         machine = Machine((1, 16, 132)[int(draw(3))], shared, draw(1) < 0.5, draw(1) < 0.7)
-        plan_of(Shape(n, c, s, draw(1) < 0.5 or s == 1), value_bytes, machine, 1 + int(draw(2)), draw(1) < 0.3)
+        plan_of(
+            Shape(n, c, s, draw(1) < 0.5 or s == 1),
+            value_bytes,
+            machine,
+            1 + int(draw(2)),
+            draw(1) < 0.3,
+            draw(1) < 0.3,
+        )

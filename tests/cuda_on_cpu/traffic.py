@@ -28,7 +28,11 @@ class Moved:
 
     numel: int
     accesses: int
-    """That read a tensor once: each reads a byte of a mask too."""
+    """That read a tensor once: each reads a byte of a mask too, or for a tile the word that has it."""
+    accesses_again: int
+    """Of rows that do not stay in tiles."""
+    mask_bytes: int
+    """That an access reads of a mask."""
     changed_words: int | None
     """Of a mask, by an atomic each, after it was cleared; None: whole bytes of it are stored."""
     beyond_float32: bool
@@ -40,13 +44,18 @@ class Moved:
         changed = None
         if mask is not None and not plan.whole_bytes:
             changed = int(mask.reshape(-1, plan.vector).any(1).sum())
-        return Moved(x.size, x.size // plan.vector, changed, _squares_are_beyond(x, dtype))
+        accesses, resident = x.size // plan.vector, plan.team_name != "none"
+        again = accesses // plan.rows * plan.spilled_rows if resident else 0
+        return Moved(x.size, accesses, again, 4 if resident else 1, changed, _squares_are_beyond(x, dtype))
 
 
 def check_traffic(counted: Counters, expected: Traffic, moved: Moved) -> None:
     """They agree to the byte."""
     mask = (moved.numel + 7) // 8
-    mask_read, mask_written = moved.accesses * expected.mask_read // mask, expected.mask_written
+    masks_read, rest = divmod(expected.mask_read, mask)
+    assert rest in (0, -(-moved.numel * moved.accesses_again // (8 * moved.accesses)))
+    mask_read = (masks_read * moved.accesses + (rest > 0) * moved.accesses_again) * moved.mask_bytes
+    mask_written = expected.mask_written
     if moved.changed_words is not None:
         assert (expected.mask_read, expected.mask_written) == (mask, 2 * mask)
         mask_read = 4 * moved.changed_words
