@@ -113,7 +113,9 @@ class Instances {
     add(Path::kGeneral, instance, variant, true, false);
     if (variant <= Variant::kRelu || count_ % 2 == 0) add(Path::kGeneral, instance, variant, false, false);
     if (variant == Variant::kReluLike) add(Path::kGeneral, instance, variant, true, true);
-    add(kTeams[count_ % std::size(kTeams)], instance, variant, true, variant == Variant::kReluLike && count_ % 2 == 0);
+    const Path team = kTeams[count_ % std::size(kTeams)];
+    add(team, instance, variant, true, false);
+    if (variant == Variant::kReluLike) add(team, instance, variant, true, true);
   }
 
   // With a residual, the last of the general kernels finds g in dz, and is another one.

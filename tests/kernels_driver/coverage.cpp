@@ -118,7 +118,7 @@ std::vector<Launched> launched_by(const BackwardParams& params, const Plan& plan
     pass.way(p.dx == nullptr, "no dx");
   };
   if (plan.resident()) {
-    launch("resident_backward_kernel", "");
+    launch("resident_backward_kernel", ", " + words(p.mask != nullptr));
     return pass.take();
   }
   if (p.needs_sums()) {
@@ -151,10 +151,11 @@ std::set<std::string> all_kernels() {
           const std::string chosen = std::string(", ") + name;
           if (name == kVariants[1] && vector * bytes != bn_ext::cuda::kWidestAccess) continue;
           if (name == kVariants[3] && vector > bn_ext::cuda::most_values_of_any(bytes)) continue;
-          for (const char* kernel :
-               {"apply_kernel", "resident_forward_kernel", "grad_input_kernel", "resident_backward_kernel"}) {
+          for (const char* kernel : {"apply_kernel", "resident_forward_kernel", "grad_input_kernel"}) {
             add(kernel, chosen);
           }
+          add("resident_backward_kernel", chosen + ", false");
+          if (name == kVariants[2]) add("resident_backward_kernel", chosen + ", true");
           add("grad_sums_kernel", chosen + ", true");
           if (name == kVariants[1]) add("grad_sums_kernel", chosen + ", false");
         }

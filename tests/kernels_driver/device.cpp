@@ -50,8 +50,9 @@ DeviceMemory::DeviceMemory(DeviceMemory&& other) noexcept
       bytes_(other.bytes_),
       misalignment_(other.misalignment_) {}
 
-void DeviceMemory::write(const Bytes& values) const {
-  check(cudaMemcpy(data(), values.data(), values.size(), cudaMemcpyHostToDevice), "cudaMemcpy to the device");
+void DeviceMemory::write(const Bytes& values, size_t begin) const {
+  void* to = static_cast<unsigned char*>(data()) + begin;
+  check(cudaMemcpy(to, values.data(), values.size(), cudaMemcpyHostToDevice), "cudaMemcpy to the device");
 }
 
 void DeviceMemory::fill_poison() const { check(cudaMemset(data(), 0xff, bytes_), "cudaMemset"); }

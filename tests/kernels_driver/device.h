@@ -25,7 +25,7 @@ class DeviceMemory {
   DeviceMemory& operator=(const DeviceMemory&) = delete;
 
   void* data() const { return static_cast<unsigned char*>(allocation_) + misalignment_; }
-  void write(const Bytes& values) const;
+  void write(const Bytes& values, size_t begin = 0) const;
   void fill_poison() const;  // 0xff bytes: NaN in every float type
   Bytes read(size_t bytes) const;
 

@@ -18,7 +18,7 @@ constexpr int kReservedBytes = 1024;
 int shared_bytes_for(double rows, const Plan& general, int value_bytes) {
   Plan none = general;
   none.kept_rows = 0;
-  const double row_bytes = double(general.threads) * general.vector * value_bytes * kTensors;
+  const double row_bytes = double(general.kept_row_bytes(kTensors, value_bytes));
   const double block_bytes = kReservedBytes + ResidentMemory(none, kTensors, value_bytes).bytes + rows * row_bytes;
   return static_cast<int>(kBlocksPerDevice * block_bytes);
 }

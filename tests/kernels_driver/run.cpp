@@ -27,10 +27,7 @@ struct Tensor {
 class Run {
  public:
   Run(const Case& c, const Machine& device, const RunOptions& options)
-      : c_(c), options_(options), inputs_(make_inputs(c)), reference_(make_reference(c, inputs_)) {
-    const int access = static_cast<int>(c.misalignment > 0 ? c.misalignment : 16);
-    machine_ = machine_for(c.path, {c.shape, static_cast<int>(bytes_of(c.dtype)), access, false, 2}, device);
-  }
+      : c_(c), options_(options), device_(device), inputs_(make_inputs(c)), reference_(make_reference(c, inputs_)) {}
 
   Outcome take() {
     ForwardParams forward = forward_params();
@@ -102,8 +99,17 @@ class Run {
     p.rstd = output_vector("rstd", saved);
     p.scale = output_vector("scale", saved);
     p.offset = output_vector("offset", saved);
-    if (c_.has_mask) p.mask = static_cast<uint8_t*>(add("mask", c_.dtype, mask_bytes(c_.shape.numel())));
+    if (c_.has_mask) p.mask = mask();
     return p;
+  }
+
+  // The backward pass copies whole words of it: what is behind the last value's bits is read, but not looked at.
+  uint8_t* mask() {
+    const size_t values = static_cast<size_t>(c_.shape.numel()), bytes = mask_bytes(c_.shape.numel());
+    void* mask = add("mask", c_.dtype, bytes);
+    const size_t written = (values + 7) / 8;
+    tensors_.at("mask").memory.write(Bytes(bytes - written, 0xff), written);
+    return static_cast<uint8_t*>(mask);
   }
 
   // As the operator calls it: a residual alone leaves dz = dy, and a mask stands in for the residual.
@@ -144,9 +150,16 @@ class Run {
     return bn_ext::cuda::backward_workspace_bytes(p, plan);
   }
 
+  Machine machine_of(const ForwardParams&) const { return machine_that_keeps(false); }
+  Machine machine_of(const BackwardParams& p) const { return machine_that_keeps(p.mask != nullptr); }
+  Machine machine_that_keeps(bool mask) const {
+    const int access = static_cast<int>(c_.misalignment > 0 ? c_.misalignment : 16);
+    return machine_for(c_.path, {c_.shape, static_cast<int>(bytes_of(c_.dtype)), access, false, 2, mask}, device_);
+  }
+
   template <typename Params>
   void pass(const char* name, const Params& p) {
-    const Plan plan = bn_ext::cuda::choose_plan(p, machine_);
+    const Plan plan = bn_ext::cuda::choose_plan(p, machine_of(p));
     const Path path = bn_ext::cuda::resident_tiles(p) > 0 ? c_.path : Path::kGeneral;
     if (c_.path != Path::kAny && !takes(path, plan)) {
       wrong(std::string(name) + " did not take this path but " + words(plan));
@@ -217,7 +230,7 @@ class Run {
 
   void check_mask() {
     const size_t values = static_cast<size_t>(c_.shape.numel());
-    Bytes bytes = tensors_.at("mask").memory.read((values + 7) / 8);  // what is behind them is not written
+    Bytes bytes = tensors_.at("mask").memory.read((values + 7) / 8);  // no pass writes what is behind them
     for (size_t i = 0; i < values; ++i) {
       if (reference_.near_kink[i]) continue;
       if (options_.spoil == "mask" && i >= c_.seed % values) bytes[i / 8] ^= 1 << i % 8;
@@ -237,7 +250,7 @@ class Run {
 
   const Case& c_;
   const RunOptions& options_;
-  Machine machine_;
+  const Machine& device_;
   Inputs inputs_;
   Reference reference_;
   std::map<std::string, Tensor> tensors_;
