@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(512, 2)
     const Chunks chunks = tile.chunks<kBatch>(walk.rows);  // one, because all rows fit
     tile.fetch_first<kBatch>(walk, chunks);
     unsigned sum = 0;
-    const unsigned char* place = tile.place(chunks[0], 0);
+    const unsigned char* place = tile.place(chunks[0].begin);
     in_batches<kBatch>(walk.rows, [&](auto count, int done) {
       if (done % kBatch == 0) tile.wait_for_group();
 #pragma unroll

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       });
     };
     for (int chunk = 0; chunk < chunks.count; ++chunk) {
-      const unsigned char* place = tile.place(chunks[chunk], 0);
+      const unsigned char* place = tile.place(chunks[chunk].begin);
       in_batches<rows_to_sum(kVariant)>(chunks[chunk].rows, [&](auto rows, int done) {
         if (done % kGroupRows == 0) tile.wait_for_group();
         exchange.clock.mark(Phase::kFetched);
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     if (p.dx == nullptr && p.dz == nullptr) continue;
     for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {
       const int count = chunks[chunk].rows;
-      const unsigned char* place = tile.place(chunks[chunk], count);
+      const unsigned char* place = tile.place(chunks[chunk].begin + count);
       tile.wait_for_chunk();
       in_batches<rows_to_write(kVariant)>(count, [&](auto rows, int) {
 #pragma unroll

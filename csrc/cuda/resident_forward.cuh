@@ -36,14 +36,12 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     exchange.clock.mark(Phase::kFetchIssued);
     RunningMoments<A> moments[kStates] = {};
     for (int chunk = 0, done = 0; chunk < chunks.count; ++chunk) {
-      const unsigned char* place = tile.place(chunks[chunk], 0);
+      const int begin = chunks[chunk].begin;
       int i = 0;
       const auto next = [&] {
-        if (i++ % kGroupRows == 0) tile.wait_for_group();
+        if (i % kGroupRows == 0) tile.wait_for_group();
         exchange.clock.mark(Phase::kFetched);
-        const V row = tile.row(0, place);
-        place += tile.row_bytes();
-        return row;
+        return tile.row(0, tile.place(begin + i++));
       };
       add_rows<T, kVector>(done + chunks[chunk].rows, next, moments, done);
       done += chunks[chunk].rows;
@@ -54,6 +52,9 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     });
     exchange.clock.mark(Phase::kSummed);
     Walk<T, true, kOneChannel> back(plan, block, p.y);  // here, where other blocks are waited for anyway
+    if constexpr (kVariant > Variant::kRelu) {
+      if (p.z != nullptr) prefetch_rows(plan, back, p.z, min(back.rows, plan.kept_rows));
+    }
     const double share = 1 / double(p.shape.values_per_channel());
     const auto load = [&](int64_t channel) { return load_weight_and_bias(p, channel); };
     exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& own, const auto& get) {
@@ -75,14 +76,13 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     Apply<T, kVector, kOneChannel, kVariant> apply(p);
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, apply.affine);
     for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {
-      const int count = chunks[chunk].rows;
-      const unsigned char* place = tile.place(chunks[chunk], count);
+      int i = chunks[chunk].begin + chunks[chunk].rows;
       tile.wait_for_chunk();
-      in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V), true)>>(count, [&](auto count, int) {
+      in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V), true)>>(chunks[chunk].rows, [&](auto count, int) {
         typename decltype(apply)::Row rows[decltype(count)::value] = {};
 #pragma unroll
         for (auto& row : rows) {
-          row = apply.row(back, tile.row(0, place -= tile.row_bytes()));
+          row = apply.row(back, tile.row(0, tile.place(--i)));
           back.next(plan);
         }
 #pragma unroll

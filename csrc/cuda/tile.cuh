@@ -116,10 +116,8 @@ class Tile {
   }
   static __device__ void wait_for_chunk() { wait_until_left<1>(); }
 
-  // Where row i of a chunk is; the next row is row_bytes() further.
-  __device__ const unsigned char* place(const Chunk& chunk, int i) const {
-    return own_ + (chunk.begin + i) * row_bytes();
-  }
+  // Where a row is; the next one is row_bytes() further.
+  __device__ const unsigned char* place(int i) const { return own_ + i * row_bytes(); }
   __device__ int row_bytes() const {
     return plan_.threads * (kTensors * kVectorBytes + (kMasked ? kMaskWordBytes : 0));
   }

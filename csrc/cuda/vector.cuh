@@ -174,6 +174,15 @@ __device__ void store_last(T* p, const Vector<T, kCount>& vector) {
   __stcs(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.words);
 }
 
+// Asks for a value to come to the L2 cache, while the thread goes on.
+inline __device__ void prefetch(const void* p) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  cuda_on_cpu_prefetch(p);
+#endif
+}
+
 // A single value, which this kernel may write too.
 template <typename T>
 __device__ T load_one(const T* p) {

@@ -6,6 +6,7 @@
 
 #include "launch.cuh"
 #include "plan.h"
+#include "vector.cuh"
 
 namespace bn_ext::cuda {
 
@@ -103,6 +104,15 @@ class Walk {
   int left_;        // rows until the image's end, or its beginning
   int image_rows_;
 };
+
+// Asks for a walk's next rows of another tensor.
+template <typename Walk>
+__device__ void prefetch_rows(const Plan& plan, Walk walk, const void* tensor, int rows) {
+  for (; rows > 0; --rows) {
+    prefetch(walk.in(tensor, walk.at));
+    walk.next(plan);
+  }
+}
 
 // Fills `coefficients` with those of the channel of each value of a thread's vectors, or of all, out of those of its
 // slice.

@@ -110,6 +110,7 @@ struct Counters {
   std::uint64_t sector_bytes_read = 0;
   std::uint64_t sector_bytes_written = 0;
   std::uint64_t bytes_awaited_later = 0;  // after each wait for copies: bytes of those still on their way, added up
+  std::uint64_t bytes_prefetched = 0;     // of those read: of sectors that had been asked for before
 };
 
 Counters counters(Kind kind);

@@ -27,6 +27,7 @@ class Counters(ctypes.Structure):
         ("sector_bytes_read", ctypes.c_uint64),
         ("sector_bytes_written", ctypes.c_uint64),
         ("bytes_awaited_later", ctypes.c_uint64),
+        ("bytes_prefetched", ctypes.c_uint64),
     ]
 
 

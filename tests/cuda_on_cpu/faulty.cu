@@ -63,6 +63,12 @@ __global__ void copy_raw_kernel(const float* x, float* y, int64_t begin, int64_t
   if (i < end) y[i] = x[i];
 }
 
+// Asks for x[i], then reads x[j].
+__global__ void prefetch_kernel(const float* x, float* y, int64_t i, int64_t j) {
+  cuda_on_cpu_prefetch(x + i);
+  __stwb(y, __ldcs(x + j));
+}
+
 // Lane 0's value, the votes of odd lanes, whether any or all are odd.
 __global__ void warp_kernel(uint4* results, double* shifted) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpThreads;
@@ -203,6 +209,10 @@ const char* copy(const void* x, void* y, int64_t begin, int64_t end, int64_t str
     if (bytes == 4) copy_as(float{});
     if (bytes == 16) copy_as(float4{});
   });
+}
+
+const char* prefetch(const float* x, float* y, int64_t i, int64_t j) {
+  return cuda_on_cpu::reported([&] { check(launch(prefetch_kernel, 1, 1, 0, x, y, i, j)); });
 }
 
 const char* copy_raw(const float* x, float* y, int64_t begin, int64_t end) {

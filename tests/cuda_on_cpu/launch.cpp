@@ -153,6 +153,14 @@ void check_access(Direction direction, const void* address, std::size_t bytes, P
   scheduler.maybe_preempt();
 }
 
+void check_prefetch(const void* address, Place place) {
+  if (running_thread().waits_for_launches) {
+    scheduler.fault("it prefetches global memory before it has waited for earlier launches", place);
+  }
+  const std::string wrong = device().memory.prefetch(address);
+  if (!wrong.empty()) scheduler.fault(wrong, place);
+}
+
 void count_awaited_later(std::size_t bytes) { device().memory.count_awaited_later(bytes); }
 
 cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value) {

@@ -157,6 +157,10 @@ bool Memory::Buffer::was_written(const void* address, std::size_t bytes) const {
   return written.empty() || std::memchr(&written[number(address) - number(memory.data())], 0, bytes) == nullptr;
 }
 
+std::size_t Memory::Buffer::sector_of(const void* address) const {
+  return number(address) / kSectorBytes - number(memory.data()) / kSectorBytes;
+}
+
 std::string Memory::nearest(std::uintptr_t address) const {
   std::string words = "there are no buffers";
   std::uintptr_t least = UINTPTR_MAX;
@@ -217,8 +221,20 @@ std::string Memory::access(
   }
   Counters& counters = counters_of(buffer);
   (direction == Direction::read ? counters.bytes_read : counters.bytes_written) += bytes;
+  if (direction == Direction::read && !buffer.prefetched.empty() && buffer.prefetched[buffer.sector_of(pointer)]) {
+    counters.bytes_prefetched += bytes;
+  }
   const std::size_t stream = 2 * recent_ + (direction == Direction::write);
   records[stream].add(counts[stream]++, address / kSectorBytes);
+  return {};
+}
+
+std::string Memory::prefetch(const void* address) {
+  const std::size_t found = find(number(address), 1);
+  if (found == buffers_.size()) return "a prefetch outside every buffer: " + nearest(number(address));
+  Buffer& buffer = *buffers_[found];
+  buffer.prefetched.resize(buffer.sector_of(buffer.memory.data() + buffer.memory.bytes()) + 1);
+  buffer.prefetched[buffer.sector_of(address)] = true;
   return {};
 }
 

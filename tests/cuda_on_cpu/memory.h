@@ -74,6 +74,8 @@ class Memory {
 
   // What is wrong with an access, in words; empty if nothing is, and then it has been counted.
   std::string access(Direction direction, const void* address, std::size_t bytes, AccessCounts& counts, SectorRecords&);
+  // The same of a prefetch; what is read of its sector later is counted.
+  std::string prefetch(const void* address);
   // Sets bytes of one buffer from the host, and counts them; throws where they are not all in it.
   void fill(void* address, int value, std::size_t bytes);
   // The host copies from or to a buffer; throws where the bytes are not all in one.
@@ -96,9 +98,11 @@ class Memory {
     // For buffers of poison, else nothing is done and all is well.
     void note_written(const void* address, std::size_t bytes);
     bool was_written(const void* address, std::size_t bytes) const;
+    std::size_t sector_of(const void* address) const;  // the first byte's is 0
     std::string name;
     Kind kind;
     GuardedMemory memory;
+    std::vector<bool> prefetched;        // for each sector; empty before the first one is
     std::vector<unsigned char> written;  // for each byte, whether it was; empty where that is not asked
   };
   std::size_t find(std::uintptr_t address, std::size_t bytes) const;  // the number of buffers if in none

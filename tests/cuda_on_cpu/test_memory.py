@@ -43,6 +43,18 @@ def test_a_value_of_which_only_a_part_was_written(device: Device) -> None:
         device.call("copy", x, y, 0, 4, 1, 4, 1)
 
 
+def test_prefetches(device: Device) -> None:
+    """They must lie in a buffer; what is read of their sectors is counted."""
+    x, y = device.input("x", np.zeros(20, np.float32)), device.output("y", 1, np.float32)
+    for i, j, prefetched in ((0, 7, 4), (0, 8, 0), (19, 16, 4), (19, 15, 0)):
+        device.reset_counters()
+        device.call("prefetch", device.input("x", np.zeros(20, np.float32)), y, i, j)
+        assert device.counters("activation").bytes_prefetched == prefetched
+    for i, where in ((20, "80"), (-1, "-4")):
+        with pytest.raises(Fault, match=rf"faulty.cu:\d+: a prefetch outside every buffer: at byte {where} of 'x'"):
+            device.call("prefetch", x, y, i, 0)
+
+
 def test_memory_of_the_host(device: Device) -> None:
     """cudaMalloc, cudaMemcpy and cudaFree; and what is wrong with them."""
     device.call("host_memory", 32, 1)

@@ -157,7 +157,7 @@ def test_odd_shapes_too(shape: tuple[int, ...], misalignment: int, machine: Mach
 def test_activation_and_residual(
     machine: Machine, name: str | None, has_residual: bool, dtype: torch.dtype, layout: str
 ) -> None:
-    """The residual is read once more, dz written; a mask is read once in backward."""
+    """The residual is read once more, and asked for before; dz is written; a mask is read once in backward."""
     shape = (8, 32, 14, 14) if layout == "contiguous" else (4, 32, 5, 5)
     operator = CudaOnCpu(Settings(machine))
     check(operator, testing.Case(shape, dtype, layout), name, has_residual)
@@ -166,6 +166,7 @@ def test_activation_and_residual(
     mask = torch.Size(shape).numel() // 8 if has_mask else 0
     forward, backward = (call.counters["activation"] for call in operator.calls)
     assert (forward.bytes_read, forward.bytes_written) == ((1 + has_residual) * size, size + mask)
+    assert forward.bytes_prefetched == has_residual * size
     # For each access the word that has its bits.
     mask_read = 4 * torch.Size(shape).numel() // operator.calls[1].plan.vector if has_mask else 0
     assert (backward.bytes_read, backward.bytes_written) == (2 * size + mask_read, (1 + has_mask) * size)
@@ -173,10 +174,14 @@ def test_activation_and_residual(
 
 
 @pytest.mark.parametrize("name", ["cluster", "grid, channels_last"])
-def test_a_mask_of_rows_that_do_not_fit_is_read_again_with_them(name: str) -> None:
+def test_mask_and_residual_of_rows_that_do_not_fit(name: str) -> None:
+    """The bits of a mask are read again with their rows; the residual is asked for of the rows that are kept."""
     machine, shape, layout = SPILLING[name]
     operator = CudaOnCpu(Settings(machine, "descending"))
     check(operator, testing.Case(shape, torch.float32, layout), "relu", True)
+    plan, moved = operator.calls[0].plan, operator.calls[0].counters["activation"]
+    values = torch.Size(shape).numel()
+    assert moved.bytes_prefetched == 4 * (values - values // plan.rows * plan.spilled_rows) > 0
     plan, moved = operator.calls[1].plan, operator.calls[1].counters["activation"]
     accesses = torch.Size(shape).numel() // plan.vector
     again = accesses // plan.rows * plan.spilled_rows

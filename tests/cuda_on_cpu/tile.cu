@@ -24,7 +24,7 @@ __global__ void rows_kernel(const Plan plan, const float* x, float* y, float* z,
   for (int chunk = 0; chunk < chunks.count; ++chunk) {
     for (int i = 0; i < chunks[chunk].rows; ++i) {
       if (i % kGroupRows == 0 && (i > 0 || chunk != skipped.group_of)) tile.wait_for_group();
-      store_last(to.in(y, to.at), tile.row(0, tile.place(chunks[chunk], i)));
+      store_last(to.in(y, to.at), tile.row(0, tile.place(chunks[chunk].begin + i)));
       to.next(plan);
     }
     tile.fetch_in_groups<kGroupRows>(from, chunks, chunk + 2);
@@ -33,7 +33,7 @@ __global__ void rows_kernel(const Plan plan, const float* x, float* y, float* z,
   for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {
     if (chunk != skipped.chunk) tile.wait_for_chunk();
     for (int i = chunks[chunk].rows - 1; i >= 0; --i) {
-      store_last(back.in(z, back.at), tile.row(0, tile.place(chunks[chunk], i)));
+      store_last(back.in(z, back.at), tile.row(0, tile.place(chunks[chunk].begin + i)));
       back.next(plan);
     }
     tile.fetch_again(back, chunks, chunk);

@@ -55,6 +55,7 @@ void* cluster_shared(const void* address, unsigned rank, Place place);
 void sleep(Place place);
 std::uint64_t warp_operation(const WarpRequest& request, Place place);
 void check_access(Direction direction, const void* address, std::size_t bytes, Place place);
+void check_prefetch(const void* address, Place place);
 // A wait has left copies of so many bytes on their way.
 void count_awaited_later(std::size_t bytes);
 void note_write();  // after each write to global memory: it may be what a sleeping thread waits for
@@ -192,6 +193,11 @@ CUDA_ON_CPU_LOAD(__ldcs)
 CUDA_ON_CPU_STORE(__stwb)
 CUDA_ON_CPU_STORE(__stcg)
 CUDA_ON_CPU_STORE(__stcs)
+
+// In place of an instruction that has no function in CUDA.
+inline void cuda_on_cpu_prefetch(const void* address, CUDA_ON_CPU_PLACE) {
+  cuda_on_cpu::check_prefetch(address, place);
+}
 
 inline unsigned atomicOr(unsigned* address, unsigned value, CUDA_ON_CPU_PLACE) {
   return cuda_on_cpu::atomic(address, [=](unsigned old) { return old | value; }, place);
