@@ -116,6 +116,11 @@ class Plan(ctypes.Structure):
         return TEAMS[self.team]
 
     @property
+    def every_block_merges(self) -> bool:
+        """So that a team waits once for each slice."""
+        return bool(self.segments == 1 or self.segments * self.slice_channels <= 4 * self.threads)
+
+    @property
     def spilled_rows(self) -> int:
         """How many rows of all segments do not stay on chip, of all teams but "none"."""
         segment_rows = self.row_lanes * self.rows_per_thread

@@ -82,14 +82,12 @@ def test_every_phase_is_noted_in_order(team: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", SHAPES)
 @pytest.mark.parametrize("team", ["cluster", "grid"])
 def test_no_block_is_past_a_barrier_before_its_team(team: str, layout: str) -> None:
-    """Blocks 0 and 1 are of one team: sums of both are before the first barrier of either, coefficients likewise."""
-    before = [PHASES.index(name) for name in ("summed", "coefficients")]
-    behind = [PHASES.index(name) for name in ("first barrier", "gathered")]
+    """Blocks 0 and 1 are of one team: sums of both are before the first barrier of either, which is their only one."""
+    summed, barrier = (PHASES.index(name) for name in ("summed", "first barrier"))
     for segments, _, _, noted in passes(team, SHAPES[layout]):
         assert segments > 1
         reached = noted[:2, noted[0, :, 0] > 0]
-        for earlier, later in zip(before, behind, strict=True):
-            assert (reached[:, :, earlier].max(0) < reached[:, :, later].min(0)).all()
+        assert (reached[:, :, summed].max(0) < reached[:, :, barrier].min(0)).all()
 
 
 def test_what_is_not_of_one_kernel_is_not_noted() -> None:

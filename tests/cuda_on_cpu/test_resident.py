@@ -46,6 +46,11 @@ SPILLING = {
     "grid, narrow planes": (Machine(2, 64 * KIB, False, True), (128, 64, 7, 7), "contiguous"),
     "grid, channels_last": (Machine(2, 64 * KIB, False, True), (4, 96, 30, 30), "channels_last"),
 }
+# Slices of so many channels that no block merges the sums of all blocks.
+WAITING_TWICE = {
+    "cluster, waits twice": (Machine(4, 128 * KIB, True, True), (8, 526, 6, 6), "channels_last"),
+    "grid, waits twice": (Machine(4, 128 * KIB, False, True), (8, 526, 6, 6), "channels_last"),
+}
 
 
 def passes(case: testing.Case, settings: Settings) -> list[Call]:
@@ -86,6 +91,16 @@ def test_every_tensor_is_read_once(name: str, dtype: torch.dtype) -> None:
         assert_moves_what_is_planned(calls, torch.Size(shape).numel() * dtype.itemsize)
         assert [read_again(call.plan) for call in calls] == [0, 0]
         assert calls[1].plan.team_name == name.split(",")[0]
+
+
+@pytest.mark.parametrize("name", [*TEAMS, *SPILLING, *WAITING_TWICE])
+def test_how_often_a_team_waits(name: str) -> None:
+    """Once for each slice if every block merges all sums, which are few in most shapes; it is right either way."""
+    machine, shape, layout = (TEAMS | SPILLING | WAITING_TWICE)[name]
+    for seed, policy in enumerate(POLICIES):
+        for call in passes(testing.Case(shape, torch.float32, layout), Settings(machine, policy, seed)):
+            assert call.plan.every_block_merges == (name not in WAITING_TWICE)
+            assert call.plan.team_name == name.split(",")[0] or name not in WAITING_TWICE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -246,9 +261,9 @@ def test_plans_are_alike_but_for_the_segments() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*TEAMS, *(f"{name}: spills" for name in SPILLING)])
+@pytest.mark.parametrize("name", [*TEAMS, *(f"{name}: spills" for name in SPILLING), *WAITING_TWICE])
 def test_bit_equal_whatever_the_order_of_threads_and_blocks(name: str) -> None:
-    machine, shape, layout = TEAMS[name] if name in TEAMS else SPILLING[name.split(":")[0]]
+    machine, shape, layout = (TEAMS | WAITING_TWICE).get(name) or SPILLING[name.split(":")[0]]
     inputs = testing.make_inputs(testing.Case(shape, torch.float32, layout))
 
     def run(policy: str, seed: int) -> list[torch.Tensor]:
