@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <initializer_list>
 #include <numeric>
-#include <string_view>
 
 namespace bn_ext::cuda {
 namespace {
@@ -21,6 +20,8 @@ constexpr int64_t kRowsOfCluster = 1;  // the same for barriers of a cluster
 constexpr int64_t kRowsOfGrid = 4;     // and of a grid's teams
 constexpr int64_t kLeastKept = 8;      // a part of so many must fit, for the general path has no barriers
 constexpr int kReservedSharedBytes = 1024;  // of every block, for the device's own use
+constexpr int64_t kBlockBytesPerNs = 16;    // a block's share of an H200's memory; calculated, not measured
+constexpr int64_t kMostStaggerNs = 3000;
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -193,6 +194,20 @@ void choose_lanes(Plan& plan) {
   plan.team_lanes = lanes_of(ceil_div(plan.slice_channels, merging_blocks), plan.segments);
 }
 
+// How teams come to read while others write.
+void choose_overlap(Plan& plan, const Request& request, const Machine& machine) {
+  if (!plan.resident()) return;
+  const int64_t teams = resident_blocks(machine) / plan.segments;
+  if (machine.staggers && teams > 1 && plan.blocks() > machine.multiprocessors) {
+    // Half of the time in which a block reads what it keeps.
+    const int64_t bytes = plan.kept_rows * plan.kept_row_bytes(request.resident_tiles, request.value_bytes);
+    plan.staggered_teams = static_cast<int>(teams / 2);
+    plan.stagger_ns = static_cast<int>(std::min<int64_t>(kMostStaggerNs, bytes / kBlockBytesPerNs / 2));
+  }
+  if (plan.teams < plan.slices)
+    plan.prefetched_rows = static_cast<int>(ceil_div(plan.rows_per_thread * machine.prefetched_quarters, 4));
+}
+
 // With slices of `line` bytes at least, where planes are narrow.
 Plan plan_with_slices(const Request& request, int line, const Machine& machine) {
   const Shape& shape = request.shape;
@@ -214,6 +229,7 @@ Plan plan_with_slices(const Request& request, int line, const Machine& machine) 
   plan.step_offset = plan.row_lanes / plan.image_rows * plan.pitch + int64_t(plan.step_rows) * plan.vector;
   plan.wrap_offset = plan.pitch - plan.image_rows * plan.vector;
   choose_lanes(plan);
+  choose_overlap(plan, request, machine);
   plan.starts_early = machine.early_starts;
   return plan;
 }
@@ -245,23 +261,6 @@ int resident_tiles(const ForwardParams& p) {
 int resident_tiles(const BackwardParams& p) {
   const bool reads_z = p.z != nullptr && p.mask == nullptr;
   return p.training && p.needs_sums() && !p.dy_is_scalar && !reads_z ? 2 : 0;
-}
-
-bool limit_teams(const char* largest, Machine& machine) {
-  const std::string_view name = largest;
-  if (name == "grid") return true;
-  machine.cooperative = false;
-  if (name == "cluster") return true;
-  machine.clusters = false;
-  if (name == "block") return true;
-  machine.shared_bytes = 0;
-  return name == "none";
-}
-
-bool choose_early_starts(const char* choice, Machine& machine) {
-  const std::string_view name = choice;
-  if (name == "0") machine.early_starts = false;
-  return name == "0" || name == "1";
 }
 
 Plan make_plan(const Request& request, const Machine& machine) {

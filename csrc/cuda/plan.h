@@ -44,8 +44,13 @@ struct Machine {
   bool clusters = false;      // whether blocks may be launched in clusters
   bool cooperative = false;   // whether a grid's blocks may wait for each other
   bool early_starts = false;  // whether a kernel may start while the one before it on the stream ends
+  // By choice, for the model prefers it:
+  bool staggers = true;         // whether half of the teams begin later
+  int prefetched_quarters = 2;  // of a team's next slice, which come to the L2 cache while the team waits
 
-  constexpr Machine without_teams() const { return {multiprocessors, 0, false, false, early_starts}; }
+  constexpr Machine without_teams() const {
+    return {multiprocessors, 0, false, false, early_starts, staggers, prefetched_quarters};
+  }
 };
 
 // Without teams larger than those of this name, "none", "block", "cluster" or "grid"; false if there is no such name.
@@ -53,6 +58,9 @@ bool limit_teams(const char* largest, Machine& machine);
 
 // With early starts where the machine has them, "1", or without, "0"; false if the choice is neither.
 bool choose_early_starts(const char* choice, Machine& machine);
+
+// By "stagger=0,prefetch=0.25", either or both; false if there is no such name or value.
+bool tune(const char* choices, Machine& machine);
 
 constexpr int kMaxClusterBlocks = 8;  // on every device that has clusters
 
@@ -100,6 +108,9 @@ struct Plan {
   int warp_rows;        // rows of threads whose sums a warp merges before it leaves them, a power of two
   int merge_lanes;      // threads that together merge the partials of a channel, a power of two <= 32
   int team_lanes;       // the same for the sums of a channel's segments
+  int staggered_teams;  // as many begin later, behind as many that do not
+  int stagger_ns;       // by so much; 0: all begin at once
+  int prefetched_rows;  // of each thread, of a team's next slice
   Team team;
   bool starts_early;  // kernels may start while the one before them ends
   bool one_channel;   // all values of a thread belong to one channel

@@ -42,8 +42,8 @@ inline auto key_of(const Activation& activation) {
   return key_words(kind, alpha, upper);
 }
 inline auto key_of(const Machine& machine) {
-  const auto& [multiprocessors, shared_bytes, clusters, cooperative, early_starts] = machine;
-  return key_words(multiprocessors, shared_bytes, clusters, cooperative, early_starts);
+  const auto& [multiprocessors, shared_bytes, clusters, cooperative, early_starts, staggers, prefetched] = machine;
+  return key_words(multiprocessors, shared_bytes, clusters, cooperative, early_starts, staggers, prefetched);
 }
 inline auto key_of(const ForwardParams& p) {
   const auto& [shape,

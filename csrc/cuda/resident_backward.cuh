@@ -2,6 +2,7 @@
 // once, and what does not fit twice.
 #pragma once
 
+#include "ahead.cuh"
 #include "dispatch.cuh"
 #include "exchange.cuh"
 #include "gradient.cuh"
@@ -32,6 +33,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   const Tile<T, kVector, kTensors, kMasked> tile(plan, memory.tiles, {p.dy, p.x}, p.mask);
   const Gradient<T, kVector, kVariant, true> g(p, true, kMasked, false);
   Exchange<GradSums, Slope<A>> exchange(plan, memory, workspace);
+  stagger(plan, exchange.first_block().slice);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     exchange.clock.mark(Phase::kStart);
     Walk<T, false, kOneChannel> walk(plan, block, p.dy);
@@ -77,6 +79,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     merge_gradients<kVector>(
         plan, block, [&](const GradSums& total, int64_t, int place) { exchange.leave_sums(place, total); });
     exchange.clock.mark(Phase::kSummed);
+    prefetch_next_slice<T, kOneChannel>(plan, block, p.dy);
+    prefetch_next_slice<T, kOneChannel>(plan, block, p.x);
     Walk<T, true, kOneChannel> back(plan, block, p.dx != nullptr ? p.dx : p.dz);  // as in forward
     const auto load = [&](int64_t channel) { return load_scale<A>(p, channel); };
     exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& saved, const auto& get) {

@@ -2,6 +2,7 @@
 // what does not fit twice.
 #pragma once
 
+#include "ahead.cuh"
 #include "apply.cuh"
 #include "dispatch.cuh"
 #include "exchange.cuh"
@@ -26,6 +27,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   const Tile<T, kVector, kTensors> tile(plan, memory.tiles, {p.x});
   Exchange<Moments, Affine<A>> exchange(plan, memory, workspace);
   count_batch(p.num_batches_tracked);
+  stagger(plan, exchange.first_block().slice);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     exchange.clock.mark(Phase::kStart);
     Walk<T, false, kOneChannel> walk(plan, block, p.x);
@@ -51,6 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       exchange.leave_sums(place, total);
     });
     exchange.clock.mark(Phase::kSummed);
+    prefetch_next_slice<T, kOneChannel>(plan, block, p.x);
     Walk<T, true, kOneChannel> back(plan, block, p.y);  // here, where other blocks are waited for anyway
     if constexpr (kVariant > Variant::kRelu) {
       if (p.z != nullptr) prefetch_rows(plan, back, p.z, min(back.rows, plan.kept_rows));

@@ -67,6 +67,12 @@ const char* batch_norm_choose_early_starts(const char* choice, cuda::Machine* ma
   });
 }
 
+const char* batch_norm_tune(const char* choices, cuda::Machine* machine) {
+  return reported([&] {
+    if (!cuda::tune(choices, *machine)) throw Fault("no such choice");
+  });
+}
+
 // Of shared memory, for so many tensors in tiles.
 const char* batch_norm_resident_bytes(const cuda::Plan* plan, int64_t tensors, int64_t value_bytes, int64_t* bytes) {
   return reported([&] { *bytes = int64_t(cuda::ResidentMemory(*plan, int(tensors), size_t(value_bytes)).bytes); });

@@ -29,7 +29,7 @@ from .structs import (
 from .traffic import Moved, Traffic, check_traffic
 
 CUDA = build.ROOT / "csrc" / "cuda"
-KERNELS = [*sorted(CUDA.rglob("*.cu")), CUDA / "plan.cpp", CUDA / "traffic.cpp"]
+KERNELS = [*sorted(CUDA.rglob("*.cu")), CUDA / "machine.cpp", CUDA / "plan.cpp", CUDA / "traffic.cpp"]
 SOURCES = [build.HERE / "batch_norm.cpp", *KERNELS]
 
 

@@ -92,7 +92,8 @@ class BackwardParams(ctypes.Structure):
 _INT64 = ["channels", "pitch", "slice_width", "slices", "rows", "image_rows", "segments", "teams"]
 _INT64 += ["step_offset", "wrap_offset"]
 _INT = ["step_rows", "vector", "columns", "row_lanes", "rows_per_thread", "kept_rows", "threads", "slice_channels"]
-_INT += ["plane", "row_values", "pieces", "warp_rows", "merge_lanes", "team_lanes", "team"]
+_INT += ["plane", "row_values", "pieces", "warp_rows", "merge_lanes", "team_lanes"]
+_INT += ["staggered_teams", "stagger_ns", "prefetched_rows", "team"]
 
 TEAMS = ["none", "block", "cluster", "grid"]
 """In the order of Team in plan.h."""
@@ -137,6 +138,8 @@ class Machine(ctypes.Structure):
         ("clusters", ctypes.c_bool),
         ("cooperative", ctypes.c_bool),
         ("early_starts", ctypes.c_bool),
+        ("staggers", ctypes.c_bool),
+        ("prefetched_quarters", ctypes.c_int),
     ]
 
     @property
@@ -147,7 +150,8 @@ class Machine(ctypes.Structure):
     @property
     def without_teams(self) -> "Machine":
         """As in plan.h."""
-        return Machine(self.multiprocessors, early_starts=self.early_starts)
+        kept = {name: getattr(self, name) for name in ("early_starts", "staggers", "prefetched_quarters")}
+        return Machine(self.multiprocessors, **kept)
 
 
 class Request(ctypes.Structure):

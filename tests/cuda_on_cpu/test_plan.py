@@ -178,6 +178,33 @@ def test_no_such_choice_of_early_starts(choice: str) -> None:
         kernels().device.call("batch_norm_choose_early_starts", choice, ctypes.byref(Machine(1)))
 
 
+@pytest.mark.parametrize(
+    ("choices", "staggers", "quarters"),
+    [("", True, 2), ("stagger=0", False, 2), ("prefetch=0.25,stagger=0", False, 1), ("stagger=1,prefetch=1", True, 4)],
+)
+def test_teams_come_out_of_step(choices: str, staggers: bool, quarters: int) -> None:
+    """BN_EXT_CUDA_TUNING: half of the resident teams begin later, and a part of the next slice is prefetched."""
+    machine = Machine(132, OF_H200, True, True, True, True, 2)
+    kernels().device.call("batch_norm_tune", choices, ctypes.byref(machine))
+    large, small = Shape(256, 256, 56 * 56, False), Shape(2, 64, 28 * 28, False)
+    plan = kernels().make_plan(large, 2, 16, machine, False, 1)
+    resident = 2 * machine.multiprocessors // plan.segments
+    assert plan.team_name == "grid"
+    assert 1 < plan.teams < plan.slices
+    assert plan.staggered_teams == (resident // 2 if staggers else 0)
+    assert 0 < plan.stagger_ns <= 3000 if staggers else plan.stagger_ns == 0
+    assert plan.prefetched_rows == -(-plan.rows_per_thread * quarters // 4)
+    plan = kernels().make_plan(small, 2, 16, machine, False, 1)
+    assert plan.teams == plan.slices  # of which there are fewer than multiprocessors
+    assert (plan.stagger_ns, plan.prefetched_rows) == (0, 0)
+
+
+@pytest.mark.parametrize("choices", ["stagger", "stagger=2", "prefetch=0.3", "evict=1", "stagger=1,,prefetch=1", "=1"])
+def test_no_such_tuning(choices: str) -> None:
+    with pytest.raises(Fault, match="no such choice"):
+        kernels().device.call("batch_norm_tune", choices, ctypes.byref(Machine(1)))
+
+
 def test_alignment_narrows_the_accesses() -> None:
     shape = Shape(32, 64, 56 * 56, False)
     for alignment, vector in ((16, 8), (8, 4), (4, 2), (2, 1)):

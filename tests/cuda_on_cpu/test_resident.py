@@ -188,6 +188,33 @@ def test_activation_and_residual(
     assert [call.launches for call in operator.calls] == [1, 1]
 
 
+@pytest.mark.parametrize("quarters", [1, 4])
+@pytest.mark.parametrize(("shape", "layout"), [((8, 7, 40, 40), "contiguous"), ((8, 160, 12, 12), "channels_last")])
+def test_the_next_slice_is_prefetched(shape: tuple[int, ...], layout: str, quarters: int) -> None:
+    """Of each slice but a team's first one, as many rows as planned; results and bytes that are moved stay the same."""
+    case = testing.Case(shape, torch.float32, layout)
+    plain = passes(case, Settings(GRIDS))
+    machine = Machine(4, 64 * KIB, False, True, False, True, quarters)
+    for call, before, tensors in zip(passes(case, Settings(machine, "priorities", 3)), plain, (1, 2), strict=True):
+        plan, moved = call.plan, call.counters["activation"]
+        assert plan.teams < plan.slices
+        # A thread has its segment's rows behind its own first one, row_lanes apart.
+        lanes = range(plan.row_lanes)
+        segment_rows = plan.row_lanes * plan.rows_per_thread
+        rows = sum(
+            min(plan.prefetched_rows, -(-(min(segment_rows, plan.rows - i * segment_rows) - lane) // plan.row_lanes))
+            for i in range(plan.segments)
+            for lane in lanes
+        )
+        columns = [min(plan.slice_width, plan.pitch - i * plan.slice_width) for i in range(plan.teams, plan.slices)]
+        width = sum(columns) if plan.image_rows == 1 else len(columns) * plan.vector
+        assert moved.bytes_prefetched == 4 * tensors * rows * width > 0
+        assert (moved.bytes_read, moved.bytes_written) == (
+            before.counters["activation"].bytes_read,
+            before.counters["activation"].bytes_written,
+        )
+
+
 @pytest.mark.parametrize("name", ["cluster", "grid, channels_last"])
 def test_mask_and_residual_of_rows_that_do_not_fit(name: str) -> None:
     """The bits of a mask are read again with their rows; the residual is asked for of the rows that are kept."""
