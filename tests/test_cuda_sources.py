@@ -6,7 +6,7 @@ import pytest
 from cuda_on_cpu.build import included
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
-OTHERS = ("counters.h", "kernels.h", "machine.cpp", "plan_cache.h", "plan.cpp", "traffic.cpp")
+OTHERS = ("counters.h", "kernels.h", "machine.cpp", "plan_cache.h", "plan.cpp", "plan_teams.cpp", "traffic.cpp")
 KERNELS = sorted([*CUDA.rglob("*.cu"), *CUDA.glob("*.cuh"), *(CUDA / name for name in OTHERS)])
 TORCH = ("torch/", "ATen/", "c10/", "pybind11/", "Python.h", "caffe2/")
 

@@ -5,26 +5,18 @@
 #include <initializer_list>
 #include <numeric>
 
+#include "plan_teams.h"
+
 namespace bn_ext::cuda {
 namespace {
 
 constexpr int kWarp = 32;
 constexpr int kByteBits = 8;
-constexpr int kLine = 128;            // bytes of a cache line: slices no narrower, so that few channels share a block
-constexpr int kSector = 32;           // bytes: the least that memory moves
-constexpr int64_t kWidePlane = 512;   // bytes: a warp's 16-byte accesses, so that a plane's end costs little
-constexpr int kMinRowsPerThread = 4;  // what a thread reads at once
-constexpr int64_t kMostWaves = 4;
-constexpr int64_t kRowsOfBlock = 4;    // in what time a thread reads them, a block does what it does once; not measured
-constexpr int64_t kRowsOfCluster = 1;  // the same for barriers of a cluster
-constexpr int64_t kRowsOfGrid = 4;     // and of a grid's teams
-constexpr int64_t kLeastKept = 8;      // a part of so many must fit, for the general path has no barriers
-constexpr int kReservedSharedBytes = 1024;  // of every block, for the device's own use
-constexpr int64_t kBlockBytesPerNs = 16;    // a block's share of an H200's memory; calculated, not measured
-constexpr int64_t kMostStaggerNs = 3000;
+constexpr int kLine = 128;           // bytes of a cache line: slices no narrower, so that few channels share a block
+constexpr int kSector = 32;          // bytes: the least that memory moves
+constexpr int64_t kWidePlane = 512;  // bytes: a warp's 16-byte accesses, so that a plane's end costs little
+constexpr int64_t kRowsOfBlock = 4;  // in what time a thread reads them, a block does what it does once; not measured
 constexpr int64_t kManyRows = int64_t(1) << 30;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The fewest channels whose values fill whole units of vectors, if they fit side by side into a block; else 0.
 int64_t adjacent_channels(int64_t plane, int unit, int vector) {
@@ -101,72 +93,6 @@ void choose_segments(Plan& plan, const Machine& machine) {
   plan.teams = plan.slices;
 }
 
-// Of blocks that hold slices, those that the machine has at a time.
-int64_t resident_blocks(const Machine& machine) { return int64_t(machine.multiprocessors) * kResidentAtATime; }
-
-// Teams of `segments` blocks or a few less, whose threads keep so many rows; kNone where the machine has no such teams.
-Plan with_teams(Plan plan, int64_t segments, int64_t most_kept, const Machine& machine) {
-  const int64_t least_rows =
-      std::min(std::min<int64_t>(kMinRowsPerThread, most_kept), ceil_div(plan.rows, plan.row_lanes));
-  const int64_t rows_per_thread = std::max(least_rows, ceil_div(plan.rows, segments * plan.row_lanes));
-  plan.team = Team::kNone;
-  if (rows_per_thread > kMaxRowsPerThread) return plan;
-  plan.rows_per_thread = static_cast<int>(rows_per_thread);
-  plan.kept_rows = static_cast<int>(std::min(rows_per_thread, most_kept));
-  plan.segments = ceil_div(plan.rows, plan.segment_rows());
-  plan.teams = plan.slices;
-  const int64_t most_segments = resident_blocks(machine);
-  if (plan.segments == 1) {
-    plan.team = Team::kBlock;
-  } else if (plan.segments <= std::min<int64_t>(kMaxClusterBlocks, most_segments) && machine.clusters) {
-    plan.team = Team::kCluster;
-  } else if (plan.segments <= most_segments && machine.cooperative) {
-    plan.team = Team::kGrid;
-    plan.teams = std::min(plan.slices, most_segments / plan.segments);
-  }
-  return plan;
-}
-
-// How long they take, counted in rows.
-int64_t time_of(const Plan& plan, const Machine& machine) {
-  const int64_t at_a_time = std::max<int64_t>(1, resident_blocks(machine) / plan.segments);
-  const int64_t barriers = plan.team == Team::kBlock ? 0 : plan.team == Team::kCluster ? kRowsOfCluster : kRowsOfGrid;
-  return ceil_div(plan.slices, at_a_time) * (plan.rows_per_thread + kRowsOfBlock + barriers);
-}
-
-// The plan of the teams that are done first, of those that keep a slice on chip, all of it or else what fits beside
-// other blocks, enough to hide each other's barriers. Teams of one read and write a small tensor in less time than the
-// general path's launches take. None of this is measured.
-Plan choose_team(const Plan& general, int tensors, int value_bytes, const Machine& machine) {
-  Plan none = general;
-  none.kept_rows = 0;
-  const int64_t room = machine.shared_bytes / kResidentAtATime - kReservedSharedBytes;
-  const int64_t row_bytes = general.kept_row_bytes(tensors, value_bytes);
-  const int64_t free_bytes = room - static_cast<int64_t>(ResidentMemory(none, tensors, value_bytes).bytes);
-  const int64_t most_rows = std::min<int64_t>(kMaxRowsPerThread, free_bytes / row_bytes);
-  if (free_bytes < row_bytes) return general;
-
-  const int64_t least = ceil_div(general.rows, most_rows * general.row_lanes), most = resident_blocks(machine);
-  if (least > most) {
-    const Plan spilling = with_teams(general, most, most_rows, machine);
-    return spilling.kept_rows * kLeastKept >= spilling.rows_per_thread && spilling.resident() ? spilling : general;
-  }
-  Plan best = general;
-  const auto consider = [&](int64_t segments) {
-    const Plan plan = with_teams(general, std::max(least, segments), most_rows, machine);
-    if (!plan.resident() || (best.resident() && time_of(plan, machine) >= time_of(best, machine))) return;
-    best = plan;
-  };
-  consider(least);
-  const int64_t least_rounds = ceil_div(general.slices * least, most);
-  for (int64_t rounds = least_rounds; rounds < least_rounds + kMostWaves; ++rounds) {
-    const int64_t segments = most / ceil_div(general.slices, rounds);
-    consider(segments);
-    consider(std::min<int64_t>(segments, kMaxClusterBlocks));
-  }
-  return best;
-}
-
 int common_alignment(Variant variant, int value_bytes, std::initializer_list<const void*> addresses) {
   const bool any = variant == Variant::kAny;
   uintptr_t bits = any ? std::min(kWidestAccess, most_values_of_any(value_bytes) * value_bytes) : kWidestAccess;
@@ -192,20 +118,6 @@ void choose_lanes(Plan& plan) {
   plan.merge_lanes = lanes_of(plan.slice_channels, plan.partial_rows() * ceil_div(plan.row_values, plan.vector));
   const int64_t merging_blocks = plan.every_block_merges() ? 1 : plan.segments;
   plan.team_lanes = lanes_of(ceil_div(plan.slice_channels, merging_blocks), plan.segments);
-}
-
-// How teams come to read while others write.
-void choose_overlap(Plan& plan, const Request& request, const Machine& machine) {
-  if (!plan.resident()) return;
-  const int64_t teams = resident_blocks(machine) / plan.segments;
-  if (machine.staggers && teams > 1 && plan.blocks() > machine.multiprocessors) {
-    // Half of the time in which a block reads what it keeps.
-    const int64_t bytes = plan.kept_rows * plan.kept_row_bytes(request.resident_tiles, request.value_bytes);
-    plan.staggered_teams = static_cast<int>(teams / 2);
-    plan.stagger_ns = static_cast<int>(std::min<int64_t>(kMostStaggerNs, bytes / kBlockBytesPerNs / 2));
-  }
-  if (plan.teams < plan.slices)
-    plan.prefetched_rows = static_cast<int>(ceil_div(plan.rows_per_thread * machine.prefetched_quarters, 4));
 }
 
 // With slices of `line` bytes at least, where planes are narrow.

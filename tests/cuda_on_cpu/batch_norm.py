@@ -29,7 +29,8 @@ from .structs import (
 from .traffic import Moved, Traffic, check_traffic
 
 CUDA = build.ROOT / "csrc" / "cuda"
-KERNELS = [*sorted(CUDA.rglob("*.cu")), CUDA / "machine.cpp", CUDA / "plan.cpp", CUDA / "traffic.cpp"]
+KERNELS = sorted(CUDA.rglob("*.cu"))
+KERNELS += [CUDA / name for name in ("machine.cpp", "plan.cpp", "plan_teams.cpp", "traffic.cpp")]
 SOURCES = [build.HERE / "batch_norm.cpp", *KERNELS]
 
 

@@ -10,7 +10,7 @@ set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 cuda=$(cd "$here/../../csrc/cuda" && pwd)
-kernels=$(cd "$cuda" && echo *.cu instantiations/*.cu machine.cpp plan.cpp)
+kernels=$(cd "$cuda" && echo *.cu instantiations/*.cu machine.cpp plan.cpp plan_teams.cpp)
 
 stop() {
   echo "build.sh: $1" >&2
