@@ -156,7 +156,7 @@ inline void measure_turns(Gpu& gpu, const char* what, bool first_is_resident, bo
                  plan,
                  reinterpret_cast<const unsigned*>(x),
                  reinterpret_cast<unsigned*>(y),
-                 static_cast<void*>(gpu.sums));
+                 workspace_at(gpu.sums, plan));
     };
     gpu.clear(gpu.target, kPoolBytes);
     call(1);  // loads the second kernel before a capture, as the graph does with the first
