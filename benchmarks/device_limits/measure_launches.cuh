@@ -200,12 +200,11 @@ inline void measure_questions(Gpu& gpu) {
   const Placement placement = {2, kThreads};
   const size_t shared_bytes = placement.shared_bytes(gpu);
   check(bn_ext::cuda::ask_for_shared_memory(resident_copy_kernel), "shared memory");
-  int found = 0;
-  measure_question(gpu, "cudaFuncSetAttribute", [&] {
-    return cudaFuncSetAttribute(
-        resident_copy_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  int found = 0, most = 0;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "shared memory of a block");
+  measure_question(gpu, "cudaFuncSetAttribute", [&] {  // to the value that it has: others rely on it
+    return cudaFuncSetAttribute(resident_copy_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   });
-  check(bn_ext::cuda::ask_for_shared_memory(resident_copy_kernel), "shared memory");
   measure_question(gpu, "cudaOccupancyMaxActiveBlocksPerMultiprocessor", [&] {
     return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, resident_copy_kernel, kThreads, shared_bytes);
   });
