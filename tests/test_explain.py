@@ -60,11 +60,11 @@ def test_what_the_general_kernels_would_move() -> None:
 
 
 def test_channels_last_on_an_h200() -> None:
-    """One slice of all channels, which the whole grid keeps."""
+    """Two slices of 64 bytes of each pixel, each of which half of the grid keeps."""
     e = bn_ext.explain(SHAPE, memory_format=torch.channels_last, **BFLOAT16)
     assert [e.forward.team, e.backward.team] == ["grid", "grid"]
-    assert (e.forward.slices, e.forward.slice_channels, e.forward.slice_bytes) == (1, 64, N)
-    assert e.forward.blocks == e.forward.blocks_per_slice <= 2 * 132
+    assert (e.forward.slices, e.forward.slice_channels, e.forward.slice_bytes) == (2, 32, N // 2)
+    assert e.forward.blocks == 2 * e.forward.blocks_per_slice <= 2 * 132
     assert multiples(e) == [1, 1, 2, 1]
     assert "blocks of a cooperative grid keep a slice" in str(e)
 

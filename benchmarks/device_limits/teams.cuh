@@ -44,6 +44,7 @@ inline Plan plan_of(const TeamShape& shape) {
   plan.columns = 1;
   plan.vector = plan.row_values = kVectorBytes / static_cast<int>(sizeof(unsigned));
   plan.rows_per_thread = plan.kept_rows = shape.rows;
+  plan.rows_of_segment = int64_t(plan.row_lanes) * plan.rows_per_thread;
   plan.rows = plan.image_rows = plan.segments * plan.segment_rows();
   plan.slice_width = plan.rows * plan.vector;
   plan.pitch = plan.slice_width * plan.slices;

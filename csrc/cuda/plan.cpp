@@ -89,8 +89,9 @@ void choose_segments(Plan& plan, const Machine& machine) {
     least_time = time;
     plan.rows_per_thread = static_cast<int>(rows_per_thread);
   }
+  plan.rows_of_segment = int64_t(plan.row_lanes) * plan.rows_per_thread;
   plan.segments = ceil_div(plan.rows, plan.segment_rows());
-  plan.teams = plan.slices;
+  plan.teams = plan.teams_at_a_time = plan.slices;
 }
 
 int common_alignment(Variant variant, int value_bytes, std::initializer_list<const void*> addresses) {
@@ -118,32 +119,6 @@ void choose_lanes(Plan& plan) {
   plan.merge_lanes = lanes_of(plan.slice_channels, plan.partial_rows() * ceil_div(plan.row_values, plan.vector));
   const int64_t merging_blocks = plan.every_block_merges() ? 1 : plan.segments;
   plan.team_lanes = lanes_of(ceil_div(plan.slice_channels, merging_blocks), plan.segments);
-}
-
-// With slices of `line` bytes at least, where planes are narrow.
-Plan plan_with_slices(const Request& request, int line, const Machine& machine) {
-  const Shape& shape = request.shape;
-  const int64_t plane = shape.channels_last ? 1 : shape.s;
-  const int64_t images = shape.channels_last ? shape.n * shape.s : shape.n;
-  Plan plan{};
-  plan.keeps_mask = request.keeps_mask;
-  plan.channels = shape.c;
-  plan.pitch = shape.c * plane;
-  plan.plane = static_cast<int>(std::min(plane, kManyRows));
-  choose_vector(plan, images, plane, line, request);
-  plan.whole_bytes = plan.pitch % kByteBits == 0 && plan.slice_width % kByteBits == 0;
-  plan.threads = static_cast<int>(ceil_div(plan.columns * plan.row_lanes, kWarp)) * kWarp;
-  choose_partials(plan);
-  choose_segments(plan, machine);
-  if (request.resident_tiles > 0) plan = choose_team(plan, request.resident_tiles, request.value_bytes, machine);
-
-  plan.step_rows = static_cast<int>(plan.row_lanes % plan.image_rows);
-  plan.step_offset = plan.row_lanes / plan.image_rows * plan.pitch + int64_t(plan.step_rows) * plan.vector;
-  plan.wrap_offset = plan.pitch - plan.image_rows * plan.vector;
-  choose_lanes(plan);
-  choose_overlap(plan, request, machine);
-  plan.starts_early = machine.early_starts;
-  return plan;
 }
 
 // Whether dz, rounded to the activations' type, is g.
@@ -175,11 +150,45 @@ int resident_tiles(const BackwardParams& p) {
   return p.training && p.needs_sums() && !p.dy_is_scalar && !reads_z ? 2 : 0;
 }
 
+Plan plan_with_slices(const Request& request, int line, const Machine& machine) {
+  const Shape& shape = request.shape;
+  const int64_t plane = shape.channels_last ? 1 : shape.s;
+  const int64_t images = shape.channels_last ? shape.n * shape.s : shape.n;
+  Plan plan{};
+  plan.keeps_mask = request.keeps_mask;
+  plan.channels = shape.c;
+  plan.pitch = shape.c * plane;
+  plan.plane = static_cast<int>(std::min(plane, kManyRows));
+  choose_vector(plan, images, plane, line, request);
+  plan.whole_bytes = plan.pitch % kByteBits == 0 && plan.slice_width % kByteBits == 0;
+  plan.threads = static_cast<int>(ceil_div(plan.columns * plan.row_lanes, kWarp)) * kWarp;
+  plan.step_rows = static_cast<int>(plan.row_lanes % plan.image_rows);
+  plan.step_offset = plan.row_lanes / plan.image_rows * plan.pitch + int64_t(plan.step_rows) * plan.vector;
+  plan.wrap_offset = plan.pitch - plan.image_rows * plan.vector;
+  plan.starts_early = machine.early_starts;
+  choose_partials(plan);
+  choose_segments(plan, machine);
+  return plan;
+}
+
 Plan make_plan(const Request& request, const Machine& machine) {
-  const Plan plan = plan_with_slices(request, kLine, machine);
-  if (request.resident_tiles == 0 || plan.spilled_rows() == 0) return plan;
-  const Plan narrower = plan_with_slices(request, kLine / 2, machine);
-  return narrower.spilled_rows() < plan.spilled_rows() ? narrower : plan;
+  const Plan general = plan_with_slices(request, kLine, machine);
+  Plan best = general;
+  if (request.resident_tiles > 0) {
+    const auto time = [&](const Plan& plan) { return time_of(plan, request, machine); };
+    best = best_teams(general, request, machine);
+    const Plan narrower = plan_with_slices(request, kLine / 2, machine);
+    if (narrower.slice_width < general.slice_width && (machine.half_chip || best.spilled_rows() > 0)) {
+      const Plan other = best_teams(narrower, request, machine);
+      // That the L2 cache serves what is read again is the model's least certain part, so none is better than some.
+      const bool spills = best.spilled_rows() > 0, other_spills = other.spilled_rows() > 0;
+      const bool is_better = spills == other_spills ? time(other) < time(best) : spills;
+      if (other.resident() && (is_better || !best.resident())) best = other;
+    }
+    if (!best.resident() || (machine.three_kernels && time(general) < time(best))) best = general;
+  }
+  choose_lanes(best);
+  return best;
 }
 
 Plan plan_forward(const ForwardParams& p, const Machine& machine) {

@@ -47,9 +47,15 @@ struct Machine {
   // By choice, for the model prefers it:
   bool staggers = true;         // whether half of the teams begin later
   int prefetched_quarters = 2;  // of a team's next slice, which come to the L2 cache while the team waits
+  bool half_chip = true;        // slices of several channels may be narrower, and have half of the blocks at most
+  bool evict_last = true;       // rows that are read again stay in the L2 cache as long as it has room
+  bool three_kernels = true;    // instead of a team, if the model says that they take less time
 
   constexpr Machine without_teams() const {
-    return {multiprocessors, 0, false, false, early_starts, staggers, prefetched_quarters};
+    Machine machine = *this;
+    machine.shared_bytes = 0;
+    machine.clusters = machine.cooperative = false;
+    return machine;
   }
 };
 
@@ -59,7 +65,7 @@ bool limit_teams(const char* largest, Machine& machine);
 // With early starts where the machine has them, "1", or without, "0"; false if the choice is neither.
 bool choose_early_starts(const char* choice, Machine& machine);
 
-// By "stagger=0,prefetch=0.25", either or both; false if there is no such name or value.
+// By "stagger=0,prefetch=0.25", in any number and order; false if there is no such name or value.
 bool tune(const char* choices, Machine& machine);
 
 constexpr int kMaxClusterBlocks = 8;  // on every device that has clusters
@@ -88,39 +94,42 @@ struct Plan {
   int64_t pitch;        // values from one image to the next, C * P
   int64_t slice_width;  // values of a slice in one image; the last slice may have fewer
   int64_t slices;
-  int64_t rows;         // of a slice
-  int64_t image_rows;   // of one image
-  int64_t segments;     // of a slice: as many as its team has blocks
-  int64_t teams;        // in the grid: one for each slice, but of kGrid
-  int64_t step_offset;  // values from a thread's row to its next one, `row_lanes` further, in the same image ...
-  int64_t wrap_offset;  // ... and what comes on top when that is past the image's last row
-  int step_rows;        // by how many rows of an image that step moves on
-  int vector;           // values of one access
-  int columns;          // vectors side by side
-  int row_lanes;        // threads behind each other
-  int rows_per_thread;  // at most
-  int kept_rows;        // of them, that stay on chip, at most
-  int threads;          // of a block: columns * row_lanes, and some idle ones to fill the last warp
-  int slice_channels;   // of a slice; the last one may have fewer
-  int plane;            // P; no more than 2^30 is told, which no slice of several channels has
-  int row_values;       // of a channel in one row: P, or where the slice is one channel, a vector
-  int pieces;           // channels that the values of one thread's vector belong to, at most
-  int warp_rows;        // rows of threads whose sums a warp merges before it leaves them, a power of two
-  int merge_lanes;      // threads that together merge the partials of a channel, a power of two <= 32
-  int team_lanes;       // the same for the sums of a channel's segments
-  int staggered_teams;  // as many begin later, behind as many that do not
-  int stagger_ns;       // by so much; 0: all begin at once
-  int prefetched_rows;  // of each thread, of a team's next slice
+  int64_t rows;             // of a slice
+  int64_t image_rows;       // of one image
+  int64_t segments;         // of a slice: as many as its team has blocks
+  int64_t rows_of_segment;  // the last one has fewer
+  int64_t teams;            // in the grid: one for each slice, but of kGrid
+  int64_t teams_at_a_time;  // that the machine has room for
+  int64_t step_offset;      // values from a thread's row to its next one, `row_lanes` further, in the same image ...
+  int64_t wrap_offset;      // ... and what comes on top when that is past the image's last row
+  int step_rows;            // by how many rows of an image that step moves on
+  int vector;               // values of one access
+  int columns;              // vectors side by side
+  int row_lanes;            // threads behind each other
+  int rows_per_thread;      // at most; some have one fewer
+  int kept_rows;            // of them, that stay on chip, at most
+  int threads;              // of a block: columns * row_lanes, and some idle ones to fill the last warp
+  int slice_channels;       // of a slice; the last one may have fewer
+  int plane;                // P; no more than 2^30 is told, which no slice of several channels has
+  int row_values;           // of a channel in one row: P, or where the slice is one channel, a vector
+  int pieces;               // channels that the values of one thread's vector belong to, at most
+  int warp_rows;            // rows of threads whose sums a warp merges before it leaves them, a power of two
+  int merge_lanes;          // threads that together merge the partials of a channel, a power of two <= 32
+  int team_lanes;           // the same for the sums of a channel's segments
+  int staggered_teams;      // as many begin later, behind as many that do not
+  int stagger_ns;           // by so much; 0: all begin at once
+  int prefetched_rows;      // of each thread, of a team's next slice
   Team team;
   bool starts_early;  // kernels may start while the one before them ends
   bool one_channel;   // all values of a thread belong to one channel
   bool whole_bytes;   // rows of slices are whole bytes of a mask, in memory: no two slices share one
   bool keeps_mask;    // a mask's bits of kept rows stay on chip too: for each vector the word that has them
+  bool evicts_last;   // rows that are read again are the last to leave the L2 cache
 
   constexpr bool resident() const { return team != Team::kNone; }
   constexpr bool blocks_wait() const { return team == Team::kCluster || team == Team::kGrid; }  // for each other
   constexpr int64_t blocks() const { return teams * segments; }
-  constexpr int64_t segment_rows() const { return int64_t(row_lanes) * rows_per_thread; }  // the last has fewer
+  constexpr int64_t segment_rows() const { return rows_of_segment; }
   // How many rows a segment has.
   constexpr int rows_of(int64_t segment) const {
     const int64_t left = rows - segment * segment_rows();
@@ -134,7 +143,8 @@ struct Plan {
   // How many rows of all segments do not stay on chip.
   constexpr int64_t spilled_rows() const {
     if (!resident()) return rows;
-    const int64_t kept = int64_t(row_lanes) * kept_rows, last = rows_of(segments - 1);
+    const int64_t most = int64_t(row_lanes) * kept_rows, last = rows_of(segments - 1);
+    const int64_t kept = segment_rows() < most ? segment_rows() : most;
     return rows - (segments - 1) * kept - (last < kept ? last : kept);
   }
   // What a row of each thread takes on chip, of so many tensors.

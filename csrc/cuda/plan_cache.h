@@ -42,8 +42,18 @@ inline auto key_of(const Activation& activation) {
   return key_words(kind, alpha, upper);
 }
 inline auto key_of(const Machine& machine) {
-  const auto& [multiprocessors, shared_bytes, clusters, cooperative, early_starts, staggers, prefetched] = machine;
-  return key_words(multiprocessors, shared_bytes, clusters, cooperative, early_starts, staggers, prefetched);
+  const auto& [multiprocessors,
+               shared_bytes,
+               clusters,
+               cooperative,
+               early_starts,
+               staggers,
+               prefetched,
+               half_chip,
+               evict_last,
+               three_kernels] = machine;
+  return std::make_tuple(key_words(multiprocessors, shared_bytes, clusters, cooperative, early_starts),
+                         key_words(staggers, prefetched, half_chip, evict_last, three_kernels));
 }
 inline auto key_of(const ForwardParams& p) {
   const auto& [shape,

@@ -1,4 +1,13 @@
-// Which teams keep slices on chip, and how they come out of step.
+// The choice of teams. Times are of a model, in integer nanoseconds, so that every build chooses alike.
+//
+// The model: each multiprocessor has its share of memory's rate. A team reads its slice, does what is done once for a
+// slice, and writes its results. Memory is idle in between unless another team on the same multiprocessors uses it.
+//
+// None of its numbers is measured. They are of an H200, by arithmetic on machine code; other GPUs are taken for smaller
+// ones of the same kind. A row is 4 KiB in each of 264 blocks: 1.08 MB, or 250 ns at 4.3 TB/s. Not in the model: z,
+// masks and dz, which both ways to do a pass move about as often, and the change of a multiprocessor's split between L1
+// cache and shared memory between a kernel without teams and one with them, which takes some microseconds and may
+// favour three kernels for small tensors.
 #include "plan_teams.h"
 
 #include <algorithm>
@@ -6,115 +15,175 @@
 namespace bn_ext::cuda {
 namespace {
 
-// Times of an H200, from a model of the machine code; not measured.
-constexpr int64_t kBytesPerNs = 33;             // a multiprocessor's share of its memory's 4.3 TB/s
-constexpr int64_t kMostBytesOfBlockPerNs = 40;  // of a block, if few run
-constexpr int64_t kTeamNs = 2000;               // what a block does between reading and writing a slice
-constexpr int64_t kClusterNs = 500;             // each wait of a cluster's blocks
-constexpr int64_t kGridNs = 1000;               // each wait of a grid's team
-constexpr int64_t kGridsStartNs = 1000;         // what a cooperative launch takes more
-constexpr int64_t kBlocksOfGpc = 32;            // resident ones, on 16 multiprocessors
-constexpr int64_t kLeastKept = 8;               // a part of so many must fit, for the general path has no barriers
-constexpr int kReservedSharedBytes = 1024;      // of every block, for the device's own use
-constexpr int64_t kBlockBytesPerNs = 16;        // a block's share of an H200's memory; calculated, not measured
-constexpr int64_t kMostStaggerNs = 3000;
+constexpr int kReservedSharedBytes = 1024;  // of every block, for the device's own use
 
-// Of blocks that hold slices, those that the machine has at a time.
+constexpr int64_t kBytesPerUs = 32'600;        // of a multiprocessor's share: 4.3 TB/s / 132
+constexpr int64_t kMostBytesPerUs = 80'000;    // of a multiprocessor alone
+constexpr int64_t kLaunch = 2'000;             // of a kernel in a stream
+constexpr int64_t kCooperativeLaunch = 1'000;  // more: 4 rows
+constexpr int64_t kOncePerSlice = 2'000;       // last sums, merges, coefficients of a block: 8 rows
+constexpr int64_t kOncePerBlock = 1'000;       // of a kernel of three: 4 rows
+constexpr int64_t kClusterWaits = 750;         // of a team that waits twice per slice: 3 rows
+constexpr int64_t kGridWaits = 1'500;          // the same by counters in the L2 cache: 6 rows
+constexpr int64_t kUnhidden = 4;               // one part of so many of what another team could hide
+constexpr int64_t kNarrowReads = 20;           // so many reads of less than a cache line cost one more
+constexpr int64_t kNarrowBytes = 128;          // of a cache line
+constexpr int64_t kCacheOfSecondRead =
+    265'000;  // bytes that L2 has of a read in three kernels, of 35 MB: per multiprocessor
+constexpr int64_t kCacheOfSpilledRows = 189'000;  // bytes that it keeps of spilled rows, of 25 MB
+constexpr int64_t kGeneralShare = 92;  // per cent of memory's rate that three kernels get, by their last waves
+constexpr int64_t kLeastKept = 8;      // a part of so many must fit: less gains less than the model's error
+constexpr int64_t kMostSleep = 3'000;  // for half a read of the largest tile
+
 int64_t resident_blocks(const Machine& machine) { return int64_t(machine.multiprocessors) * kResidentAtATime; }
 
-// Teams of `segments` blocks or a few less, whose threads keep so many rows; kNone where the machine has no such teams.
-Plan with_teams(Plan plan, int64_t segments, int64_t most_kept, const Machine& machine) {
-  const int64_t least_rows =
-      std::min(std::min<int64_t>(kMinRowsPerThread, most_kept), ceil_div(plan.rows, plan.row_lanes));
-  const int64_t rows_per_thread = std::max(least_rows, ceil_div(plan.rows, segments * plan.row_lanes));
-  plan.team = Team::kNone;
-  if (rows_per_thread > kMaxRowsPerThread) return plan;
-  plan.rows_per_thread = static_cast<int>(rows_per_thread);
-  plan.kept_rows = static_cast<int>(std::min(rows_per_thread, most_kept));
-  plan.segments = ceil_div(plan.rows, plan.segment_rows());
-  plan.teams = plan.slices;
-  const int64_t most_segments = resident_blocks(machine);
-  if (plan.segments == 1) {
-    plan.team = Team::kBlock;
-  } else if (plan.segments <= std::min<int64_t>(kMaxClusterBlocks, most_segments) && machine.clusters) {
-    plan.team = Team::kCluster;
-  } else if (plan.segments <= most_segments && machine.cooperative) {
-    plan.team = Team::kGrid;
-    plan.teams = std::min(plan.slices, most_segments / plan.segments);
+int64_t ns_of(int64_t bytes, int64_t bytes_per_us) { return bytes * 1000 / bytes_per_us; }
+
+// Whether teams share multiprocessors, so that the later half can begin later.
+bool can_stagger(const Plan& plan, const Machine& machine) {
+  return plan.teams_at_a_time > 1 && plan.teams_at_a_time * plan.segments > machine.multiprocessors;
+}
+
+// What is read of a slice's tiles by one block.
+int64_t read_bytes(const Plan& plan, const Request& request) {
+  return plan.segment_rows() * plan.columns * plan.vector * request.value_bytes * request.resident_tiles;
+}
+
+int64_t time_of_three_kernels(const Plan& plan, const Request& request, const Machine& machine) {
+  const int64_t at_a_time = int64_t(machine.multiprocessors) * (kBlocksAtATime * kMaxThreads / plan.threads);
+  const int64_t later_waves = ceil_div(plan.blocks(), at_a_time) - 1;
+  const int64_t share = request.shape.numel() * request.value_bytes / machine.multiprocessors;
+  const int64_t read = share * request.resident_tiles, again = std::max<int64_t>(0, read - kCacheOfSecondRead);
+  return 3 * kLaunch + 2 * later_waves * kOncePerBlock +
+         ns_of((read + again + share) * 100 / kGeneralShare, kBytesPerUs);
+}
+
+// What a block does once for each slice.
+int64_t gap_of(const Plan& plan) {
+  if (plan.team == Team::kBlock) return kOncePerSlice;
+  const int64_t waits = plan.team == Team::kCluster ? kClusterWaits : kGridWaits;
+  return kOncePerSlice + waits / (plan.every_block_merges() ? 2 : 1);
+}
+
+int64_t time_of_teams(const Plan& plan, const Request& request, const Machine& machine) {
+  const int64_t tiles = request.resident_tiles, multiprocessors = machine.multiprocessors;
+  const int64_t teams = plan.teams_at_a_time, rounds = ceil_div(plan.slices, teams);
+  const int64_t row_bytes = int64_t(plan.columns) * plan.vector * request.value_bytes;
+
+  // What all teams move, per multiprocessor. Spilled rows that are on their way at a time come from the L2 cache.
+  const int64_t share = request.shape.numel() * request.value_bytes / multiprocessors;
+  const int64_t spilled = plan.spilled_rows() * row_bytes * tiles * teams / multiprocessors;
+  const int64_t again = std::max<int64_t>(0, spilled - kCacheOfSpilledRows) * plan.slices / teams;
+  int64_t moved = share * (tiles + 1) + again;
+  if (row_bytes < kNarrowBytes) moved += (share * tiles + again) / kNarrowReads;
+
+  // What one team takes for its slices, one after the other, with its share of memory.
+  const bool apart = plan.stagger_ns > 0;
+  const int64_t used = std::min(multiprocessors, teams * plan.segments);
+  const int64_t rate = std::min(kMostBytesPerUs, kBytesPerUs * multiprocessors / used);
+  const int64_t in_step = apart ? plan.segments : teams * plan.segments;
+  const int64_t own =
+      ns_of(moved * multiprocessors / (plan.slices * plan.segments), rate) * ceil_div(in_step, multiprocessors);
+  const int64_t gap = gap_of(plan);
+  const int64_t read_ahead = ns_of(read_bytes(plan, request), rate) * plan.prefetched_rows / plan.rows_per_thread;
+  const int64_t hidden = (rounds - 1) * std::min(gap, read_ahead);
+  const int64_t in_turn = rounds * (own + gap) + plan.stagger_ns - (apart ? 0 : hidden);
+
+  const int64_t start = kLaunch + (plan.team == Team::kGrid ? kCooperativeLaunch : 0);
+  return start + std::max(ns_of(moved, kBytesPerUs) + (apart ? rounds * gap / kUnhidden : 0), in_turn);
+}
+
+// What teams do so that some of them read while others write.
+void choose_ahead(Plan& plan, const Request& request, const Machine& machine) {
+  if (machine.staggers && can_stagger(plan, machine)) {
+    plan.staggered_teams = static_cast<int>(plan.teams_at_a_time / 2);
+    plan.stagger_ns = static_cast<int>(std::min(kMostSleep, ns_of(read_bytes(plan, request), kBytesPerUs)));
   }
-  return plan;
+  if (plan.teams < plan.slices)
+    plan.prefetched_rows = static_cast<int>(ceil_div(plan.rows_per_thread * machine.prefetched_quarters, 4));
+  plan.evicts_last = machine.evict_last && plan.spilled_rows() > 0;
 }
 
-// Teams that run at a time. The blocks of a cluster are in one GPC: clusters of 3, 5, 6 or 7 leave some of its places
-// empty.
-int64_t teams_at_a_time(const Plan& plan, const Machine& machine) {
-  const int64_t blocks = resident_blocks(machine);
-  const int64_t fitting = blocks / plan.segments;
-  if (plan.team != Team::kCluster) return std::max<int64_t>(1, fitting);
-  return std::max<int64_t>(1, std::min(fitting, ceil_div(blocks, kBlocksOfGpc) * (kBlocksOfGpc / plan.segments)));
-}
-
-// In how many nanoseconds so many blocks at a time move bytes of each.
-int64_t time_to_move(int64_t bytes, int64_t blocks, const Machine& machine) {
-  const int64_t of_memory = bytes * blocks / (machine.multiprocessors * kBytesPerNs);
-  return std::max(of_memory, bytes / kMostBytesOfBlockPerNs);
-}
-
-// In how many nanoseconds teams are done that keep so many tensors and write one.
-int64_t time_of(const Plan& plan, int tensors, int value_bytes, const Machine& machine) {
-  const int64_t teams = std::min(plan.slices, teams_at_a_time(plan, machine));
-  const int64_t rows = (tensors + 1) * plan.rows_per_thread + tensors * (plan.rows_per_thread - plan.kept_rows);
-  const int64_t moving = time_to_move(rows * plan.threads * plan.vector * value_bytes, teams * plan.segments, machine);
-  const int64_t waits = plan.every_block_merges() ? 1 : 2;
-  const int64_t waiting = plan.team == Team::kBlock ? 0 : waits * (plan.team == Team::kCluster ? kClusterNs : kGridNs);
-  return ceil_div(plan.slices, teams) * (moving + kTeamNs + waiting) + (plan.team == Team::kGrid ? kGridsStartNs : 0);
-}
+int64_t round_up(int64_t count, int64_t unit) { return ceil_div(count, unit) * unit; }
 
 }  // namespace
 
-Plan choose_team(const Plan& general, int tensors, int value_bytes, const Machine& machine) {
-  Plan none = general;
+int64_t most_kept_rows(const Plan& layout, const Request& request, const Machine& machine) {
+  Plan none = layout;
   none.kept_rows = 0;
   const int64_t room = machine.shared_bytes / kResidentAtATime - kReservedSharedBytes;
-  const int64_t row_bytes = general.kept_row_bytes(tensors, value_bytes);
-  const int64_t free_bytes = room - static_cast<int64_t>(ResidentMemory(none, tensors, value_bytes).bytes);
-  const int64_t most_rows = std::min<int64_t>(kMaxRowsPerThread, free_bytes / row_bytes);
-  if (free_bytes < row_bytes) return general;
+  const int64_t row_bytes = layout.kept_row_bytes(request.resident_tiles, request.value_bytes);
+  const ResidentMemory without(none, request.resident_tiles, request.value_bytes);
+  return std::clamp<int64_t>((room - static_cast<int64_t>(without.bytes)) / row_bytes, 0, kMaxRowsPerThread);
+}
 
-  const int64_t least = ceil_div(general.rows, most_rows * general.row_lanes), most = resident_blocks(machine);
-  const auto time = [&](const Plan& plan) { return time_of(plan, tensors, value_bytes, machine); };
-  Plan best = general;
-  const auto consider = [&](int64_t segments) {
-    const Plan plan = with_teams(general, segments, most_rows, machine);
-    const bool keeps_enough = plan.kept_rows * kLeastKept >= plan.rows_per_thread;
-    if (!plan.resident() || !keeps_enough || (best.resident() && time(plan) >= time(best))) return;
-    best = plan;
-  };
-  if (least > most) {
-    consider(most);
-    return best;
+Plan with_teams(Plan plan, Team team, int64_t segments, const Request& request, const Machine& machine) {
+  const int64_t most_kept = most_kept_rows(plan, request, machine), most_segments = resident_blocks(machine);
+  plan.team = Team::kNone;
+  if (most_kept == 0) return plan;
+  // Of one column whole bytes of a mask, and cache lines; else the rows of an image are in several segments anyway.
+  const int64_t unit = plan.columns == 1 ? 8 : 1;
+  const int64_t least_rows = team == Team::kGrid ? std::min<int64_t>(kMinRowsPerThread, most_kept) : 1;
+  const int64_t least = least_rows * plan.row_lanes;
+  const int64_t segment_rows = round_up(std::max(ceil_div(plan.rows, segments), std::min(least, plan.rows)), unit);
+  const int64_t rows_per_thread = ceil_div(segment_rows, plan.row_lanes);
+  if (rows_per_thread > kMaxRowsPerThread) return plan;
+  plan.rows_of_segment = segment_rows;
+  plan.rows_per_thread = static_cast<int>(rows_per_thread);
+  plan.kept_rows = static_cast<int>(std::min(rows_per_thread, most_kept));
+  plan.segments = ceil_div(plan.rows, segment_rows);
+  plan.teams = plan.slices;
+  plan.teams_at_a_time = std::clamp<int64_t>(most_segments / plan.segments, 1, plan.slices);
+  if (plan.segments == 1) {
+    plan.team = Team::kBlock;
+  } else if (plan.segments > most_segments) {
+    return plan;
+  } else if (team == Team::kCluster && machine.clusters && plan.segments == segments && segments <= kMaxClusterBlocks) {
+    plan.team = Team::kCluster;
+  } else if (team == Team::kGrid && machine.cooperative) {
+    plan.team = Team::kGrid;
+    plan.teams = plan.teams_at_a_time;
   }
-  consider(least);
-  const int64_t least_rounds = ceil_div(general.slices * least, most);
+  if (plan.kept_rows * kLeastKept < plan.rows_per_thread) plan.team = Team::kNone;
+  if (plan.resident()) choose_ahead(plan, request, machine);
+  return plan;
+}
+
+Plan best_teams(const Plan& layout, const Request& request, const Machine& machine) {
+  Plan best = layout;
+  best.team = Team::kNone;
+  const int64_t most_rows = most_kept_rows(layout, request, machine);
+  if (most_rows == 0) return best;
+  const auto consider = [&](Team team, int64_t segments) {
+    const Plan plan = with_teams(layout, team, segments, request, machine);
+    if (!plan.resident()) return;
+    if (!best.resident() || time_of(plan, request, machine) < time_of(best, request, machine)) best = plan;
+  };
+  // A slice of several channels, if one team had all blocks, would be all that is read or written at a time.
+  const int64_t blocks = resident_blocks(machine);
+  const int64_t most = machine.half_chip && layout.image_rows == 1 ? blocks / 2 : blocks;
+  const int64_t least = std::min(ceil_div(layout.rows, most_rows * layout.row_lanes), most);
+
+  // Clusters of other sizes do not fill a GPC; so only where a slice would spill without them.
+  int64_t most_of_cluster = 1;
+  while (2 * most_of_cluster <= std::min<int64_t>(kMaxClusterBlocks, most)) most_of_cluster *= 2;
+  for (int64_t size = 1; size <= most_of_cluster; size *= 2) {
+    if (size >= std::min(least, most)) consider(Team::kCluster, size);
+  }
+  if (!best.resident() && least <= kMaxClusterBlocks) consider(Team::kCluster, least);
+
+  consider(Team::kGrid, least);
+  const int64_t of_merging = 4 * layout.threads / layout.slice_channels;  // by every_block_merges
+  if (of_merging > least && of_merging < most) consider(Team::kGrid, of_merging);
+  const int64_t least_rounds = ceil_div(layout.slices, std::max<int64_t>(1, blocks / least));
   for (int64_t rounds = least_rounds; rounds < least_rounds + kMostWaves; ++rounds) {
-    const int64_t segments = most / ceil_div(general.slices, rounds);
-    consider(std::max(least, segments));
-    consider(std::max(least, std::min<int64_t>(segments, kMaxClusterBlocks)));
+    consider(Team::kGrid, std::clamp(blocks / ceil_div(layout.slices, rounds), least, most));
   }
   return best;
 }
 
-void choose_overlap(Plan& plan, const Request& request, const Machine& machine) {
-  if (!plan.resident()) return;
-  const int64_t teams = resident_blocks(machine) / plan.segments;
-  if (machine.staggers && teams > 1 && plan.blocks() > machine.multiprocessors) {
-    // Half of the time in which a block reads what it keeps.
-    const int64_t bytes = plan.kept_rows * plan.kept_row_bytes(request.resident_tiles, request.value_bytes);
-    plan.staggered_teams = static_cast<int>(teams / 2);
-    plan.stagger_ns = static_cast<int>(std::min<int64_t>(kMostStaggerNs, bytes / kBlockBytesPerNs / 2));
-  }
-  if (plan.teams < plan.slices)
-    plan.prefetched_rows = static_cast<int>(ceil_div(plan.rows_per_thread * machine.prefetched_quarters, 4));
+int64_t time_of(const Plan& plan, const Request& request, const Machine& machine) {
+  return plan.resident() ? time_of_teams(plan, request, machine) : time_of_three_kernels(plan, request, machine);
 }
 
 }  // namespace bn_ext::cuda

@@ -12,19 +12,20 @@
 
 namespace bn_ext::cuda {
 
-// 16 bytes to shared memory while the thread goes on; the first to leave the cache where nothing reads them again.
-template <bool kLast>
-__device__ void copy_async(void* shared, const void* global) {
+// Which values leave the L2 cache first, of all accesses: as ptxas makes them of createpolicy.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+constexpr uint64_t kEvictLast = 0x14F0000000000000;
+constexpr uint64_t kEvictNormal = 0x16F0000000000000;
+
+// 16 bytes to shared memory while the thread goes on.
+inline __device__ void copy_async(void* shared, const void* global, uint64_t policy) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (kLast) {
-    constexpr uint64_t policy = 0x12F0000000000000;  // evict_first of all, as ptxas makes it
-    const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "l"(policy)
-                 : "memory");
-    return;
-  }
-#endif
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "l"(policy)
+               : "memory");
+#else
   __pipeline_memcpy_async(shared, global, 16);
+#endif
 }
 
 // Rows of a thread that are read from the tile one after the other: their places, and how many they are.
@@ -143,12 +144,13 @@ class Tile {
   }
   template <int kGroupRows, bool kLast, bool kBackwards, bool kOneChannel>
   __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, const Chunk& chunk) const {
+    const uint64_t policy = kLast ? kEvictFirst : plan_.evicts_last ? kEvictLast : kEvictNormal;
     unsigned char* to = own_ + (kBackwards ? chunk.begin + chunk.rows - 1 : chunk.begin) * row_bytes();
 #pragma unroll 8
     for (int i = 0; i < chunk.rows; ++i) {
 #pragma unroll
       for (int tensor = 0; tensor < kTensors; ++tensor) {
-        copy<kLast>(to + tensor * plan_.threads * kVectorBytes, walk.in(tensors_[tensor], walk.at));
+        copy(to + tensor * plan_.threads * kVectorBytes, walk.in(tensors_[tensor], walk.at), policy);
       }
       if (kMasked) {
         __pipeline_memcpy_async(to + bits_begin(), word_of_bits(mask_, walk.offset(walk.at)), kMaskWordBytes);
@@ -165,10 +167,9 @@ class Tile {
     __pipeline_wait_prior(kCount);
     asm volatile("" ::: "memory");  // nothing is read before: CUDA's own wait does not say so to the compiler
   }
-  template <bool kLast>
-  static __device__ void copy(unsigned char* to, const T* from) {
+  static __device__ void copy(unsigned char* to, const T* from, uint64_t policy) {
     if constexpr (sizeof(V) == 16) {
-      copy_async<kLast>(to, from);
+      copy_async(to, from, policy);
     } else if constexpr (sizeof(V) >= 4) {
       __pipeline_memcpy_async(to, from, sizeof(V));
     } else {

@@ -47,7 +47,8 @@ inline __device__ int rows_of_warp_lanes(const Plan& plan, int segment_rows, int
   const int lanes = min(plan.warp_rows, plan.row_lanes - row_lane);
   // Only the last segment takes a division.
   const bool is_full = segment_rows == plan.segment_rows();
-  const int rounds = is_full ? plan.rows_per_thread : segment_rows / plan.row_lanes;
+  const int most = plan.rows_per_thread, rounds_of_full = most - (most * plan.row_lanes > segment_rows);
+  const int rounds = is_full ? rounds_of_full : segment_rows / plan.row_lanes;
   const int rest = segment_rows - rounds * plan.row_lanes;
   return lanes * rounds + min(max(rest - row_lane, 0), lanes);
 }

@@ -6,6 +6,7 @@
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/plan.h"
 #include "../../csrc/cuda/plan_cache.h"
+#include "../../csrc/cuda/plan_teams.h"
 #include "../../csrc/cuda/traffic.h"
 #include "c_api.h"
 #include "cuda_on_cpu.h"
@@ -71,6 +72,25 @@ const char* batch_norm_tune(const char* choices, cuda::Machine* machine) {
   return reported([&] {
     if (!cuda::tune(choices, *machine)) throw Fault("no such choice");
   });
+}
+
+const char* batch_norm_with_teams(int64_t team,
+                                  int64_t segments,
+                                  int64_t line,
+                                  const cuda::Request* request,
+                                  const cuda::Machine* machine,
+                                  cuda::Plan* plan) {
+  return reported([&] {
+    const cuda::Plan layout = cuda::plan_with_slices(*request, int(line), *machine);
+    *plan = cuda::with_teams(layout, cuda::Team(team), segments, *request, *machine);
+  });
+}
+
+const char* batch_norm_time_of(const cuda::Plan* plan,
+                               const cuda::Request* request,
+                               const cuda::Machine* machine,
+                               int64_t* time) {
+  return reported([&] { *time = cuda::time_of(*plan, *request, *machine); });
 }
 
 // Of shared memory, for so many tensors in tiles.

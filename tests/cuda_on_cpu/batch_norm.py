@@ -115,6 +115,20 @@ class Kernels:
         self.device.call("batch_norm_make_plan", *at)
         return plan
 
+    def with_teams(self, team: int, segments: int, request: Request, machine: Machine, line: int) -> Plan:
+        """with_teams of plan_teams.h, of slices of ``line`` bytes at least."""
+        plan = Plan()
+        at = (ctypes.byref(request), ctypes.byref(machine), ctypes.byref(plan))
+        self.device.call("batch_norm_with_teams", team, segments, line, *at)
+        return plan
+
+    def time_of(self, plan: Plan, request: Request, machine: Machine) -> int:
+        """Nanoseconds by the planner's model."""
+        time = ctypes.c_int64()
+        at = (ctypes.byref(plan), ctypes.byref(request), ctypes.byref(machine), ctypes.byref(time))
+        self.device.call("batch_norm_time_of", *at)
+        return time.value
+
     def resident_bytes(self, plan: Plan, tiles: int, value_bytes: int) -> int:
         """Shared memory of a block: ResidentMemory of plan.h."""
         count = ctypes.c_int64()

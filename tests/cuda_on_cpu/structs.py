@@ -89,8 +89,8 @@ class BackwardParams(ctypes.Structure):
     ]
 
 
-_INT64 = ["channels", "pitch", "slice_width", "slices", "rows", "image_rows", "segments", "teams"]
-_INT64 += ["step_offset", "wrap_offset"]
+_INT64 = ["channels", "pitch", "slice_width", "slices", "rows", "image_rows", "segments", "rows_of_segment"]
+_INT64 += ["teams", "teams_at_a_time", "step_offset", "wrap_offset"]
 _INT = ["step_rows", "vector", "columns", "row_lanes", "rows_per_thread", "kept_rows", "threads", "slice_channels"]
 _INT += ["plane", "row_values", "pieces", "warp_rows", "merge_lanes", "team_lanes"]
 _INT += ["staggered_teams", "stagger_ns", "prefetched_rows", "team"]
@@ -109,12 +109,18 @@ class Plan(ctypes.Structure):
         ("one_channel", ctypes.c_bool),
         ("whole_bytes", ctypes.c_bool),
         ("keeps_mask", ctypes.c_bool),
+        ("evicts_last", ctypes.c_bool),
     ]
 
     @property
     def team_name(self) -> str:
         """Of TEAMS."""
         return TEAMS[self.team]
+
+    @property
+    def blocks_at_a_time(self) -> int:
+        """Of all teams that the machine has room for."""
+        return int(self.teams_at_a_time * self.segments)
 
     @property
     def every_block_merges(self) -> bool:
@@ -124,8 +130,7 @@ class Plan(ctypes.Structure):
     @property
     def spilled_rows(self) -> int:
         """How many rows of all segments do not stay on chip, of all teams but "none"."""
-        segment_rows = self.row_lanes * self.rows_per_thread
-        rows = [min(segment_rows, self.rows - i * segment_rows) for i in range(self.segments)]
+        rows = [min(self.rows_of_segment, self.rows - i * self.rows_of_segment) for i in range(self.segments)]
         return sum(max(0, r - self.row_lanes * self.kept_rows) for r in rows)
 
 
@@ -140,6 +145,9 @@ class Machine(ctypes.Structure):
         ("early_starts", ctypes.c_bool),
         ("staggers", ctypes.c_bool),
         ("prefetched_quarters", ctypes.c_int),
+        ("half_chip", ctypes.c_bool),
+        ("evict_last", ctypes.c_bool),
+        ("three_kernels", ctypes.c_bool),
     ]
 
     @property
@@ -150,8 +158,8 @@ class Machine(ctypes.Structure):
     @property
     def without_teams(self) -> "Machine":
         """As in plan.h."""
-        kept = {name: getattr(self, name) for name in ("early_starts", "staggers", "prefetched_quarters")}
-        return Machine(self.multiprocessors, **kept)
+        teams = ("shared_bytes", "clusters", "cooperative")
+        return Machine(**{name: 0 if name in teams else getattr(self, name) for name, _ in Machine._fields_})
 
 
 class Request(ctypes.Structure):
@@ -173,5 +181,8 @@ OF_H200 = 228 * 1024
 GENERAL = Machine(1, early_starts=True)
 """Where no slice stays on chip."""
 H200 = Machine(132, OF_H200, True, True, True)
+"""With no choice that rests on the model of times, as the machines of all tests that do not say otherwise."""
+PACKAGE = Machine(132, OF_H200, True, True, True, True, 2, True, True, True)
+"""An H200 as the package plans for it."""
 SMALL = Machine(4, 48 * 1024, True, True, True)
 """Of which small tensors fill the shared memory."""

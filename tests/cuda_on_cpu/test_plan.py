@@ -49,14 +49,15 @@ def check(plan: Plan, shape: Shape, value_bytes: int, alignment: int) -> None:
     assert 0 < plan.columns * plan.row_lanes <= plan.threads <= 256
     assert plan.threads % 32 == 0
     assert 0 < plan.rows_per_thread <= 256
-    segment_rows = plan.row_lanes * plan.rows_per_thread
+    segment_rows = plan.rows_of_segment
+    assert 0 <= plan.row_lanes * plan.rows_per_thread - segment_rows < plan.row_lanes
     assert (plan.segments - 1) * segment_rows < plan.rows <= plan.segments * segment_rows
     assert plan.slices * plan.segments < 2**31
     # A mask: lanes that share a byte stand side by side, and have equally many rows.
     assert plan.whole_bytes == (plan.pitch % 8 == 0 and plan.slice_width % 8 == 0)
     lanes_of_byte = 8 // plan.vector
     if plan.whole_bytes and wide:
-        assert plan.image_rows % lanes_of_byte == plan.row_lanes % lanes_of_byte == 0
+        assert plan.image_rows % lanes_of_byte == plan.row_lanes % lanes_of_byte == segment_rows % lanes_of_byte == 0
     elif plan.whole_bytes:
         assert plan.columns % lanes_of_byte == 0
     # Partial sums in shared memory, with gaps: block_partials() of plan.h.

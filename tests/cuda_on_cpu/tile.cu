@@ -52,7 +52,7 @@ extern "C" const char* rows(
     plan.columns = plan.threads = 32;
     plan.vector = 4;
     plan.pitch = plan.slice_width = plan.step_offset = 4 * 32;
-    plan.rows = plan.rows_per_thread = int(rows);
+    plan.rows = plan.rows_of_segment = plan.rows_per_thread = int(rows);
     plan.kept_rows = int(kept);
     cudaLaunchConfig_t config = {};
     config.gridDim = 1;

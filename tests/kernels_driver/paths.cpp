@@ -78,11 +78,11 @@ Machine machine_for(Path path, Request request, const Machine& device) {
   request.resident_tiles = 0;
   const Plan general = make_plan(request, machine);
   const double kept = path == Path::kBlock ? rows_per_thread(path, false, device) + 1 : spills ? 2.25 : 1.5;
-  return {machine.multiprocessors,
-          shared_bytes_for(kept, general, request.value_bytes),
-          clusters,
-          grids,
-          device.early_starts};
+  machine.shared_bytes = shared_bytes_for(kept, general, request.value_bytes);
+  machine.clusters = clusters;
+  machine.cooperative = grids;
+  machine.three_kernels = machine.half_chip = false;  // the path is to be taken, whatever takes less time
+  return machine;
 }
 
 bool takes(Path path, const Plan& plan) {
