@@ -16,7 +16,7 @@ ITEMS = {
     2: "teams: none, block, cluster, grid",
     3: "bn+relu against bn",
     4: "bn+add+relu: masks and residuals",
-    5: "teams out of step, prefetch of the next slice",
+    5: "out of step, prefetch, half-chip teams, evict-last",
     6: "calls of the host",
 }
 # Channels x height, of ResNet-50's; bfloat16, N = 256 unless the label says another.
@@ -74,7 +74,12 @@ def all_runs() -> Iterator[Run]:
     for share in ("0", "0.5", "0.25", "1"):
         yield tuning(f"stagger=0,prefetch={share}", BOTH)
     yield tuning("stagger=1,prefetch=0", BOTH)
-    yield counters(5, "counters", SPILLING, "cache", "batch_norm")
+    for name in ("half_chip=1", "half_chip=0"):
+        yield tuning(name, (BOTH[1], SPILLING))
+    for name in ("evict_last=1", "evict_last=0"):
+        yield tuning(name, (SPILLING,))
+    for name in ("evict_last=1", "evict_last=0"):
+        yield counters(5, f"{name}: counters", SPILLING, "cache", "batch_norm", **{TUNING: name})
     yield Run(6, "calls of CUDA", "program", (), 12, {}, "nvcc")
     for early in ("1", "0"):
         yield Run(6, f"early={early}", "calls", SMALL, 14, {EARLY: early})
