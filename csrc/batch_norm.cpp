@@ -116,8 +116,10 @@ at::Tensor contiguous_or_none(const OptionalTensor& tensor, at::MemoryFormat for
   return tensor.has_value() && tensor->defined() ? tensor->contiguous(format) : at::Tensor();
 }
 
-// Both forward passes, of checked arguments; the mask is undefined if it is not asked for. What can fail comes before
-// the back-end writes anything.
+// Both forward passes, of checked arguments. A mask that is not asked for is empty if kAllDefined, as operators return
+// it, and undefined otherwise, which saves a call of the allocator. What can fail comes before the back-end writes
+// anything.
+template <bool kAllDefined>
 ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const c10::DeviceGuard guard(a.input.device());  // kernels are launched on the current device
   const bool saves_mask = mask_format.has_value();
@@ -128,7 +130,9 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   const at::Tensor y = empty(x.sizes(), x.options().memory_format(format));
   const Saved saved{empty({4, x.size(1)}, x.options().dtype(accumulate_type_of(x.scalar_type())))};
   at::Tensor mask;
-  if (saves_mask) mask = empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
+  if (saves_mask || kAllDefined) {
+    mask = empty({saves_mask ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
+  }
 
   const bool is_tracked = a.num_batches_tracked.has_value() && a.num_batches_tracked->defined();
   const bool counted_by_torch =
@@ -170,16 +174,15 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   return {y, saved.tensor, mask};
 }
 
-// As operators return it; inside, nobody makes an empty tensor, which costs a call of the allocator.
-ThreeTensors with_defined_mask(const ThreeTensors& results) {
-  const auto& [y, saved, mask] = results;
-  return {y, saved, mask.defined() ? mask : empty({0}, y.options().dtype(at::kByte))};
+template <bool kAllDefined>
+ThreeTensors forward_or_skip(const BatchNormArguments& args, OptionalFormat mask_format) {
+  return forward<kAllDefined>(args.training && skips_this_pass(args.skip) ? without_updates(args) : args, mask_format);
 }
 
 }  // namespace
 
 ThreeTensors batch_norm_of_checked(const BatchNormArguments& args, OptionalFormat mask_format) {
-  return forward(args.training && skips_this_pass(args.skip) ? without_updates(args) : args, mask_format);
+  return forward_or_skip<false>(args, mask_format);
 }
 
 ThreeTensors batch_norm_forward(const at::Tensor& input,
@@ -211,7 +214,7 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 skip};
   check_arguments(args);
   check_mask(args, mask_format);
-  return with_defined_mask(batch_norm_of_checked(args, mask_format));
+  return forward_or_skip<true>(args, mask_format);
 }
 
 ThreeTensors batch_norm_inference(const at::Tensor& input,
@@ -229,7 +232,7 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
       input, mean, var, weight, bias, false, 0.0, eps, no_count, residual, {activation, activation_parameter}, {}};
   check_arguments(args);
   check_mask(args, mask_format);
-  return with_defined_mask(batch_norm_of_checked(args, mask_format));
+  return forward_or_skip<true>(args, mask_format);
 }
 
 at::Tensor batch_norm_repeat(const at::Tensor& input,

@@ -143,7 +143,8 @@ def test_steps_that_are_asked_for(check: Check) -> None:
 def test_two_calls_cover_the_steps_of_a_short_lease(check: Check) -> None:
     """Both keep to their time, and each leaves one archive of its logs and results, without the build."""
     cuda = SCRIPT.parents[1] / "csrc" / "cuda"
-    objects = [path.relative_to(cuda).with_suffix(".o") for path in (*cuda.rglob("*.cu"), cuda / "plan.cpp")]
+    sources = [*cuda.rglob("*.cu"), *(cuda / f"{name}.cpp" for name in ("machine", "plan", "plan_teams"))]
+    objects = [path.relative_to(cuda).with_suffix(".o") for path in sources]
     for file in ("bn_ext/_C.so", "bn_ext/_build_config.py", *(f"build/temp.x/csrc/cuda/{name}" for name in objects)):
         check.makes(file)
     verify = ["verify", "verify-none", "verify-block", "verify-cluster", "verify-late"]
