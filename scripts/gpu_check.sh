@@ -165,7 +165,7 @@ keep_build() {
   (cd "$copy" && tar -cf "$kept" bn_ext/*.so bn_ext/_build_config.py build/temp*/csrc/cuda) 2>/dev/null || rm -f "$kept"
 }
 if [ "${USE_BUILT:-0}" = 1 ]; then
-  step build 60 "$python" -c "$told"
+  step build 60 "$python" -c "$told" && keep_build
 elif [ -f "$kept" ] && tar -xf "$kept" -C "$copy"; then
   step build 60 "$python" -c "$told"
 else

@@ -221,6 +221,8 @@ def test_build_products_of_the_checkout_are_copied_only_on_request(check: Check)
         copied = check.log("build").splitlines()
         assert "./scripts/gpu_check.sh" in copied
         assert [file for file in products if f"./{file}" in copied] == expected
+    assert check("build").returncode == 0
+    assert "bn_ext.build_info()" in check.log("build"), "a later call takes what USE_BUILT has brought"
 
 
 @pytest.mark.slow

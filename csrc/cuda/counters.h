@@ -35,6 +35,7 @@ inline void* zeros_of_stream(size_t bytes, int device, cudaStream_t stream) {
   (void)cudaThreadExchangeStreamCaptureMode(&mode);
   if (error != cudaSuccess) {
     (void)cudaGetLastError();  // so that no one else finds it
+    if (memory != nullptr) (void)cudaFree(memory);
     return nullptr;
   }
   zeros = {memory, wanted};  // a smaller one may be in use, so it is not freed
