@@ -52,22 +52,24 @@ struct Group {
 };
 
 // Partial sums on their way to one total, by additions only: means are taken from a pivot, one of them, and squares
-// about it (Chan, Golub and LeVeque 1979). The pivot's part counts with the others, so what cancels in total() is less
-// than the values' number times the squares about the mean, in double.
+// about it (Chan, Golub and LeVeque 1979). So that nothing cancels in the squares of doubles either, parts that are at
+// hand are added once more, about the mean that they have given.
 template <typename Sums>
 class Merging;
 
 template <>
 class Merging<Moments> {
  public:
+  static constexpr bool kTwice = true;
+
   explicit __device__ Merging(double pivot) : pivot_(pivot) {}
   static __device__ double pivot_of(const Moments& part) { return part.mean; }
 
   // `count`: of the part's values, which is not zero.
   __device__ void add(const Moments& part, double count) {
     const double delta = part.mean - pivot_;
-    sum_ += count * delta;
-    squares_ += part.m2 + count * delta * delta;
+    sum_ = fma(count, delta, sum_);
+    squares_ += fma(count * delta, delta, part.m2);
   }
   template <typename Sum>
   __device__ void add_up(const Sum& sum) {
@@ -75,7 +77,9 @@ class Merging<Moments> {
     squares_ = sum(squares_);
   }
   // `share`: of one value in all of them.
-  __device__ Moments total(double share) const { return {pivot_ + sum_ * share, squares_ - sum_ * (sum_ * share)}; }
+  __device__ Moments total(double share) const {
+    return {fma(sum_, share, pivot_), fma(-sum_, sum_ * share, squares_)};
+  }
 
  private:
   double pivot_;
@@ -86,6 +90,8 @@ class Merging<Moments> {
 template <>
 class Merging<GradSums> {
  public:
+  static constexpr bool kTwice = false;
+
   explicit __device__ Merging(double) {}
   static __device__ double pivot_of(const GradSums&) { return 0; }
 
@@ -117,15 +123,25 @@ __device__ auto merge(const Group& group, int64_t parts, const Get& get, const C
   };
   load_from(group.lane);
   Merging<Sums> merging(group.first(Merging<Sums>::pivot_of(some[0])));
-  for (int64_t i = group.lane; i < parts; i += kAtATime * group.lanes) {
+  const auto add_all = [&] {
+    for (int64_t i = group.lane; i < parts; i += kAtATime * group.lanes) {
 #pragma unroll
-    for (int k = 0; k < kAtATime; ++k) {
-      if (i + k * group.lanes < parts) merging.add(some[k], count_of(i + k * group.lanes));
+      for (int k = 0; k < kAtATime; ++k) {
+        if (i + k * group.lanes < parts) merging.add(some[k], count_of(i + k * group.lanes));
+      }
+      load_from(i + kAtATime * group.lanes);
     }
-    load_from(i + kAtATime * group.lanes);
+    merging.add_up([&](double value) { return group.sum(value); });
+  };
+  add_all();
+  Sums total = merging.total(share);
+  if constexpr (Merging<Sums>::kTwice) {
+    merging = Merging<Sums>(total.mean);
+    if (parts > kAtATime * group.lanes) load_from(group.lane);  // else they are still here
+    add_all();
+    total.m2 = merging.total(share).m2;
   }
-  merging.add_up([&](double value) { return group.sum(value); });
-  return merging.total(share);
+  return total;
 }
 
 template <int kAtATime = 4, typename Get>
@@ -176,7 +192,14 @@ __device__ void merge_in_warp(const Plan& plan, Sums (&sums)[kCount], int count)
     Merging<Sums> merging(__shfl_sync(kAllLanes, Merging<Sums>::pivot_of(own), first));
     if (count > 0) merging.add(own, count);
     merging.add_up(sum);
-    own = merging.total(share);
+    Sums total = merging.total(share);
+    if constexpr (Merging<Sums>::kTwice) {
+      merging = Merging<Sums>(total.mean);
+      if (count > 0) merging.add(own, count);
+      merging.add_up(sum);
+      total.m2 = merging.total(share).m2;
+    }
+    own = total;
   }
 }
 

@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     const auto load = [&](int64_t channel) { return load_weight_and_bias(p, channel); };
     exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& own, const auto& get) {
       const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
-      const Moments merged = merge(channel.group, channel.exists ? plan.segments : 0, get, count_of, share);
+      const Moments merged =
+          merge<sizeof(T) == 8 ? 2 : 4>(channel.group, channel.exists ? plan.segments : 0, get, count_of, share);
       const Moments total = mend_overflow<T>(channel.group, p, channel.index, channel.exists, merged);
       __syncwarp();  // for keep_total
       if (!channel.is_first()) return;
