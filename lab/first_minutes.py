@@ -85,7 +85,7 @@ def figures_of(command: list[str], environment: dict[str, str], seconds: float) 
     """The figures that a run prints, as they come; the last line is a problem, if there was one."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     assert process.stdout is not None
-    # Interrupted, it ends what it has started, ncu for one; killed, it could not.
+    # An interrupt lets the run end its own child processes, such as ncu; a kill does not.
     over = threading.Timer(seconds, process.send_signal, [signal.SIGINT])
     much_over = threading.Timer(seconds + GRACE, process.kill)
     try:

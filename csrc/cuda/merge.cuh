@@ -52,8 +52,8 @@ struct Group {
 };
 
 // Partial sums on their way to one total, by additions only: means are taken from a pivot, one of them, and squares
-// about it (Chan, Golub and LeVeque 1979). So that nothing cancels in the squares of doubles either, parts that are at
-// hand are added once more, about the mean that they have given.
+// about it (Chan, Golub and LeVeque 1979). A second addition, about the resulting mean, avoids cancellation in the
+// squares; it uses the parts that are still in registers.
 template <typename Sums>
 class Merging;
 

@@ -11,7 +11,7 @@ namespace bn_ext::cuda {
 // if a later one could not be had, for want of memory for its code; so all are loaded before, if that is not known.
 class Pass {
  public:
-  // Calls body(pass) to load the kernels, unless they are known to be, and once more to launch them.
+  // Calls body(pass) to load the kernels, unless they are loaded already, and then to launch them.
   template <typename Body>
   static cudaError_t run(const Plan& plan, cudaStream_t stream, const Body& body) {
     Pass loading(plan, stream, false), launching(plan, stream, true);

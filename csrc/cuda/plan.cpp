@@ -15,7 +15,7 @@ constexpr int kByteBits = 8;
 constexpr int kLine = 128;           // bytes of a cache line: slices no narrower, so that few channels share a block
 constexpr int kSector = 32;          // bytes: the least that memory moves
 constexpr int64_t kWidePlane = 512;  // bytes: a warp's 16-byte accesses, so that a plane's end costs little
-constexpr int64_t kRowsOfBlock = 4;  // in what time a thread reads them, a block does what it does once; not measured
+constexpr int64_t kRowsOfBlock = 4;  // the time of a block's fixed work, in rows that a thread reads; not measured
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 // The fewest channels whose values fill whole units of vectors, if they fit side by side into a block; else 0.

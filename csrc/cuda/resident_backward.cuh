@@ -22,7 +22,7 @@ constexpr int rows_to_write(Variant variant) {
 }
 
 // Sums of g and g * (x - mean) of a slice from its tiles, then, backwards, dx and dz, as they are wanted.
-// Grid: the teams' blocks. Reads dy, x and a mask once, what is not in tiles twice; writes each result once.
+// Grid: the teams' blocks. Reads dy, x and a mask once, and rows that are not in tiles twice; writes each result once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant, bool kMasked>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     resident_backward_kernel(const Plan plan, const BackwardParams p, const Workspace workspace) {

@@ -16,7 +16,7 @@ namespace {
 constexpr int kTensors = 1;  // in tiles
 
 // Statistics of a slice from its tiles, then y, backwards. Counts the batch, which no thread of this kernel looks at.
-// Grid: the teams' blocks. Reads x and z once, of x what is not in tiles twice, writes y once.
+// Grid: the teams' blocks. Reads x and z once, and rows of x that are not in tiles twice; writes y once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     resident_forward_kernel(const Plan plan, const ForwardParams p, const Workspace workspace) {

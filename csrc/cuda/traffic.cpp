@@ -8,10 +8,10 @@ namespace {
 // How often a whole one is moved.
 struct Counts {
   int read;           // tensors
-  int read_again;     // tensors, of which only what is not in tiles
+  int read_again;     // tensors: only their rows that are not in tiles
   int written;        // tensors
   int masks_read;     // masks
-  int masks_again;    // masks, of which only what is not in tiles
+  int masks_again;    // masks: only their bits of such rows
   int masks_written;  // masks
   int launches;
 };
