@@ -77,7 +77,7 @@ def _cpu_cache_bytes() -> int:
     if _extension.module is None:
         return 0
     try:
-        return int(_extension.module.last_level_cache_bytes())
+        return int(_extension.module.last_level_cache_bytes(torch.get_num_threads()))
     except ValueError:  # the first call of an operator reports it
         return 0
 

@@ -84,7 +84,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   define(m, "batch_norm_and_saved", bn_ext::batch_norm_from_python<bn_ext::TensorAndSaved>);
   m.def("instruction_set", &bn_ext::cpu::instruction_set);
   m.def("usable_cache_bytes", &bn_ext::cpu::usable_cache_bytes, py::arg("reported"), py::arg("threads"));
-  m.def("last_level_cache_bytes", &bn_ext::cpu::last_level_cache_bytes);
+  m.def("last_level_cache_bytes", &bn_ext::cpu::last_level_cache_bytes, py::arg("threads"));
   m.def("explain",
         &bn_ext::explain,
         py::kw_only(),

@@ -76,7 +76,7 @@ void for_each_block(int64_t begin, int64_t end, const Body& body) {
 // Whether what is read and what is written do not fit into the cache together.
 template <typename T>
 bool exceeds_cache(const Shape& shape) {
-  return 2 * shape.numel() * int64_t(sizeof(T)) > last_level_cache_bytes();
+  return 2 * shape.numel() * int64_t(sizeof(T)) > last_level_cache_bytes(at::get_num_threads());
 }
 
 // What a pass consists of, in this order. Without sums or without results, that stage is left out.
@@ -264,7 +264,7 @@ void dispatch(DType dtype, const Shape& shape, bool has_sums, int64_t cached_byt
 void forward(const ForwardParams& p) {
   // In eval, an x that fits was likely made just now, and is walked in memory order: fetching it ahead would be wasted
   // work. In training the walk jumps, and what else a step keeps has displaced a part of the cache.
-  const int64_t cached_bytes = last_level_cache_bytes() / (needs_sums(p) ? 6 : 2);
+  const int64_t cached_bytes = last_level_cache_bytes(at::get_num_threads()) / (needs_sums(p) ? 6 : 2);
   dispatch(p.dtype, p.shape, needs_sums(p), cached_bytes, [&](auto value, const auto& partition) {
     expect_writes(p.y, p.shape.numel() * int64_t(sizeof(value)));
     forward<decltype(value)>(p, partition);
@@ -273,7 +273,7 @@ void forward(const ForwardParams& p) {
 
 void backward(const BackwardParams& p) {
   // x was made long ago.
-  const int64_t cached_bytes = last_level_cache_bytes() / 6;
+  const int64_t cached_bytes = last_level_cache_bytes(at::get_num_threads()) / 6;
   dispatch(p.dtype, p.shape, p.needs_sums(), cached_bytes, [&](auto value, const auto& partition) {
     for (void* result : {p.dx, p.dz}) expect_writes(result, p.shape.numel() * int64_t(sizeof(value)));
     backward<decltype(value)>(p, partition);

@@ -1,8 +1,6 @@
 // From sysfs: what sysconf knows can be another machine's.
 #include "cache.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
@@ -50,11 +48,11 @@ int64_t usable_cache_bytes(int64_t reported, int threads) {
   return std::min(reported, std::max(kOfMachine, threads * kOfThread));
 }
 
-int64_t last_level_cache_bytes() {
+int64_t last_level_cache_bytes(int threads) {
   static const int64_t given = given_bytes();
   static const int64_t found = largest_cache();
   if (given != kNotGiven) return given;
-  return usable_cache_bytes(found == 0 ? kUnknown : found, at::get_num_threads());
+  return usable_cache_bytes(found == 0 ? kUnknown : found, threads);
 }
 
 }  // namespace bn_ext::cpu
