@@ -5,6 +5,7 @@ only. Every figure is appended to the results as soon as it is there.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -83,11 +84,18 @@ def environment_of(run: Run) -> dict[str, str]:
 
 def figures_of(command: list[str], environment: dict[str, str], seconds: float) -> Iterator[dict[str, Any]]:
     """The figures that a run prints, as they come; the last line is a problem, if there was one."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
+    )
     assert process.stdout is not None
-    # An interrupt lets the run end its own child processes, such as ncu; a kill does not.
+
+    def kill() -> None:
+        """With all child processes, such as ncu, which would keep the GPU."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
     over = threading.Timer(seconds, process.send_signal, [signal.SIGINT])
-    much_over = threading.Timer(seconds + GRACE, process.kill)
+    much_over = threading.Timer(seconds + GRACE, kill)
     try:
         over.start()
         much_over.start()
@@ -100,7 +108,7 @@ def figures_of(command: list[str], environment: dict[str, str], seconds: float) 
         over.cancel()
         much_over.cancel()
         if process.poll() is None:
-            process.kill()
+            kill()
             process.wait()
     if is_over:
         yield {"problem": f"ended after {seconds:.0f} s"}

@@ -74,7 +74,7 @@ def all_runs() -> Iterator[Run]:
     for share in ("0", "0.5", "0.25", "1"):
         yield tuning(f"stagger=0,prefetch={share}", BOTH)
     yield tuning("stagger=1,prefetch=0", BOTH)
-    for name in ("half_chip=1", "half_chip=0"):
+    for name in ("half_chip=always", "half_chip=0"):
         yield tuning(name, (BOTH[1], SPILLING))
     for name in ("evict_last=1", "evict_last=0"):
         yield tuning(name, (SPILLING,))

@@ -74,25 +74,32 @@ def test_a_run_has_its_own_switches_only(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 CHILD = """
-import sys, time
+import signal, subprocess, sys, time
 for i in range(3):
     print('{"quantity": "time", "unit": "us", "value": %d}' % i, flush=True)
 print("other words", flush=True)
-if "hang" in sys.argv: time.sleep(60)
+if "leave" in sys.argv:  # a child process that hears no interrupt
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    subprocess.Popen(["sleep", "600"])
+if "hang" in sys.argv or "leave" in sys.argv: time.sleep(60)
 sys.exit("fail" in sys.argv)
 """
+
+
+KEPT = [("end", None), ("hang", "ended after 1 s"), ("leave", "ended after 1 s"), ("fail", "status 1")]
 
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that measure nothing, and end as their job says."""
     monkeypatch.setattr(first_minutes, "command_of", lambda run: [sys.executable, "-c", CHILD, run.job])
+    monkeypatch.setattr(first_minutes, "GRACE", 0.1)
 
 
 @pytest.mark.usefixtures("children")
-@pytest.mark.parametrize(("job", "problem"), [("end", None), ("hang", "ended after 1 s"), ("fail", "status 1")])
+@pytest.mark.parametrize(("job", "problem"), KEPT)
 def test_what_is_measured_is_kept(job: str, problem: str | None, results: Path) -> None:
-    """Whatever becomes of the process; a run that ended well is not made again."""
+    """Whatever becomes of the process and its child processes; a run that ended well is not made again."""
     run = Run(2, "teams=none", job, (), 0.5, {plan.TEAMS: "none"})
     assert first_minutes.measure([run], 1.01, first_minutes.Results(results)) == []
     lines = report.read_lines(results)

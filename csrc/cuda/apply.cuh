@@ -10,6 +10,7 @@ namespace bn_ext::cuda {
 // more.
 constexpr int bytes_of_apply(Variant variant, int access, bool holds_slices = false) {
   if (variant == Variant::kReluLike && holds_slices) return 64;
+  if (variant == Variant::kAny && holds_slices) return 16;
   return variant > Variant::kRelu ? 32 : access == kWidestAccess ? 128 : 64;
 }
 
@@ -56,7 +57,7 @@ class Apply {
         }
       }
     });
-    store_last(walk.in(p_.y, row.at), V::template rounded<kVariant == Variant::kRelu>(y));
+    store_result(walk.in(p_.y, row.at), V::template rounded<kVariant == Variant::kRelu>(y), plan.result_policy);
     if (has_mask_) store_bits<kVector>(plan, p_.mask, walk.offset(row.at), passed);
   }
 

@@ -14,7 +14,8 @@ namespace bn_ext::cuda {
 namespace {
 
 // Bytes of each tensor that a thread has in flight: as many as registers allow.
-constexpr int bytes_of_sums(Variant variant, bool one_channel, bool writes) {
+constexpr int bytes_of_sums(Variant variant, int value_bytes, bool one_channel, bool writes) {
+  if (variant == Variant::kAny) return value_bytes == 8 ? 8 : 16;
   if (variant > Variant::kRelu) return 16;
   return one_channel ? (writes ? 32 : 64) : (writes ? 16 : 32);
 }
@@ -57,10 +58,10 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
         row_dz[i] = value;
       }
     });
-    if (writes_dx) store_last(walk.in(p.dx, row.at), V::rounded(row_dx));
+    if (writes_dx) store_result(walk.in(p.dx, row.at), V::rounded(row_dx), plan.result_policy);
     if (writes_dz) store(walk.in(p.dz, row.at), V::rounded(row_dz));  // grad_input_kernel may read it
   };
-  g.template for_rows<bytes_of_sums(kVariant, kOneChannel, kWrites)>(plan, walk, finish);
+  g.template for_rows<bytes_of_sums(kVariant, sizeof(T), kOneChannel, kWrites)>(plan, walk, finish);
 
   GradSums sums[kVector];
 #pragma unroll
@@ -133,8 +134,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
           row_dz[i] = value;
         }
       });
-      if (writes_dx) store_last(walk.in(p.dx, row.at), V::rounded(row_dx));
-      if (writes_dz) store_last(walk.in(p.dz, row.at), V::rounded(row_dz));
+      if (writes_dx) store_result(walk.in(p.dx, row.at), V::rounded(row_dx), plan.result_policy);
+      if (writes_dz) store_result(walk.in(p.dz, row.at), V::rounded(row_dz), plan.result_policy);
     });
   };
   if constexpr (kVariant == Variant::kRelu) {  // a loop for each mode: eight choices fewer in each row

@@ -67,8 +67,9 @@ Machine ask_machine(int device) {
   TORCH_CHECK(early == nullptr || choose_early_starts(early, machine), "BN_EXT_CUDA_EARLY must be 0 or 1, got ", early);
   const char* tuning = std::getenv("BN_EXT_CUDA_TUNING");
   TORCH_CHECK(tuning == nullptr || tune(tuning, machine),
-              "BN_EXT_CUDA_TUNING must be like stagger=0,prefetch=0.5 (stagger, half_chip, evict_last and "
-              "three_kernels 0 or 1, prefetch 0, 0.25, 0.5, 0.75 or 1), got ",
+              "BN_EXT_CUDA_TUNING must be like stagger=0,prefetch=0.5 (stagger, evict_last, keep_results and "
+              "three_kernels 0 or 1, "
+              "half_chip 0, 1 or always, prefetch 0, 0.25, 0.5, 0.75 or 1), got ",
               tuning);
   return machine;
 }

@@ -19,8 +19,9 @@ bool tune_one(std::string_view name, std::string_view value, Machine& machine) {
     return false;
   };
   if (name == "stagger") return choose(machine.staggers, {"0", "1"});
-  if (name == "half_chip") return choose(machine.half_chip, {"0", "1"});
+  if (name == "half_chip") return choose(machine.half_chip, {"0", "1", "always"});
   if (name == "evict_last") return choose(machine.evict_last, {"0", "1"});
+  if (name == "keep_results") return choose(machine.keep_results, {"0", "1"});
   if (name == "three_kernels") return choose(machine.three_kernels, {"0", "1"});
   return name == "prefetch" && choose(machine.prefetched_quarters, {"0", "0.25", "0.5", "0.75", "1"});
 }

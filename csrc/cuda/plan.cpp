@@ -16,6 +16,7 @@ constexpr int kLine = 128;           // bytes of a cache line: slices no narrowe
 constexpr int kSector = 32;          // bytes: the least that memory moves
 constexpr int64_t kWidePlane = 512;  // bytes: a warp's 16-byte accesses, so that a plane's end costs little
 constexpr int64_t kRowsOfBlock = 4;  // the time of a block's fixed work, in rows that a thread reads; not measured
+constexpr int64_t kKeptResult = 150'000;  // bytes of a result, per multiprocessor, that L2 keeps: 20 MB of 50
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 // The fewest channels whose values fill whole units of vectors, if they fit side by side into a block; else 0.
@@ -175,19 +176,26 @@ Plan make_plan(const Request& request, const Machine& machine) {
   const Plan general = plan_with_slices(request, kLine, machine);
   Plan best = general;
   if (request.resident_tiles > 0) {
-    const auto time = [&](const Plan& plan) { return time_of(plan, request, machine); };
     best = best_teams(general, request, machine);
     const Plan narrower = plan_with_slices(request, kLine / 2, machine);
-    if (narrower.slice_width < general.slice_width && (machine.half_chip || best.spilled_rows() > 0)) {
+    const bool may_be_narrower = machine.half_chip != HalfChip::kNever || best.spilled_rows() > 0;
+    if (narrower.slice_width < general.slice_width && may_be_narrower) {
       const Plan other = best_teams(narrower, request, machine);
       // That the L2 cache serves what is read again is the model's least certain part, so none is better than some.
       const bool spills = best.spilled_rows() > 0, other_spills = other.spilled_rows() > 0;
-      const bool is_better = spills == other_spills ? time(other) < time(best) : spills;
-      if (other.resident() && (is_better || !best.resident())) best = other;
+      if (spills == other_spills || !best.resident() || !other.resident()) {
+        best = faster_teams(best, other, request, machine);
+      } else if (spills) {
+        best = other;
+      }
     }
+    const auto time = [&](const Plan& plan) { return time_of(plan, request, machine); };
     if (!best.resident() || (machine.three_kernels && time(general) < time(best))) best = general;
   }
   choose_lanes(best);
+  const int64_t result_bytes = request.shape.numel() * request.value_bytes;
+  const bool keeps = machine.keep_results && result_bytes <= kKeptResult * machine.multiprocessors;
+  best.result_policy = keeps ? kEvictNormal : kEvictFirst;
   return best;
 }
 
@@ -203,7 +211,9 @@ Plan plan_backward(const BackwardParams& p, const Machine& machine) {
   const int bytes = value_bytes(p.dtype);
   const void* dy = p.dy_is_scalar ? nullptr : p.dy;
   const int alignment = common_alignment(variant_of(p), bytes, {dy, p.x, p.z, p.dx, p.dz});
-  return make_plan({p.shape, bytes, alignment, false, resident_tiles(p), p.mask != nullptr}, machine);
+  Plan plan = make_plan({p.shape, bytes, alignment, false, resident_tiles(p), p.mask != nullptr}, machine);
+  plan.evicts_last &= p.dx != nullptr || p.dz != nullptr;  // else nothing is read again
+  return plan;
 }
 
 BackwardParams after_sums(BackwardParams p) {

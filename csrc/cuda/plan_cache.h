@@ -51,9 +51,10 @@ inline auto key_of(const Machine& machine) {
                prefetched,
                half_chip,
                evict_last,
+               keep_results,
                three_kernels] = machine;
   return std::make_tuple(key_words(multiprocessors, shared_bytes, clusters, cooperative, early_starts),
-                         key_words(staggers, prefetched, half_chip, evict_last, three_kernels));
+                         key_words(staggers, prefetched, half_chip, evict_last, keep_results, three_kernels));
 }
 inline auto key_of(const ForwardParams& p) {
   const auto& [shape,

@@ -33,6 +33,7 @@ constexpr int64_t kCacheOfSecondRead =
 constexpr int64_t kCacheOfSpilledRows = 189'000;  // bytes that it keeps of spilled rows, of 25 MB
 constexpr int64_t kGeneralShare = 92;  // per cent of memory's rate that three kernels get, by their last waves
 constexpr int64_t kLeastKept = 8;      // a part of so many must fit: less gains less than the model's error
+constexpr int64_t kAlone = 16;  // a part of so many more for a team of all blocks: they read, then wait, then write
 constexpr int64_t kMostSleep = 3'000;  // for half a read of the largest tile
 
 int64_t resident_blocks(const Machine& machine) { return int64_t(machine.multiprocessors) * kResidentAtATime; }
@@ -87,7 +88,8 @@ int64_t time_of_teams(const Plan& plan, const Request& request, const Machine& m
   const int64_t gap = gap_of(plan);
   const int64_t read_ahead = ns_of(read_bytes(plan, request), rate) * plan.prefetched_rows / plan.rows_per_thread;
   const int64_t hidden = (rounds - 1) * std::min(gap, read_ahead);
-  const int64_t in_turn = rounds * (own + gap) + plan.stagger_ns - (apart ? 0 : hidden);
+  int64_t in_turn = rounds * (own + gap) + plan.stagger_ns - (apart ? 0 : hidden);
+  if (teams == 1 && plan.segments > multiprocessors) in_turn += in_turn / kAlone;
 
   const int64_t start = kLaunch + (plan.team == Team::kGrid ? kCooperativeLaunch : 0);
   return start + std::max(ns_of(moved, kBytesPerUs) + (apart ? rounds * gap / kUnhidden : 0), in_turn);
@@ -105,6 +107,36 @@ void choose_ahead(Plan& plan, const Request& request, const Machine& machine) {
 }
 
 int64_t round_up(int64_t count, int64_t unit) { return ceil_div(count, unit) * unit; }
+
+// The best teams of no more than `most` blocks.
+Plan best_of(const Plan& layout, int64_t most, const Request& request, const Machine& machine) {
+  Plan best = layout;
+  best.team = Team::kNone;
+  const int64_t most_rows = most_kept_rows(layout, request, machine);
+  if (most_rows == 0) return best;
+  const auto consider = [&](Team team, int64_t segments) {
+    best = faster_teams(best, with_teams(layout, team, segments, request, machine), request, machine);
+  };
+  const int64_t blocks = resident_blocks(machine);
+  const int64_t least = std::min(ceil_div(layout.rows, most_rows * layout.row_lanes), most);
+
+  // Clusters of other sizes do not fill a GPC: one of 3, 5, 6 or 7 only where a slice would spill without it.
+  int64_t most_of_cluster = 1;
+  while (2 * most_of_cluster <= std::min<int64_t>(kMaxClusterBlocks, most)) most_of_cluster *= 2;
+  for (int64_t size = 1; size <= most_of_cluster; size *= 2) {
+    if (size >= std::min(least, most)) consider(Team::kCluster, size);
+  }
+  if (!best.resident() && least <= kMaxClusterBlocks) consider(Team::kCluster, least);
+
+  consider(Team::kGrid, least);
+  const int64_t of_merging = 4 * layout.threads / layout.slice_channels;  // by every_block_merges
+  if (of_merging > least && of_merging < most) consider(Team::kGrid, of_merging);
+  const int64_t least_rounds = ceil_div(layout.slices, std::max<int64_t>(1, blocks / least));
+  for (int64_t rounds = least_rounds; rounds < least_rounds + kMostWaves; ++rounds) {
+    consider(Team::kGrid, std::clamp(blocks / ceil_div(layout.slices, rounds), least, most));
+  }
+  return best;
+}
 
 }  // namespace
 
@@ -150,36 +182,17 @@ Plan with_teams(Plan plan, Team team, int64_t segments, const Request& request, 
 }
 
 Plan best_teams(const Plan& layout, const Request& request, const Machine& machine) {
-  Plan best = layout;
-  best.team = Team::kNone;
-  const int64_t most_rows = most_kept_rows(layout, request, machine);
-  if (most_rows == 0) return best;
-  const auto consider = [&](Team team, int64_t segments) {
-    const Plan plan = with_teams(layout, team, segments, request, machine);
-    if (!plan.resident()) return;
-    if (!best.resident() || time_of(plan, request, machine) < time_of(best, request, machine)) best = plan;
-  };
-  // A slice of several channels, if one team had all blocks, would be all that is read or written at a time.
   const int64_t blocks = resident_blocks(machine);
-  const int64_t most = machine.half_chip && layout.image_rows == 1 ? blocks / 2 : blocks;
-  const int64_t least = std::min(ceil_div(layout.rows, most_rows * layout.row_lanes), most);
+  const bool halves = layout.image_rows == 1 && machine.half_chip != HalfChip::kNever;
+  if (!halves) return best_of(layout, blocks, request, machine);
+  const Plan half = best_of(layout, blocks / 2, request, machine);
+  if (machine.half_chip == HalfChip::kAlways) return half;
+  return faster_teams(half, best_of(layout, blocks, request, machine), request, machine);
+}
 
-  // Clusters of other sizes do not fill a GPC; so only where a slice would spill without them.
-  int64_t most_of_cluster = 1;
-  while (2 * most_of_cluster <= std::min<int64_t>(kMaxClusterBlocks, most)) most_of_cluster *= 2;
-  for (int64_t size = 1; size <= most_of_cluster; size *= 2) {
-    if (size >= std::min(least, most)) consider(Team::kCluster, size);
-  }
-  if (!best.resident() && least <= kMaxClusterBlocks) consider(Team::kCluster, least);
-
-  consider(Team::kGrid, least);
-  const int64_t of_merging = 4 * layout.threads / layout.slice_channels;  // by every_block_merges
-  if (of_merging > least && of_merging < most) consider(Team::kGrid, of_merging);
-  const int64_t least_rounds = ceil_div(layout.slices, std::max<int64_t>(1, blocks / least));
-  for (int64_t rounds = least_rounds; rounds < least_rounds + kMostWaves; ++rounds) {
-    consider(Team::kGrid, std::clamp(blocks / ceil_div(layout.slices, rounds), least, most));
-  }
-  return best;
+Plan faster_teams(const Plan& a, const Plan& b, const Request& request, const Machine& machine) {
+  if (!a.resident() || !b.resident()) return a.resident() ? a : b;
+  return time_of(b, request, machine) < time_of(a, request, machine) ? b : a;
 }
 
 int64_t time_of(const Plan& plan, const Request& request, const Machine& machine) {

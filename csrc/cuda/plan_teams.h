@@ -25,6 +25,9 @@ Plan with_teams(Plan layout, Team team, int64_t segments, const Request& request
 // The best of all teams for slices laid out like this, by time_of; kNone if there is none.
 Plan best_teams(const Plan& layout, const Request& request, const Machine& machine);
 
+// The one that takes less time, of plans with teams; that with teams if the other one has none.
+Plan faster_teams(const Plan& a, const Plan& b, const Request& request, const Machine& machine);
+
 // How long a pass takes, in nanoseconds, by the model of plan_teams.cpp.
 int64_t time_of(const Plan& plan, const Request& request, const Machine& machine);
 

@@ -111,8 +111,10 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
           row_dz[i] = value;
         }
       });
-      if (kVariant <= Variant::kRelu || p.dx != nullptr) store_last(back.in(p.dx, row.at), V::rounded(row_dx));
-      if (kVariant > Variant::kRelu && p.dz != nullptr) store_last(back.in(p.dz, row.at), V::rounded(row_dz));
+      if (kVariant <= Variant::kRelu || p.dx != nullptr)
+        store_result(back.in(p.dx, row.at), V::rounded(row_dx), plan.result_policy);
+      if (kVariant > Variant::kRelu && p.dz != nullptr)
+        store_result(back.in(p.dz, row.at), V::rounded(row_dz), plan.result_policy);
     };
     if (p.dx == nullptr && p.dz == nullptr) continue;
     for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {

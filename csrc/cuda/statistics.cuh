@@ -85,7 +85,7 @@ __device__ void add_rows(int rows,
   using A = acc_t<T>;
   constexpr int kOfRow = kVector / kStates;
   in_batches<kAddedRows<T, kVector, kStates>>(
-      rows,
+      rows - rows_before,
       [&](auto count, int done) {
         constexpr int kRows = decltype(count)::value;
         Vector<T, kVector> batch[kRows];

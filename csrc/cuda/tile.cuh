@@ -12,11 +12,6 @@
 
 namespace bn_ext::cuda {
 
-// Which values leave the L2 cache first, of all accesses: as ptxas makes them of createpolicy.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000;
-constexpr uint64_t kEvictLast = 0x14F0000000000000;
-constexpr uint64_t kEvictNormal = 0x16F0000000000000;
-
 // 16 bytes to shared memory while the thread goes on.
 inline __device__ void copy_async(void* shared, const void* global, uint64_t policy) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

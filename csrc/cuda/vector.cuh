@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../params.h"
+#include "plan.h"
 
 namespace bn_ext::cuda {
 
@@ -168,10 +169,37 @@ __device__ void store(T* p, const Vector<T, kCount>& vector) {
   __stwb(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.words);
 }
 
-// For results that no later kernel of this pass reads.
+// For what no later kernel of this pass reads.
 template <int kCount, typename T>
 __device__ void store_last(T* p, const Vector<T, kCount>& vector) {
   __stcs(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.words);
+}
+
+// For results, by a Plan's result_policy; those of narrow accesses are always the first to leave. The policy comes from
+// a uniform register, so it takes no instruction. No kernel reads a result that it has written.
+template <int kCount, typename T>
+__device__ void store_result(T* p, const Vector<T, kCount>& vector, uint64_t policy) {
+  constexpr size_t kBytes = sizeof(vector.words);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (kBytes == 16) {
+    uint4 words;
+    memcpy(&words, &vector.words, kBytes);
+    asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p),
+                 "r"(words.x),
+                 "r"(words.y),
+                 "r"(words.z),
+                 "r"(words.w),
+                 "l"(policy));
+  } else if constexpr (kBytes == 8) {
+    uint64_t word;
+    memcpy(&word, &vector.words, kBytes);
+    asm volatile("st.global.L2::cache_hint.b64 [%0], %1, %2;" ::"l"(p), "l"(word), "l"(policy));
+  } else {
+    store_last(p, vector);
+  }
+#else
+  kBytes >= 8 && policy != kEvictFirst ? store(p, vector) : store_last(p, vector);
+#endif
 }
 
 // Asks for a value to come to the L2 cache, while the thread goes on.

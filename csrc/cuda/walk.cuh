@@ -13,12 +13,12 @@ namespace bn_ext::cuda {
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
-// Calls body(number of rows, rows done before) until all are done: kBatch at a time, which a thread reads before it
+// Calls body(number of rows, rows done before) until none is left: kBatch at a time, which a thread reads before it
 // uses the first one, so that the memory's latency is hidden; then half as many, until there is one left or none.
 template <int kBatch, typename Body>
-__device__ void in_batches(int rows, const Body& body, int done = 0) {
-  for (int left = rows - done; left >= kBatch; left -= kBatch, done += kBatch) body(Int<kBatch>{}, done);
-  if constexpr (kBatch > 1) in_batches<kBatch / 2>(rows, body, done);
+__device__ void in_batches(int left, const Body& body, int done = 0) {
+  for (; left >= kBatch; left -= kBatch, done += kBatch) body(Int<kBatch>{}, done);
+  if constexpr (kBatch > 1) in_batches<kBatch / 2>(left, body, done);
 }
 
 // Rows in a batch of so many bytes of each tensor: fewer where they are narrow, and one at least.

@@ -111,6 +111,7 @@ struct Counters {
   std::uint64_t sector_bytes_written = 0;
   std::uint64_t bytes_awaited_later = 0;  // after each wait for copies: bytes of those still on their way, added up
   std::uint64_t bytes_prefetched = 0;     // of those read: of sectors that had been asked for before
+  std::uint64_t bytes_streamed = 0;       // of those written to any buffer: by __stcs
 };
 
 Counters counters(Kind kind);

@@ -19,7 +19,10 @@ class Fault(RuntimeError):  # noqa: N818 (as in C++)
 
 
 class Counters(ctypes.Structure):
-    """As in cuda_on_cpu.h: what kernels moved. ``bytes_awaited_later`` is counted with the activations."""
+    """As in cuda_on_cpu.h: what kernels moved, of one kind of memory.
+
+    ``bytes_awaited_later`` and ``bytes_streamed`` are of all kinds, and counted with the activations.
+    """
 
     _fields_ = [
         ("bytes_read", ctypes.c_uint64),
@@ -28,6 +31,7 @@ class Counters(ctypes.Structure):
         ("sector_bytes_written", ctypes.c_uint64),
         ("bytes_awaited_later", ctypes.c_uint64),
         ("bytes_prefetched", ctypes.c_uint64),
+        ("bytes_streamed", ctypes.c_uint64),
     ]
 
 

@@ -162,6 +162,7 @@ void check_prefetch(const void* address, Place place) {
 }
 
 void count_awaited_later(std::size_t bytes) { device().memory.count_awaited_later(bytes); }
+void count_streamed(std::size_t bytes) { device().memory.count_streamed(bytes); }
 
 cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value) {
   record("cudaFuncSetAttribute");

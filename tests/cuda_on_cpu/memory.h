@@ -82,6 +82,7 @@ class Memory {
   void copy(Direction direction, const void* address, std::size_t bytes);
   // A wait has left copies of so many bytes on their way.
   void count_awaited_later(std::size_t bytes) { counters_[0].bytes_awaited_later += bytes; }
+  void count_streamed(std::size_t bytes) { counters_[0].bytes_streamed += bytes; }
   // A warp has ended: take over its sectors.
   void count_sectors(SectorRecords& records);
 

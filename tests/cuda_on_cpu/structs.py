@@ -90,7 +90,7 @@ class BackwardParams(ctypes.Structure):
 
 
 _INT64 = ["channels", "pitch", "slice_width", "slices", "rows", "image_rows", "segments", "rows_of_segment"]
-_INT64 += ["teams", "teams_at_a_time", "step_offset", "wrap_offset"]
+_INT64 += ["teams", "teams_at_a_time", "step_offset", "wrap_offset", "result_policy"]
 _INT = ["step_rows", "vector", "columns", "row_lanes", "rows_per_thread", "kept_rows", "threads", "slice_channels"]
 _INT += ["plane", "row_values", "pieces", "warp_rows", "merge_lanes", "team_lanes"]
 _INT += ["staggered_teams", "stagger_ns", "prefetched_rows", "team"]
@@ -145,8 +145,9 @@ class Machine(ctypes.Structure):
         ("early_starts", ctypes.c_bool),
         ("staggers", ctypes.c_bool),
         ("prefetched_quarters", ctypes.c_int),
-        ("half_chip", ctypes.c_bool),
+        ("half_chip", ctypes.c_int),
         ("evict_last", ctypes.c_bool),
+        ("keep_results", ctypes.c_bool),
         ("three_kernels", ctypes.c_bool),
     ]
 
@@ -182,7 +183,7 @@ GENERAL = Machine(1, early_starts=True)
 """Where no slice stays on chip."""
 H200 = Machine(132, OF_H200, True, True, True)
 """With no choice that rests on the model of times, as the machines of all tests that do not say otherwise."""
-PACKAGE = Machine(132, OF_H200, True, True, True, True, 2, True, True, True)
+PACKAGE = Machine(132, OF_H200, True, True, True, True, 2, True, True, True, True)
 """An H200 as the package plans for it."""
 SMALL = Machine(4, 48 * 1024, True, True, True)
 """Of which small tensors fill the shared memory."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -36,33 +37,34 @@ def tuned(text: str) -> Machine:
     return machine
 
 
-def all_teams(request: Request) -> list[Plan]:
-    """Of every size that the planner may choose, for slices of both widths."""
-    plans = []
+def least_time(request: Request) -> int:
+    """Of teams of every size, for the better of the two widths of slices."""
+    of_widths = []
     for line in (128, 64):
-        most = BLOCKS // 2 if request.shape.channels_last else BLOCKS
-        sizes = [(CLUSTER, size) for size in (1, 2, 4, 8)] + [(GRID, size) for size in range(2, most + 1)]
+        sizes = [(CLUSTER, size) for size in (1, 2, 4, 8)] + [(GRID, size) for size in range(2, BLOCKS + 1)]
         made = [kernels().with_teams(team, size, request, PACKAGE, line) for team, size in sizes]
         made = [plan for plan in made if plan.team_name != "none"]
-        # Slices of one width spill where no team keeps them, and then by the largest team.
-        plans += [p for p in made if p.spilled_rows == 0] or [p for p in made if p.segments == made[-1].segments]
-    return [p for p in plans if p.spilled_rows == 0] or plans
+        # Of teams that spill, one of all blocks keeps the most; in channels_last one of half of them comes next.
+        largest = (BLOCKS // 2, BLOCKS) if request.shape.channels_last else (BLOCKS,)
+        made = [plan for plan in made if plan.spilled_rows == 0 or plan.segments in largest]
+        times = [(kernels().time_of(plan, request, PACKAGE), plan.spilled_rows > 0) for plan in made]
+        of_widths += [min(times)] if times else []
+    # The model trusts a width that spills nothing more than one that does.
+    safe = [time for time, spills in of_widths if not spills]
+    return min(safe or [time for time, _ in of_widths], default=sys.maxsize)
 
 
 GRIDS_OF_CASES = list(itertools.product((32, 128, 256), (2, 4), (False, True)))
 
 
 @pytest.mark.parametrize(("n", "value_bytes", "channels_last"), GRIDS_OF_CASES)
-def test_clusters_fill_gpcs_and_no_team_has_more_than_half_the_chip(
-    n: int, value_bytes: int, channels_last: bool
-) -> None:
+def test_clusters_fill_gpcs_and_teams_fit(n: int, value_bytes: int, channels_last: bool) -> None:
     for request in requests(n, value_bytes, channels_last):
         plan = planned(request)
         if plan.team_name == "none":
             continue
         assert plan.blocks_at_a_time <= BLOCKS
         assert plan.team_name != "cluster" or plan.segments in (2, 4, 8)
-        assert not channels_last or (plan.segments <= BLOCKS // 2 and plan.teams_at_a_time >= 2)
 
 
 @pytest.mark.slow
@@ -72,18 +74,16 @@ def test_the_plan_takes_the_least_time_of_all(n: int, value_bytes: int, channels
     for request in requests(n, value_bytes, channels_last):
         plan = planned(request)
         time = kernels().time_of(plan, request, PACKAGE)
-        of_teams = min((kernels().time_of(p, request, PACKAGE) for p in all_teams(request)), default=None)
         of_three = kernels().time_of(planned(request, PACKAGE.without_teams), request, PACKAGE)
-        least = min(of_three, of_three if of_teams is None else of_teams)
+        least = min(of_three, least_time(request))
         assert least <= time <= 1.005 * least
         assert (plan.team_name == "none") == (time == of_three)
 
 
 def test_three_kernels_where_they_are_faster() -> None:
-    """For channels_last of 112 x 112 at N = 256, of which half the chip keeps too little, and for many tiny slices."""
-    for tiles in (1, 2):
-        request = Request(Shape(256, 64, 112 * 112, True), 2, 16, False, tiles)
-        assert planned(request).team_name == "none"
+    """Backward for channels_last of 112 x 112 at N = 256, of which too little stays on chip; for many tiny slices."""
+    request = Request(Shape(256, 64, 112 * 112, True), 2, 16, False, 2)
+    assert planned(request).team_name == "none"
     # What is done once for each slice takes more time than another read of the tensor.
     many = Request(Shape(1, 1024, 28 * 28, False), 2, 16, False, 1)
     team = planned(many, tuned("three_kernels=0"))
@@ -100,32 +100,54 @@ def test_a_cluster_of_another_size_where_the_slice_would_spill() -> None:
     assert (plan.team_name, plan.segments, plan.spilled_rows) == ("cluster", 5, 0)
 
 
-SPILLING = Request(Shape(256, 256, 56 * 56, True), 2, 16, False, 1)
+HALVES = Request(Shape(256, 512, 28 * 28, True), 2, 16, False, 2)  # spills from either half
+WHOLE = Request(Shape(256, 256, 56 * 56, True), 2, 16, False, 1)  # spills from the whole chip
 SEVERAL = Request(Shape(256, 256, 56 * 56, False), 2, 16, False, 1)
 ALONE = Request(Shape(256, 64, 112 * 112, False), 4, 16, False, 2)
 
 
 def test_half_of_the_teams_begin_later() -> None:
-    for request in (SPILLING, SEVERAL):
+    for request in (HALVES, SEVERAL):
         plan = planned(request)
         assert 1 < plan.teams_at_a_time == plan.staggered_teams * 2 + plan.teams_at_a_time % 2
         assert 1000 < plan.stagger_ns <= 3000
         assert planned(request, tuned("stagger=0")).stagger_ns == 0
-    assert (planned(ALONE).teams_at_a_time, planned(ALONE).stagger_ns) == (1, 0)
+    for request in (WHOLE, ALONE):
+        assert (planned(request).teams_at_a_time, planned(request).stagger_ns) == (1, 0)
 
 
-def test_switches_of_the_cache_and_of_half_the_chip() -> None:
-    plan, other = planned(SPILLING), planned(SPILLING, tuned("evict_last=0"))
-    assert plan.spilled_rows > 0
-    assert (plan.evicts_last, other.evicts_last) == (True, False)
-    other.evicts_last = True
-    assert bytes(other) == bytes(plan)
+def test_rows_that_are_read_again_leave_the_cache_last() -> None:
+    for request in (HALVES, WHOLE):
+        plan, other = planned(request), planned(request, tuned("evict_last=0"))
+        assert plan.spilled_rows > 0
+        assert (plan.evicts_last, other.evicts_last) == (True, False)
+        other.evicts_last = True
+        assert bytes(other) == bytes(plan)
     assert not planned(SEVERAL).evicts_last
-    assert planned(SPILLING, tuned("half_chip=0")).segments > BLOCKS // 2
-    assert bytes(planned(SPILLING, tuned("half_chip=1"))) == bytes(plan)
 
 
-@pytest.mark.parametrize("text", ["half_chip=2", "evict_last", "three_kernels=-1", "half_chip=1,evict=1"])
+@pytest.mark.parametrize(("n", "keeps"), [(32, True), (64, False)])
+def test_small_results_stay_in_the_cache(n: int, keeps: bool) -> None:
+    """Of 6 MB for each 16 images: an H200 keeps 19.8 MB."""
+    for tiles in (0, 1, 2):
+        request = Request(Shape(n, 64, 56 * 56, False), 2, 16, False, tiles)
+        normal, first = 0x16F0000000000000, 0x12F0000000000000
+        assert planned(request).result_policy == (normal if keeps else first)
+        assert planned(request, tuned("keep_results=0")).result_policy == first
+
+
+def test_half_the_chip_where_the_model_prefers_it() -> None:
+    for request, segments in ((HALVES, BLOCKS // 2), (WHOLE, BLOCKS)):
+        assert planned(request).segments == segments
+        assert bytes(planned(request, tuned("half_chip=1"))) == bytes(planned(request))
+        assert planned(request, tuned("half_chip=0")).segments > BLOCKS // 2
+        assert planned(request, tuned("half_chip=always")).segments <= BLOCKS // 2
+    assert bytes(planned(SEVERAL, tuned("half_chip=always"))) == bytes(planned(SEVERAL))
+
+
+@pytest.mark.parametrize(
+    "text", ["half_chip=2", "evict_last", "keep_results=2", "three_kernels=-1", "half_chip=1,evict=1"]
+)
 def test_no_such_choice(text: str) -> None:
     with pytest.raises(Fault, match="no such choice"):
         tuned(text)

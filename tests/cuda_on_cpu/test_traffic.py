@@ -9,7 +9,7 @@ from . import build
 from .batch_norm import Settings
 from .fused import check
 from .operators import Call, CudaOnCpu
-from .structs import Machine
+from .structs import OF_H200, Machine
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -53,6 +53,19 @@ def test_training_reads_and_writes_no_more_than_it_must(
         assert small(call) <= 0.13 * size
         assert call.launches == 3
         assert call.plan.vector * torch.finfo(dtype).bits == 128
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shared_bytes", [0, OF_H200])
+def test_results_that_are_small_are_not_streamed(shared_bytes: int, training: bool) -> None:
+    """By general kernels and by teams: y and dx, each to the byte."""
+    shape = (8, 64, 28, 28)
+    size = torch.Size(shape).numel() * 4
+    for keeps in (False, True):
+        operator = CudaOnCpu(Settings(Machine(12, shared_bytes, keep_results=keeps)))
+        shares = testing.check(operator, testing.Case(shape, torch.float32, "contiguous", training))
+        assert max(shares.values()) <= 1, shares
+        assert [call.counters["activation"].bytes_streamed for call in operator.calls] == [size * (not keeps)] * 2
 
 
 @pytest.mark.slow

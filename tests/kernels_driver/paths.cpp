@@ -81,7 +81,8 @@ Machine machine_for(Path path, Request request, const Machine& device) {
   machine.shared_bytes = shared_bytes_for(kept, general, request.value_bytes);
   machine.clusters = clusters;
   machine.cooperative = grids;
-  machine.three_kernels = machine.half_chip = false;  // the path is to be taken, whatever takes less time
+  machine.three_kernels = false;  // the path is to be taken, whatever takes less time
+  machine.half_chip = bn_ext::cuda::HalfChip::kNever;
   return machine;
 }
 

@@ -58,6 +58,8 @@ void check_access(Direction direction, const void* address, std::size_t bytes, P
 void check_prefetch(const void* address, Place place);
 // A wait has left copies of so many bytes on their way.
 void count_awaited_later(std::size_t bytes);
+// A store has asked for so many bytes to leave the cache first.
+void count_streamed(std::size_t bytes);
 void note_write();  // after each write to global memory: it may be what a sleeping thread waits for
 
 template <typename T>
@@ -173,7 +175,7 @@ inline float __uint_as_float(unsigned bits) {
   return f;
 }
 
-// Global memory. Caches have no meaning here: all loads are alike, and all stores.
+// Global memory. Caches have no meaning here: all loads are alike, and all stores but for one counter.
 
 #define CUDA_ON_CPU_LOAD(name)                  \
   template <typename T>                         \
@@ -192,7 +194,12 @@ CUDA_ON_CPU_LOAD(__ldcg)
 CUDA_ON_CPU_LOAD(__ldcs)
 CUDA_ON_CPU_STORE(__stwb)
 CUDA_ON_CPU_STORE(__stcg)
-CUDA_ON_CPU_STORE(__stcs)
+
+template <typename T>
+void __stcs(T* address, typename cuda_on_cpu::Same<T>::Type value, CUDA_ON_CPU_PLACE) {
+  cuda_on_cpu::store(address, value, place);
+  cuda_on_cpu::count_streamed(sizeof(T));
+}
 
 // In place of an instruction that has no function in CUDA.
 inline void cuda_on_cpu_prefetch(const void* address, CUDA_ON_CPU_PLACE) {
