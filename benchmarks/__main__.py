@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import allocator, report
+from . import allocator, report, threads
 from .names import PROVIDERS
 from .words import positive
 
@@ -27,6 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="; ".join(PROVIDERS))
     parser.add_argument("--budget", type=positive, metavar="SECONDS", help="begin no case after so long")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads that torch runs with (default: its own)")
     parser.add_argument("--resume", action="store_true", help="measure what an earlier run into this file did not")
     parser.add_argument("-k", metavar="EXPR", help="only the tests that match, as in pytest")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/<device>/...")
@@ -39,12 +40,15 @@ def default_json(options: argparse.Namespace) -> Path:
     """Name a file per device and kind of run: a partial or quick one never replaces a full one."""
     from . import machine  # here, because it imports torch, which --help and --json can do without
 
+    device = machine.best_device()
     name = ["batch_norm"]
     name += [f"n{batch}" for batch in options.batch or []]
+    # A CPU's folder has the number in its name.
+    name += [f"{options.threads}-threads"] if options.threads and device.type == "cuda" else []
     name += ["default-allocator"] if options.default_allocator else []
     name += ["quick"] if options.quick else []
     name += ["part"] if options.k or options.providers else []
-    return machine.RESULTS / machine.device_slug(machine.best_device()) / ("-".join(name) + ".json")
+    return machine.RESULTS / machine.device_slug(device, options.threads) / ("-".join(name) + ".json")
 
 
 def written(path: Path) -> int:
@@ -68,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     command += ["-k", options.k] if options.k else []
     environment = {name: value for name, value in os.environ.items() if name not in allocator.KEEP}
     environment |= {} if options.default_allocator else allocator.KEEP
+    environment |= threads.environment(options.threads)
     before = written(path)
     status = subprocess.run(command, env=environment, cwd=HERE.parent, check=False).returncode
     if status not in (0, TESTS_FAILED) or written(path) == before:

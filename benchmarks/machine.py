@@ -35,13 +35,13 @@ def device_name(device: torch.device) -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def device_slug(device: torch.device) -> str:
-    """Make a folder name for results, as cpu-<model>-2-threads; of a GPU its model: h200, h100-80gb-hbm3."""
+def device_slug(device: torch.device, threads: int | None = None) -> str:
+    """Make a folder name for results: cpu-<model>-2-threads, by torch's number unless one is given; h200 of a GPU."""
     name = re.sub(r"\((R|TM)\)|\bCPU\b", " ", device_name(device), flags=re.IGNORECASE)
     if device.type == "cuda":
         words = name.replace("NVIDIA", "")
     else:
-        words = f"{device.type} {name} {torch.get_num_threads()} threads"
+        words = f"{device.type} {name} {threads or torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 

@@ -1,10 +1,10 @@
-"""Print a run's tables from its JSON: `python -m benchmarks.report FILE [--markdown] [--plot FILE.png]`."""
+"""Print tables of a run from its JSON: `python -m benchmarks.report FILE [--markdown] [--beside F] [--plot F.png]`."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from . import pairs, rivals
+from . import pairs, rivals, threads
 from .cells import FileError, Run, drawing, load
 from .names import OURS, RIVAL
 from .tables import bullets, versions
@@ -67,10 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Ratios from a run's JSON.")
     parser.add_argument("json", type=Path, help="what `python -m benchmarks` wrote")
     parser.add_argument("--markdown", action="store_true", help="tables for a Markdown page")
+    parser.add_argument(
+        "--beside", type=Path, metavar="FILE1", help="also the gain over that run, of another number of threads"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the shares of the copy's speed")
     options = parser.parse_args(arguments)
     try:
-        print(report(options.json, options.markdown))
+        text = report(options.json, options.markdown)
+        if options.beside:
+            text += "\n" + threads.report(options.json, options.beside, options.markdown)
+        print(text)
         if options.plot:
             draw(load(options.json), options.plot)
     except FileError as error:
