@@ -51,6 +51,10 @@ class Settings(NamedTuple):
         """The batch size of the cases for which something is compiled."""
         return largest_batch(self.device.type, self.batches)
 
+    def providers_of(self, case: Case) -> tuple[str, ...]:
+        """Choose those that a case is measured with."""
+        return providers_of(case, self.providers, self.device.type, self.compiled_batch)
+
 
 SETTINGS = pytest.StashKey[Settings]()
 
@@ -103,7 +107,7 @@ class Bench:
         expected = reference(case, inputs)
         targets = [torch.empty_like(x, requires_grad=False) for x in inputs.x]
         self._copies = [partial(y.copy_, x.detach()) for y, x in zip(targets, inputs.x, strict=True)]
-        for name in providers_of(case, self.settings.providers, self.settings.compiled_batch):
+        for name in self.settings.providers_of(case):
             self._add(name, case, inputs, expected)
 
     def _add(self, name: str, case: Case, inputs: Inputs, expected: dict[str, Expected]) -> None:

@@ -29,10 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the device, and who is measured on it."""
     device = machine.best_device()
-    providers = tuple(config.getoption("--providers") or usual(device))
+    quick = config.getoption("--quick")
+    providers = tuple(config.getoption("--providers") or usual(device, quick))
     if cudnn_graph.unavailable(device):
         providers = tuple(name for name in providers if name != CUDNN_GRAPH)
-    quick = config.getoption("--quick")
     batches = tuple(config.getoption("--batch") or (QUICK_BATCH,) * quick)
     config.stash[SETTINGS] = Settings(device, providers, batches, quick, config.getoption("--budget"))
 

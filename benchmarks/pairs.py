@@ -3,8 +3,9 @@
 import math
 from typing import NamedTuple
 
+from . import rivals
 from .cells import Run, geometric_mean
-from .names import OURS, RIVAL
+from .names import COMPILED, OURS, RIVAL
 from .operations import PLAIN
 from .tables import table, title
 
@@ -36,7 +37,7 @@ class Pair(NamedTuple):
     group: tuple[str, ...]  # the operation unless it is PLAIN, dtype, layout, direction
     case: str
     calls: bool  # timed by the clock on the wall, call by call
-    rival: float  # median, s
+    rival: float  # median of the other side, s
     ours: float  # median, s
     best_ratio: float  # of the fastest rounds
     gb_per_s: float  # of ours: least bytes / median time
@@ -49,8 +50,8 @@ class Pair(NamedTuple):
         return self.rival / self.ours
 
 
-def pairs(run: Run) -> list[Pair]:
-    """List all cases of which both sides were timed, in the order of the run."""
+def pairs(run: Run, rival: str = RIVAL) -> list[Pair]:
+    """List all cases of which bn_ext and a rival were timed, in the order of the run."""
     several = len({key.shape[0] for key in run.cells if len(key.shape) == 4 and key.clock == "kernels"}) > 1
     return [
         Pair(
@@ -58,15 +59,15 @@ def pairs(run: Run) -> list[Pair]:
             group=(*[key.operation] * (key.operation != PLAIN), key.dtype, key.layout, key.direction),
             case=key.case + f" N={key.shape[0]}" * (several and len(key.shape) == 4),
             calls=key.clock == "calls",
-            rival=cell.sides[RIVAL].median,
+            rival=cell.sides[rival].median,
             ours=cell.sides[OURS].median,
-            best_ratio=cell.sides[RIVAL].min / cell.sides[OURS].min,
+            best_ratio=cell.sides[rival].min / cell.sides[OURS].min,
             gb_per_s=cell.gb_per_s(OURS),
             copy_gb_per_s=cell.copy_gb_per_s or math.nan,
             page_faults=max(timing.page_faults for timing in cell.sides.values()),
         )
         for key, cell in run.cells.items()
-        if cell.sides.keys() >= {RIVAL, OURS}
+        if cell.sides.keys() >= {rival, OURS}
     ]
 
 
@@ -129,6 +130,20 @@ def fused(cases: list[Pair], markdown: bool) -> list[str]:
     return lines
 
 
+def compiled(cases: list[Pair], markdown: bool) -> list[str]:
+    """Give the table of the cases that torch.compile was measured in too, and their means."""
+    if not cases:
+        return []
+    rows = [
+        [f"{', '.join(group)}: {pair.case}", *times(pair, 1e3)]
+        for group, members in by_group(cases).items()
+        for pair in members
+    ]
+    header = ["case", f"{COMPILED} ms", "bn_ext ms", "ratio", "of best"]
+    lines = title(f"Against {COMPILED}", markdown) + table(header, rows, markdown)
+    return lines + means(cases, f" against {COMPILED}", markdown)
+
+
 def overhead(cases: list[Pair], markdown: bool) -> list[str]:
     """Give the table of the tiny input's calls."""
     if not cases:
@@ -155,4 +170,6 @@ def report(run: Run, markdown: bool) -> list[str]:
     plain = [pair for pair in cases if pair.operation == PLAIN]
     lines = body(plain, markdown) + means(plain, "", markdown)
     lines += fused([pair for pair in cases if pair not in plain], markdown)
-    return lines + overhead(calls, markdown) + slower(everything)
+    lines += compiled(pairs(run, COMPILED), markdown)
+    lines += overhead(calls, markdown) + slower(everything)
+    return lines + rivals.left_out(run._replace(about={}), markdown)  # what is only for GPUs is not missing on a CPU

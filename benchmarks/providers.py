@@ -15,9 +15,11 @@ from .operations import OPERATIONS
 Call = Callable[[], object]
 
 
-def usual(device: torch.device) -> tuple[str, ...]:
-    """Name who is measured on a device unless others are asked for."""
-    return PROVIDERS if device.type == "cuda" else (RIVAL, OURS)
+def usual(device: torch.device, quick: bool) -> tuple[str, ...]:
+    """Name who is measured on a device unless others are asked for; a quick run on a CPU compiles nothing."""
+    if device.type == "cuda":
+        return PROVIDERS
+    return (RIVAL, OURS) if quick else (RIVAL, COMPILED, OURS)
 
 
 class SeparateModules(nn.Module):

@@ -12,6 +12,8 @@ ADD_RELU = "bn+add+relu"
 CALL_DIRECTIONS = ("forward", "forward+backward")
 # Large, middle and small ones: they stand for all twelve where not everything can be measured.
 SAMPLE = tuple(RESNET50[i] for i in (0, 2, 4, 8, 10))
+# For which a CPU compiles: at N = 32 one tensor that its caches hold and one that they do not.
+SAMPLE_ON_CPU = (RESNET50[2], RESNET50[9])
 OTHERS = tuple(shape for shape in RESNET50 if shape not in SAMPLE)
 # Whose calls are timed by the clock on the wall too: where a GPU is done before the next call comes.
 SMALL = tuple(shape for shape in RESNET50 if shape.height <= 14)
@@ -82,19 +84,23 @@ def largest_batch(device: str, batches: Sequence[int]) -> int:
     return max(batches or (DEFAULT_BATCH, *(batch for block in BLOCKS for batch in block[2] if device == "cuda")))
 
 
-def providers_of(case: Case, providers: Sequence[str], compiled_batch: int) -> tuple[str, ...]:
+def is_sampled(case: Case, device: str, compiled_batch: int) -> bool:
+    """Whether something is compiled for a case: for some shapes at one batch size, because it takes seconds."""
+    shapes = SAMPLE if device == "cuda" else SAMPLE_ON_CPU
+    named = case.name in {shape.name for shape in shapes} and case.size[0] == compiled_batch
+    return named and case.dtype != "float16" and (device == "cuda" or not OPERATIONS[case.operation].residual)
+
+
+def providers_of(case: Case, providers: Sequence[str], device: str, compiled_batch: int) -> tuple[str, ...]:
     """Choose those that a case is measured with, in the order given.
 
-    Where torch does not use cuDNN anyway, bfloat16, it is not measured without. What compiles takes seconds, so it is
-    sampled, at one batch size. By the clock on the wall a compiled module or a graph of cuDNN's is another thing than a
-    module's call.
+    Where torch does not use cuDNN anyway, bfloat16, it is not measured without. By the clock on the wall a compiled
+    module or a graph of cuDNN's is another thing than a module's call.
     """
-    sampled = (
-        case.name in {shape.name for shape in SAMPLE} and case.dtype != "float16" and case.size[0] == compiled_batch
-    )
+    sampled = is_sampled(case, device, compiled_batch) and case.clock == "kernels"
     wanted = {
         WITHOUT_CUDNN: case.dtype != "bfloat16",
-        COMPILED: sampled and case.clock == "kernels",
-        CUDNN_GRAPH: sampled and case.clock == "kernels" and case.layout == "channels_last",
+        COMPILED: sampled,
+        CUDNN_GRAPH: sampled and case.layout == "channels_last",
     }
     return tuple(name for name in providers if wanted.get(name, True))

@@ -15,7 +15,7 @@ from .check import WrongResultError
 from .inputs import ROWS_LAYOUT, Case
 from .measure import REPLAY
 from .operations import PLAIN
-from .selection import cases, directions, providers_of
+from .selection import cases, directions
 
 
 def kind(case: Case) -> str:
@@ -33,11 +33,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     Tests of a case are neighbours, and so are those of one comparison.
     """
     settings = metafunc.config.stash[SETTINGS]
-    providers, compiled_batch = settings.providers, settings.compiled_batch
     tests = [
         (case, direction, provider)
         for case in cases(settings.device.type, settings.batches)
-        for direction, provider in product(directions(case), providers_of(case, providers, compiled_batch))
+        for direction, provider in product(directions(case), settings.providers_of(case))
     ]
     ids = [
         f"{kind(case)}-{case.name}-n{case.size[0]}-{case.dtype}-{case.layout}-{case.operation}-{direction}-{provider}"

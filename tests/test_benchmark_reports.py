@@ -42,6 +42,37 @@ def test_report_keeps_operations_apart(tmp_path: Path) -> None:
     assert lines[-2:] == ["bn_ext is slower in 1 of 2 cases", "- stem bn+relu float32 contiguous eval: 0.50"]
 
 
+def test_report_of_a_cpu_with_torch_compile(tmp_path: Path) -> None:
+    """By hand: ratios 0.5 and 2 in one group, so 1.00; a run without torch.compile has none of it."""
+    key = Key("batch_norm", "stem", (2, 8, 9, 9), "float32", "contiguous", "eval", "kernels")
+    cells = [
+        cell(key, {RIVAL: 3.0, COMPILED: 0.5, OURS: 1.0}),
+        cell(key._replace(case="other"), {RIVAL: 3.0, COMPILED: 4.0, OURS: 2.0}),
+        cell(key._replace(operation="bn+relu"), {RIVAL: 3.0, OURS: 1.0}, left_out={COMPILED: "no compiler"}),
+    ]
+    about = {"copy_gb_per_s": [1.0], "page_faults_per_64_mib": 0, "unavailable": {CUDNN_GRAPH: "no GPU"}}
+    write_run(tmp_path / "run.json", about, cells)
+    lines = words(report.report(tmp_path / "run.json", markdown=False))
+    at = lines.index("Against torch.compile")
+    assert lines[at + 1] == "case torch.compile ms bn_ext ms ratio of best"
+    assert lines[at + 3 : at + 5] == [
+        "float32, contiguous, eval: stem 500.000 1000.000 0.50 0.50",
+        "float32, contiguous, eval: other 4000.000 2000.000 2.00 2.00",
+    ]
+    at = lines.index("Geometric means against torch.compile")
+    assert lines[at + 3] == "float32, contiguous, eval 1.00 0.50 stem"
+    assert lines[-3:] == ["", "Not measured", "torch.compile: no compiler (cells: 1)"]
+    eager = [replace(each, sides={name: each.sides[name] for name in (RIVAL, OURS)}, left_out={}) for each in cells]
+    write_run(tmp_path / "eager.json", about, eager)
+    text = report.report(tmp_path / "eager.json", markdown=False)
+    assert COMPILED not in text
+    assert words(text) == [
+        *lines[: lines.index("Against torch.compile") - 1],
+        "",
+        "bn_ext is slower in 0 of 3 cases",
+    ]
+
+
 GPU = {
     "device": "cuda",
     "name": "a GPU",

@@ -16,6 +16,7 @@ from benchmarks.cells import FileError, Journal, load, unfinished
 from benchmarks.check import WrongResultError
 from benchmarks.inputs import Case, make_inputs
 from benchmarks.names import COMPILED, OURS, PROVIDERS, RIVAL, WITHOUT_CUDNN
+from benchmarks.providers import usual
 from benchmarks.shapes import RESNET50
 
 CPU = torch.device("cpu")
@@ -105,7 +106,7 @@ def test_a_failing_rival_leaves_the_others(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(bench_module, "make_subject", failing)
     bench = small_bench(tmp_path / "run.json", providers=(RIVAL, COMPILED, OURS))
-    case = CASE._replace(name=selection.SAMPLE[0].name, size=(2, 3, 9, 7))
+    case = CASE._replace(name=selection.SAMPLE_ON_CPU[0].name, size=(2, 3, 9, 7))
     bench.record(Feed(), case, "eval", OURS)
     with pytest.raises(NotMeasuredError, match=r"^ValueError: no such thing$"):
         bench.record(Feed(), case, "eval", COMPILED)
@@ -168,12 +169,23 @@ def test_batch_sizes_that_are_asked_for() -> None:
 
 def test_who_is_measured_on_what() -> None:
     large = Case(RESNET50[0].name, RESNET50[0].size(256), "bfloat16", "contiguous")
-    assert selection.providers_of(large, PROVIDERS, 256) == (RIVAL, COMPILED, OURS)
+    assert selection.providers_of(large, PROVIDERS, "cuda", 256) == (RIVAL, COMPILED, OURS)
     last = large._replace(dtype="float32", layout="channels_last")
-    assert selection.providers_of(last, PROVIDERS, 256) == PROVIDERS
+    assert selection.providers_of(last, PROVIDERS, "cuda", 256) == PROVIDERS
     other = last._replace(name=RESNET50[1].name)
-    assert selection.providers_of(other, PROVIDERS, 256) == (RIVAL, WITHOUT_CUDNN, OURS)
-    assert selection.providers_of(last._replace(clock="calls"), PROVIDERS, 256) == (RIVAL, WITHOUT_CUDNN, OURS)
+    uncompiled = (RIVAL, WITHOUT_CUDNN, OURS)
+    assert selection.providers_of(other, PROVIDERS, "cuda", 256) == uncompiled
+    assert selection.providers_of(last._replace(clock="calls"), PROVIDERS, "cuda", 256) == uncompiled
+
+
+def test_a_cpu_compiles_for_few_cases() -> None:
+    """Unless the run is a quick one: two shapes, both dtypes and layouts, with relu and without."""
+    assert usual(CPU, quick=True) == (RIVAL, OURS)
+    run = Settings(CPU, usual(CPU, quick=False), (8, 32), False, None)
+    compiled = [case for case in selection.cases("cpu", run.batches) if COMPILED in run.providers_of(case)]
+    assert {(case.name, case.size[0]) for case in compiled} == {("layer1_256x56x56", 32), ("layer4_512x14x14", 32)}
+    assert {case.operation for case in compiled} == {"batch_norm", "bn+relu"}
+    assert len(compiled) == 2 * 2 * 2 * 2
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -186,11 +198,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All who can be measured without a GPU; then again, where nothing is left to do."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     path = tmp_path / "run.json"
-    arguments = ("--quick", "--json", path, "-k", "512x7x7 and bfloat16 and contiguous and batch_norm-backward")
+    arguments = ("--quick", "--json", path, "-k", "512x14x14 and bfloat16 and contiguous and batch_norm-backward")
     who = ("--providers", RIVAL, COMPILED, OURS)
     result = run(*arguments, *who)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "bn_ext is slower in" in result.stdout
+    assert "Geometric means against torch.compile" in result.stdout
     (only,) = load(path).cells.values()
     assert list(only.sides) == [RIVAL, COMPILED, OURS]
     again = run(*arguments, *who, "--resume")

@@ -10,8 +10,9 @@ from benchmarks import machine
 from benchmarks.check import WrongResultError, check, reference
 from benchmarks.inputs import DTYPES, LAYOUTS, ROWS_LAYOUT, Case, make_inputs
 from benchmarks.measure import Effort, in_turns
+from benchmarks.names import OURS, RIVAL
 from benchmarks.operations import OPERATIONS, least_bytes
-from benchmarks.providers import Subject, usual
+from benchmarks.providers import Subject
 from benchmarks.training.memory import LiveBytes
 from benchmarks.training.models import MODELS
 
@@ -26,7 +27,7 @@ def test_right_results_pass(operation: str, dtype: str, layout: str) -> None:
     case = Case("small", SIZE, dtype, layout, operation)
     inputs = make_inputs(case, CPU)
     expected = reference(case, inputs)
-    for provider in usual(CPU):
+    for provider in (RIVAL, OURS):
         check(provider, case, inputs, Subject(provider, operation, inputs), expected)
 
 
@@ -35,7 +36,7 @@ def test_right_results_of_rows_pass(dtype: str) -> None:
     case = Case("small", (50, 7), dtype, ROWS_LAYOUT)
     inputs = make_inputs(case, CPU)
     expected = reference(case, inputs)
-    for provider in usual(CPU):
+    for provider in (RIVAL, OURS):
         check(provider, case, inputs, Subject(provider, case.operation, inputs), expected)
 
 
