@@ -17,7 +17,7 @@ from bn_ext.activations import NAMES, apply
 ACTIVATIONS = [None, *NAMES, ("leaky_relu", 0.3), ("elu", 1.7)]
 SMOOTH = [name for name in NAMES if name not in testing.KINKS]
 RELU_LIKE = ["relu", "leaky_relu", "relu6"]
-SHAPES = [(5, 3, 7, 9), (40, 6, 3, 3), (3, 4, 50, 50), (33, 5)]
+SHAPES = [(5, 3, 7, 9), (40, 6, 3, 3), (3, 4, 50, 50), (66, 3, 9, 9), (33, 5)]
 
 
 def separate(

@@ -22,7 +22,7 @@ def batch_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 @pytest.mark.parametrize("memory_format", LAYOUTS)
-@pytest.mark.parametrize("shape", [(32, 8, 28, 28), (16, 40, 7, 7), (64, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [(32, 8, 28, 28), (16, 40, 7, 7), (64, 3, 2, 2), (64, 5, 11, 11)])
 def test_large_mean_small_deviation(device: str, memory_format: torch.memory_format, shape: tuple[int, ...]) -> None:
     """Mean 1e4, deviation 0.1: statistics exact to float32 rounding, the output no worse than torch's."""
     x = (torch.randn(shape) * 0.1 + 1e4).to(device).contiguous(memory_format=memory_format)

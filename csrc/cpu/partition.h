@@ -151,13 +151,13 @@ struct RowPartition : Partition {
   }
 };
 
-// Small planes go as rows where there are images enough to make up for the work and the memory per column. Planes that
-// do not fill a vector do so also where the memory is little.
+// Small planes go as rows where there are images enough to make up for the work and the memory per column: the larger
+// the planes, the more images. Planes that do not fill a vector do so also where the memory is little.
 inline bool walks_rows(const Shape& shape, bool has_sums) {
   if (shape.channels_last) return true;
   const bool many = shape.n >= kManyImages;
   if (shape.s < kNarrowPlane) return many || shape.c * shape.s <= kManyColumns;
-  return many && has_sums && shape.s < 4 * kNarrowPlane;
+  return many && has_sums && shape.s < (shape.n >= 4 * kManyImages ? 8 : 4) * kNarrowPlane;
 }
 
 }  // namespace bn_ext::cpu
