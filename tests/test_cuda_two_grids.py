@@ -32,18 +32,16 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def assert_two_do_not_fit(memory_format: torch.memory_format) -> None:
-    """The grids of SHAPES[2] take more than half of the places for blocks that hold slices."""
+def skip_unless_one_waits(memory_format: torch.memory_format) -> None:
+    """Skip unless a grid of SHAPES[2] takes more than half of the places for blocks that hold slices."""
     told = bn_ext.explain(SHAPES[2], torch.bfloat16, memory_format=memory_format)
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
-    for plan in (told.forward, told.backward):
-        assert plan.team == "grid"
-        assert plan.blocks > multiprocessors
+    if any(plan.team != "grid" or plan.blocks <= multiprocessors for plan in (told.forward, told.backward)):
+        pytest.skip(f"on this GPU, {SHAPES[2]} has no grids of which one waits for the other")
 
 
 def job_two_streams(_: int, memory_format: torch.memory_format) -> None:
     """Nothing else is on the GPU."""
-    assert_two_do_not_fit(memory_format)
     x, dy = inputs(SHAPES[2], torch.bfloat16, memory_format)
     module = bn_ext.BatchNorm2d(SHAPES[2][1], track_running_stats=False, device="cuda")
     expected = step(module, x, dy)
@@ -60,6 +58,7 @@ def job_two_streams(_: int, memory_format: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_two_streams(device: str, process: Workers, memory_format: torch.memory_format) -> None:
+    skip_unless_one_waits(memory_format)
     process.run(job_two_streams, memory_format, limit=LIMIT)
 
 
@@ -87,4 +86,5 @@ def job_two_grids(_: int, memory_format: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_two_grids_beside_other_work(device: str, process: Workers, memory_format: torch.memory_format) -> None:
+    skip_unless_one_waits(memory_format)
     process.run(job_two_grids, memory_format, limit=LIMIT)

@@ -78,9 +78,10 @@ import signal, subprocess, sys, time
 for i in range(3):
     print('{"quantity": "time", "unit": "us", "value": %d}' % i, flush=True)
 print("other words", flush=True)
-if "leave" in sys.argv:  # a child process that hears no interrupt
+if "leave" in sys.argv:  # a child process that ignores interrupts, and measures something later
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    subprocess.Popen(["sleep", "600"])
+    later = "import time; time.sleep(20); print('{\\"quantity\\": \\"time\\", \\"value\\": 3}')"
+    subprocess.Popen([sys.executable, "-c", later])
 if "hang" in sys.argv or "leave" in sys.argv: time.sleep(60)
 sys.exit("fail" in sys.argv)
 """

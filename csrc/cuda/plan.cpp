@@ -16,7 +16,8 @@ constexpr int kLine = 128;           // bytes of a cache line: slices no narrowe
 constexpr int kSector = 32;          // bytes: the least that memory moves
 constexpr int64_t kWidePlane = 512;  // bytes: a warp's 16-byte accesses, so that a plane's end costs little
 constexpr int64_t kRowsOfBlock = 4;  // the time of a block's fixed work, in rows that a thread reads; not measured
-constexpr int64_t kKeptResult = 150'000;  // bytes of a result, per multiprocessor, that L2 keeps: 20 MB of 50
+constexpr int64_t kKeptResult =
+    150'000;  // bytes of each result, per multiprocessor, that L2 keeps: 20 MB of an H200's 50
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 // The fewest channels whose values fill whole units of vectors, if they fit side by side into a block; else 0.
@@ -181,7 +182,8 @@ Plan make_plan(const Request& request, const Machine& machine) {
     const bool may_be_narrower = machine.half_chip != HalfChip::kNever || best.spilled_rows() > 0;
     if (narrower.slice_width < general.slice_width && may_be_narrower) {
       const Plan other = best_teams(narrower, request, machine);
-      // That the L2 cache serves what is read again is the model's least certain part, so none is better than some.
+      // The model is least certain about rows that are read again from the L2 cache, so a width that keeps all rows is
+      // preferred to one that does not. Between half of the chip and all of it the time decides.
       const bool spills = best.spilled_rows() > 0, other_spills = other.spilled_rows() > 0;
       if (spills == other_spills || !best.resident() || !other.resident()) {
         best = faster_teams(best, other, request, machine);

@@ -6,9 +6,12 @@ import itertools
 import pytest
 import torch
 
+from bn_ext import testing
+
 from . import build
-from .batch_norm import kernels
+from .batch_norm import Settings, kernels
 from .device import Fault
+from .operators import CudaOnCpu
 from .structs import H200, Machine, Plan, Shape
 from .test_plan import RESNET50
 from .test_plan import check as check_plan
@@ -111,3 +114,16 @@ def test_any_shape() -> None:
             draw(1) < 0.3,
             draw(1) < 0.3,
         )
+
+
+def test_rows_that_are_read_once_are_not_the_last_to_leave_the_cache() -> None:
+    """Without dx no row of a backward pass is read again."""
+    case = testing.Case((4, 64, 30, 30), torch.bfloat16, "channels_last")
+    inputs = testing.make_inputs(case)
+    for wants_dx in (True, False):
+        operator = CudaOnCpu(Settings(Machine(4, 64 * KIB, False, True, evict_last=True)))
+        x, weight = inputs.input.clone().requires_grad_(wants_dx), inputs.weight.clone().requires_grad_()
+        y = operator(x, None, None, weight, inputs.bias, True, 0.1, 1e-5)
+        torch.autograd.grad(y, [weight, *[x] * wants_dx], inputs.dy)
+        assert operator.calls[1].plan.spilled_rows > 0
+        assert operator.calls[1].plan.evicts_last == wants_dx

@@ -66,6 +66,12 @@ def test_results_that_are_small_are_not_streamed(shared_bytes: int, training: bo
         shares = testing.check(operator, testing.Case(shape, torch.float32, "contiguous", training))
         assert max(shares.values()) <= 1, shares
         assert [call.counters["activation"].bytes_streamed for call in operator.calls] == [size * (not keeps)] * 2
+        # With a residual: y and the mask, dx, and dz unless a later kernel may read it.
+        operator = CudaOnCpu(Settings(Machine(12, shared_bytes, keep_results=keeps)))
+        check(operator, testing.Case(shape, torch.float32, "contiguous", training), "relu", True)
+        streamed = [call.counters["activation"].bytes_streamed for call in operator.calls]
+        of_backward = 2 if operator.calls[1].launches == 1 and training else 1
+        assert streamed == [size * (not keeps) + size // 32, of_backward * size * (not keeps)]
 
 
 @pytest.mark.slow
