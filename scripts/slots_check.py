@@ -82,6 +82,8 @@ def count_slots(machine_code: str, titles: dict[str, str]) -> dict[tuple[str, st
         parts = [slots_of_row(loops, phase) for phase in PHASES[match[1]]]
         if not all(parts):
             fail(f"a loop of {title} was not found in its machine code")
+        if re.search(r"\bSTG\.E\.EF\.128\b", text):
+            fail(f"{title} always stores with evict-first: results must be stored with the plan's cache policy")
         key = match[1], TYPES[match[2]], VARIANTS[variant]
         found[key] = max(found.get(key, 0), sum(parts))
     return found
