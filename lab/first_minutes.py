@@ -1,4 +1,4 @@
-"""Measures what gpu-performance.md asks a GPU first, within a budget of time: `python -m lab.first_minutes`.
+"""Measures the most uncertain parts of the kernels' model first, within a time budget: `python -m lab.first_minutes`.
 
 Each run is a process of its own, so that switches of the environment hold for it alone and a hang costs its own time
 only. Every figure is appended to the results as soon as it is there.
