@@ -120,7 +120,7 @@ Plan best_of(const Plan& layout, int64_t most, const Request& request, const Mac
   const int64_t blocks = resident_blocks(machine);
   const int64_t least = std::min(ceil_div(layout.rows, most_rows * layout.row_lanes), most);
 
-  // Clusters of other sizes do not fill a GPC: one of 3, 5, 6 or 7 only where a slice would spill without it.
+  // Clusters of other sizes do not fill a GPC: they are considered only if the rows do not divide into one of these.
   int64_t most_of_cluster = 1;
   while (2 * most_of_cluster <= std::min<int64_t>(kMaxClusterBlocks, most)) most_of_cluster *= 2;
   for (int64_t size = 1; size <= most_of_cluster; size *= 2) {
