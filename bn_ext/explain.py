@@ -157,7 +157,7 @@ def explain(
     Raises:
         ValueError: One value per channel in training; an unknown activation, memory format or GPU; an empty tensor.
         RuntimeError: Fewer than two dimensions; a negative one; a device that torch cannot ask; bn_ext is not built.
-        NotImplementedError: Another dtype.
+        NotImplementedError: `dtype` is not float32, float64, float16 or bfloat16.
         TypeError: A shape that is not made of numbers, a dtype that is none.
     """
     if _extension.module is None:

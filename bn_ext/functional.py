@@ -110,7 +110,7 @@ def batch_norm(
             activation.
         RuntimeError: Wrong number of elements, dtypes that do not go together, devices mixed; a residual of another
             shape, dtype or device than input.
-        NotImplementedError: Integer or complex input.
+        NotImplementedError: `input` has an integer or complex dtype.
         TypeError: An argument that is no tensor or number.
         A failed call leaves running statistics and num_batches_tracked as they were.
 

@@ -94,7 +94,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"needs g++ {build.OLDEST_GCC} or newer (CXX names another one)")
     target = tmp_path_factory.mktemp("cpu_shares") / "shares"
     folders = ["-I", SOURCES[0].parent / "include", "-isystem", Path(torch.__file__).parent / "include"]
-    command = [*compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", *folders, *SOURCES, "-o", target]
+    command = [*compiler, "-O1", "-Wall", "-Wextra", "-Werror", *folders, *SOURCES, "-o", target]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return target

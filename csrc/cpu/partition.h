@@ -151,8 +151,8 @@ struct RowPartition : Partition {
   }
 };
 
-// Small planes go as rows where there are images enough to make up for the work and the memory per column: the larger
-// the planes, the more images. Planes that do not fill a vector do so also where the memory is little.
+// Small planes are processed as rows if there are enough images to make up for the work and the memory per column;
+// larger planes need more images. Planes that do not fill a vector are also processed as rows if that memory is small.
 inline bool walks_rows(const Shape& shape, bool has_sums) {
   if (shape.channels_last) return true;
   const bool many = shape.n >= kManyImages;

@@ -16,8 +16,7 @@ constexpr int kLine = 128;           // bytes of a cache line: slices no narrowe
 constexpr int kSector = 32;          // bytes: the least that memory moves
 constexpr int64_t kWidePlane = 512;  // bytes: a warp's 16-byte accesses, so that a plane's end costs little
 constexpr int64_t kRowsOfBlock = 4;  // the time of a block's fixed work, in rows that a thread reads; not measured
-constexpr int64_t kKeptResult =
-    150'000;  // bytes of each result, per multiprocessor, that L2 keeps: 20 MB of an H200's 50
+constexpr int64_t kKeptResult = 150'000;  // bytes of a result per multiprocessor that L2 keeps: 20 of 50 MB on an H200
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
 // The fewest channels whose values fill whole units of vectors, if they fit side by side into a block; else 0.

@@ -37,8 +37,8 @@ constexpr Variant variant_of(const BackwardParams& p) {
 // Values of one access in kAny's kernels, at most: its formulas leave registers for no more.
 constexpr int most_values_of_any(int value_bytes) { return value_bytes == 8 ? 1 : 4; }
 
-// Whether slices of several channels, which are narrow, have teams of half of the blocks at most, two of which take
-// turns with the memory; such slices may be half a cache line wide.
+// When slices of several channels get teams of at most half of the resident blocks, so that one team reads while
+// another one writes. Such slices may be half a cache line wide.
 enum class HalfChip : int { kNever, kIfFaster, kAlways };
 
 // What the plan depends on besides the tensor.
@@ -83,7 +83,7 @@ enum class Team : int {
   kGrid,     // many, of a grid that is resident as a whole; its teams take slice after slice
 };
 
-// When a value leaves the L2 cache, as ptxas makes it of createpolicy for all accesses.
+// L2 cache policies of loads and stores, as ptxas encodes those of createpolicy for all accesses.
 constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 constexpr uint64_t kEvictLast = 0x14F0000000000000;
 constexpr uint64_t kEvictNormal = 0x16F0000000000000;
@@ -112,25 +112,24 @@ struct Plan {
   int64_t teams_at_a_time;  // that the machine has room for
   int64_t step_offset;      // values from a thread's row to its next one, `row_lanes` further, in the same image ...
   int64_t wrap_offset;      // ... and what comes on top when that is past the image's last row
-  uint64_t
-      result_policy;  // of results: kEvictNormal, if the next operator is to find them in the L2 cache, or kEvictFirst
-  int step_rows;      // by how many rows of an image that step moves on
-  int vector;         // values of one access
-  int columns;        // vectors side by side
-  int row_lanes;      // threads behind each other
-  int rows_per_thread;  // at most; some have one fewer
-  int kept_rows;        // of them, that stay on chip, at most
-  int threads;          // of a block: columns * row_lanes, and some idle ones to fill the last warp
-  int slice_channels;   // of a slice; the last one may have fewer
-  int plane;            // P; no more than 2^30 is told, which no slice of several channels has
-  int row_values;       // of a channel in one row: P, or where the slice is one channel, a vector
-  int pieces;           // channels that the values of one thread's vector belong to, at most
-  int warp_rows;        // rows of threads whose sums a warp merges before it leaves them, a power of two
-  int merge_lanes;      // threads that together merge the partials of a channel, a power of two <= 32
-  int team_lanes;       // the same for the sums of a channel's segments
-  int staggered_teams;  // as many begin later, behind as many that do not
-  int stagger_ns;       // by so much; 0: all begin at once
-  int prefetched_rows;  // of each thread, of a team's next slice
+  uint64_t result_policy;   // kEvictNormal if the next operator shall find results in the L2 cache, else kEvictFirst
+  int step_rows;            // by how many rows of an image that step moves on
+  int vector;               // values of one access
+  int columns;              // vectors side by side
+  int row_lanes;            // threads behind each other
+  int rows_per_thread;      // at most; some have one fewer
+  int kept_rows;            // of them, that stay on chip, at most
+  int threads;              // of a block: columns * row_lanes, and some idle ones to fill the last warp
+  int slice_channels;       // of a slice; the last one may have fewer
+  int plane;                // P; no more than 2^30 is told, which no slice of several channels has
+  int row_values;           // of a channel in one row: P, or where the slice is one channel, a vector
+  int pieces;               // channels that the values of one thread's vector belong to, at most
+  int warp_rows;            // rows of threads whose sums a warp merges before it leaves them, a power of two
+  int merge_lanes;          // threads that together merge the partials of a channel, a power of two <= 32
+  int team_lanes;           // the same for the sums of a channel's segments
+  int staggered_teams;      // as many begin later, behind as many that do not
+  int stagger_ns;           // by so much; 0: all begin at once
+  int prefetched_rows;      // of each thread, of a team's next slice
   Team team;
   bool starts_early;  // kernels may start while the one before them ends
   bool one_channel;   // all values of a thread belong to one channel

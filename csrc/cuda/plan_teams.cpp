@@ -17,19 +17,18 @@ namespace {
 
 constexpr int kReservedSharedBytes = 1024;  // of every block, for the device's own use
 
-constexpr int64_t kBytesPerUs = 32'600;        // of a multiprocessor's share: 4.3 TB/s / 132
-constexpr int64_t kMostBytesPerUs = 80'000;    // of a multiprocessor alone
-constexpr int64_t kLaunch = 2'000;             // of a kernel in a stream
-constexpr int64_t kCooperativeLaunch = 1'000;  // more: 4 rows
-constexpr int64_t kOncePerSlice = 2'000;       // last sums, merges, coefficients of a block: 8 rows
-constexpr int64_t kOncePerBlock = 1'000;       // of a kernel of three: 4 rows
-constexpr int64_t kClusterWaits = 750;         // of a team that waits twice per slice: 3 rows
-constexpr int64_t kGridWaits = 1'500;          // the same by counters in the L2 cache: 6 rows
-constexpr int64_t kUnhidden = 4;               // one part of so many of what another team could hide
-constexpr int64_t kNarrowReads = 20;           // so many reads of less than a cache line cost one more
-constexpr int64_t kNarrowBytes = 128;          // of a cache line
-constexpr int64_t kCacheOfSecondRead =
-    265'000;  // bytes that L2 has of a read in three kernels, of 35 MB: per multiprocessor
+constexpr int64_t kBytesPerUs = 32'600;           // of a multiprocessor's share: 4.3 TB/s / 132
+constexpr int64_t kMostBytesPerUs = 80'000;       // of a multiprocessor alone
+constexpr int64_t kLaunch = 2'000;                // of a kernel in a stream
+constexpr int64_t kCooperativeLaunch = 1'000;     // more: 4 rows
+constexpr int64_t kOncePerSlice = 2'000;          // last sums, merges, coefficients of a block: 8 rows
+constexpr int64_t kOncePerBlock = 1'000;          // of a kernel of three: 4 rows
+constexpr int64_t kClusterWaits = 750;            // of a team that waits twice per slice: 3 rows
+constexpr int64_t kGridWaits = 1'500;             // the same by counters in the L2 cache: 6 rows
+constexpr int64_t kUnhidden = 4;                  // one part of so many of what another team could hide
+constexpr int64_t kNarrowReads = 20;              // so many reads of less than a cache line cost one more
+constexpr int64_t kNarrowBytes = 128;             // of a cache line
+constexpr int64_t kCacheOfSecondRead = 265'000;   // bytes per multiprocessor that L2 keeps for a second kernel: 35 MB
 constexpr int64_t kCacheOfSpilledRows = 189'000;  // bytes that it keeps of spilled rows, of 25 MB
 constexpr int64_t kGeneralShare = 92;  // per cent of memory's rate that three kernels get, by their last waves
 constexpr int64_t kLeastKept = 8;      // a part of so many must fit: less gains less than the model's error
