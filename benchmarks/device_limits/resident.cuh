@@ -12,18 +12,18 @@ namespace device_limits {
 __global__ void __launch_bounds__(512, 2)
     resident_copy_kernel(const Plan plan, const unsigned* x, unsigned* y, const bn_ext::cuda::Workspace workspace) {
   using namespace bn_ext::cuda;
-  constexpr int kVector = kVectorBytes / sizeof(unsigned), kBatch = 4;
+  constexpr int kVector = kVectorBytes / sizeof(unsigned), kGroupRows = 4;
   const ResidentMemory memory(plan, 1, sizeof(unsigned));
   const Tile<unsigned, kVector, 1> tile(plan, memory.tiles, {x});
   device_limits::Exchange exchange(plan, memory, workspace);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     Walk<unsigned, false, true> walk(plan, block, x);
-    const Chunks chunks = tile.chunks<kBatch>(walk.rows);  // one, because all rows fit
-    tile.fetch_first<kBatch>(walk, chunks);
+    const Chunks chunks = tile.chunks<kGroupRows>(walk.rows);  // one, because all rows fit
+    tile.fetch_first<kGroupRows>(walk, chunks);
     unsigned sum = 0;
     const unsigned char* place = tile.place(chunks[0].begin);
-    in_batches<kBatch>(walk.rows, [&](auto count, int done) {
-      if (done % kBatch == 0) tile.wait_for_group();
+    in_chunks<kGroupRows>(walk.rows, [&](auto count, int done) {
+      if (done % kGroupRows == 0) tile.wait_for_group();
 #pragma unroll
       for (int i = 0; i < decltype(count)::value; ++i, place += tile.row_bytes()) {
         sum += sum_of(tile.row(0, place).words);
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(512, 2)
     const unsigned key = exchange_keys(plan, exchange, block.slice)->words[0];
 
     Walk<unsigned, true, true> back(plan, block, y);
-    in_batches<kBatch>(back.rows, [&](auto count, int) {
+    in_chunks<kGroupRows>(back.rows, [&](auto count, int) {
 #pragma unroll
       for (int row = 0; row < decltype(count)::value; ++row) {
         const uint4 value = tile.row(0, place -= tile.row_bytes()).words + uint4{key, key, key, key};

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) apply_kernel(cons
     return p.training || p.repeats ? saved_affine<A>(p, channel) : affine_of_running<A>(p, channel, is_first);
   });
   using Row = typename decltype(apply)::Row;
-  in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V))>>(walk.rows, [&](auto count, int) {
+  in_chunks<kChunkRows<V, bytes_of_apply(kVariant, sizeof(V))>>(walk.rows, [&](auto count, int) {
     Row rows[decltype(count)::value] = {};
 #pragma unroll
     for (Row& row : rows) {

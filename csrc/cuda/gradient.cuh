@@ -43,7 +43,7 @@ class Gradient {
   // Calls finish(row) for all rows, of which so many bytes of each tensor are read at a time.
   template <int kBytes, typename Walk, typename Finish>
   __device__ void for_rows(const Plan& plan, Walk& walk, const Finish& finish) const {
-    in_batches<kBatchRows<V, kBytes>>(walk.rows, [&](auto count, int) {
+    in_chunks<kChunkRows<V, kBytes>>(walk.rows, [&](auto count, int) {
       Row rows[decltype(count)::value] = {};
 #pragma unroll
       for (Row& row : rows) {

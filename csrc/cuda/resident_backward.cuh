@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     };
     for (int chunk = 0; chunk < chunks.count; ++chunk) {
       const unsigned char* place = tile.place(chunks[chunk].begin);
-      in_batches<rows_to_sum(kVariant)>(chunks[chunk].rows, [&](auto rows, int done) {
+      in_chunks<rows_to_sum(kVariant)>(chunks[chunk].rows, [&](auto rows, int done) {
         if (done % kGroupRows == 0) tile.wait_for_group();
         exchange.clock.mark(Phase::kFetched);
 #pragma unroll
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       const int count = chunks[chunk].rows;
       const unsigned char* place = tile.place(chunks[chunk].begin + count);
       tile.wait_for_chunk();
-      in_batches<rows_to_write(kVariant)>(count, [&](auto rows, int) {
+      in_chunks<rows_to_write(kVariant)>(count, [&](auto rows, int) {
 #pragma unroll
         for (int i = 0; i < decltype(rows)::value; ++i) {
           place -= tile.row_bytes();

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     const Chunks chunks = tile.template chunks<kGroupRows>(walk.rows);
     tile.template fetch_first<kGroupRows>(walk, chunks);
     exchange.clock.mark(Phase::kFetchIssued);
-    RunningMoments<A> moments[kStates] = {};
+    StreamingMoments<A> moments[kStates] = {};
     for (int chunk = 0, done = 0; chunk < chunks.count; ++chunk) {
       const int begin = chunks[chunk].begin;
       int i = 0;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {
       int i = chunks[chunk].begin + chunks[chunk].rows;
       tile.wait_for_chunk();
-      in_batches<kBatchRows<V, bytes_of_apply(kVariant, sizeof(V), true)>>(chunks[chunk].rows, [&](auto count, int) {
+      in_chunks<kChunkRows<V, bytes_of_apply(kVariant, sizeof(V), true)>>(chunks[chunk].rows, [&](auto count, int) {
         typename decltype(apply)::Row rows[decltype(count)::value] = {};
 #pragma unroll
         for (auto& row : rows) {

@@ -40,26 +40,26 @@ __device__ auto sum_of(const Term& term) {
   return sums[0];
 }
 
-// Moments of a thread's values of one channel, batch by batch. The mean is kept in two parts: values are taken as
+// Moments of a thread's values of one channel, chunk by chunk. The mean is kept in two parts: values are taken as
 // deviations from the greater part, so that a large mean does not cancel, and what that part cannot hold is not lost.
 template <typename A>
-struct RunningMoments {
+struct StreamingMoments {
   A mean;
   A rest;  // of the mean
   A m2;
 
-  // `before`: number of values so far; `share`: the batch's share in all values, the batch included. Squares are about
-  // the mean so far. What cancels in the batch's own is of the size of what the distance of the means adds to m2; only
-  // in the first batch, whose mean so far is its first value, is it more: 2e-6 of m2 where that value alone is far off.
+  // `before`: number of values so far; `share`: the chunk's share in all values, the chunk included. Squares are about
+  // the mean so far. What cancels in the chunk's own is of the size of what the distance of the means adds to m2; only
+  // in the first chunk, whose mean so far is its first value, is it more: 2e-6 of m2 where that value alone is far off.
   template <int kCount>
   __device__ void add(const A (&values)[kCount], A before, A share) {
     // A kCount-th of each deviation, exactly, because kCount is a power of two: their sum does not overflow.
     const A shift = mean / kCount;
     const auto part = [&](int i) { return values[i] * (A(1) / kCount) - shift; };
-    const A batch_mean = sum_of<kCount>(part);
+    const A chunk_mean = sum_of<kCount>(part);
     const A squares = sum_of<kCount>([&](int i) { return part(i) * part(i); });
-    const A delta = batch_mean - rest;
-    m2 += (squares * kCount - batch_mean * batch_mean) * kCount;
+    const A delta = chunk_mean - rest;
+    m2 += (squares * kCount - chunk_mean * chunk_mean) * kCount;
     m2 += delta * (delta * (before * share));
     rest += delta * share;
     const A new_mean = mean + rest;
@@ -73,30 +73,30 @@ struct RunningMoments {
 template <typename T, int kStates>
 constexpr int kAddedBytes = kStates * sizeof(T) == kWidestAccess && sizeof(T) < 8 ? 128 : 64;
 template <typename T, int kVector, int kStates>
-constexpr int kAddedRows = kBatchRows<Vector<T, kVector>, kAddedBytes<T, kStates>>;
+constexpr int kAddedRows = kChunkRows<Vector<T, kVector>, kAddedBytes<T, kStates>>;
 
 // Of the values of a thread's vectors, until there are `rows`: next() gives one after the other. Of all values of a row
 // where they belong to one channel, else of each.
 template <typename T, int kVector, typename Next, int kStates>
 __device__ void add_rows(int rows,
                          const Next& next,
-                         RunningMoments<acc_t<T>> (&moments)[kStates],
+                         StreamingMoments<acc_t<T>> (&moments)[kStates],
                          int rows_before = 0) {
   using A = acc_t<T>;
   constexpr int kOfRow = kVector / kStates;
-  in_batches<kAddedRows<T, kVector, kStates>>(
+  in_chunks<kAddedRows<T, kVector, kStates>>(
       rows - rows_before,
       [&](auto count, int done) {
         constexpr int kRows = decltype(count)::value;
-        Vector<T, kVector> batch[kRows];
+        Vector<T, kVector> chunk[kRows];
 #pragma unroll
-        for (Vector<T, kVector>& row : batch) row = next();
+        for (Vector<T, kVector>& row : chunk) row = next();
         const A share = quotient_of(A(kRows), A(done + kRows));
 #pragma unroll
         for (int state = 0; state < kStates; ++state) {
           A values[kRows * kOfRow];
 #pragma unroll
-          for (int i = 0; i < kRows * kOfRow; ++i) values[i] = batch[i / kOfRow][state + i % kOfRow];
+          for (int i = 0; i < kRows * kOfRow; ++i) values[i] = chunk[i / kOfRow][state + i % kOfRow];
           if (done == 0) moments[state].mean = values[0];
           moments[state].add(values, A(done * kOfRow), share);
         }
@@ -109,7 +109,7 @@ template <int kVector, bool kOneChannel, typename Walk, typename A, int kStates,
 __device__ void merge_moments(const Plan& plan,
                               const Block& block,
                               const Walk& walk,
-                              const RunningMoments<A> (&moments)[kStates],
+                              const StreamingMoments<A> (&moments)[kStates],
                               const Finish& finish) {
   Moments sums[kStates];
 #pragma unroll
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     walk.next(plan);
     return row;
   };
-  RunningMoments<acc_t<T>> moments[kOneChannel ? 1 : kVector] = {};
+  StreamingMoments<acc_t<T>> moments[kOneChannel ? 1 : kVector] = {};
   add_rows<T, kVector>(walk.rows, next, moments);
   walk = Walk<T, false, kOneChannel>(plan, block, x);  // so that it takes no registers meanwhile
   merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t channel, int) {

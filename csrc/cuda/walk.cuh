@@ -13,17 +13,17 @@ namespace bn_ext::cuda {
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
-// Calls body(number of rows, rows done before) until none is left: kBatch at a time, which a thread reads before it
+// Calls body(number of rows, rows done before) until none is left: kChunk at a time, which a thread reads before it
 // uses the first one, so that the memory's latency is hidden; then half as many, until there is one left or none.
-template <int kBatch, typename Body>
-__device__ void in_batches(int left, const Body& body, int done = 0) {
-  for (; left >= kBatch; left -= kBatch, done += kBatch) body(Int<kBatch>{}, done);
-  if constexpr (kBatch > 1) in_batches<kBatch / 2>(left, body, done);
+template <int kChunk, typename Body>
+__device__ void in_chunks(int left, const Body& body, int done = 0) {
+  for (; left >= kChunk; left -= kChunk, done += kChunk) body(Int<kChunk>{}, done);
+  if constexpr (kChunk > 1) in_chunks<kChunk / 2>(left, body, done);
 }
 
-// Rows in a batch of so many bytes of each tensor: fewer where they are narrow, and one at least.
+// Rows in a chunk of so many bytes of each tensor: fewer where they are narrow, and one at least.
 template <typename Vector, int kBytes>
-constexpr int kBatchRows = std::max(1, kBytes / std::max(4, static_cast<int>(sizeof(Vector))));
+constexpr int kChunkRows = std::max(1, kBytes / std::max(4, static_cast<int>(sizeof(Vector))));
 
 // The slice and segment of a block.
 struct Block {
