@@ -18,10 +18,10 @@ __global__ void __launch_bounds__(512, 2)
   device_limits::Exchange exchange(plan, memory, workspace);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     Walk<unsigned, false, true> walk(plan, block, x);
-    const Chunks chunks = tile.chunks<kGroupRows>(walk.rows);  // one, because all rows fit
-    tile.fetch_first<kGroupRows>(walk, chunks);
+    const Stages stages = tile.stages<kGroupRows>(walk.rows);  // one, because all rows fit
+    tile.fetch_first<kGroupRows>(walk, stages);
     unsigned sum = 0;
-    const unsigned char* place = tile.place(chunks[0].begin);
+    const unsigned char* place = tile.place(stages[0].begin);
     in_chunks<kGroupRows>(walk.rows, [&](auto count, int done) {
       if (done % kGroupRows == 0) tile.wait_for_group();
 #pragma unroll

@@ -9,7 +9,7 @@ namespace bn_ext::cuda {
 // In the order of a slice, as a block's first thread gets there.
 enum class Phase : int {
   kStart,         // of the slice
-  kFetchIssued,   // the first chunk of its rows is on its way
+  kFetchIssued,   // the first stage of its rows is on its way
   kFetched,       // the first group of rows is there
   kSummed,        // the block's own sums are left for its team
   kFirstBarrier,  // and all of the team's are there

@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     exchange.clock.mark(Phase::kStart);
     Walk<T, false, kOneChannel> walk(plan, block, p.dy);
     Walk<T, false, kOneChannel> ahead = walk;
-    const Chunks chunks = tile.template chunks<kGroupRows>(walk.rows);
-    tile.template fetch_first<kGroupRows>(ahead, chunks);
+    const Stages stages = tile.template stages<kGroupRows>(walk.rows);
+    tile.template fetch_first<kGroupRows>(ahead, stages);
     exchange.clock.mark(Phase::kFetchIssued);
     Affine<A> affine[kOneChannel ? 1 : kVector] = {};
     make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         }
       });
     };
-    for (int chunk = 0; chunk < chunks.count; ++chunk) {
-      const unsigned char* place = tile.place(chunks[chunk].begin);
-      in_chunks<rows_to_sum(kVariant)>(chunks[chunk].rows, [&](auto rows, int done) {
+    for (int stage = 0; stage < stages.count; ++stage) {
+      const unsigned char* place = tile.place(stages[stage].begin);
+      in_chunks<rows_to_sum(kVariant)>(stages[stage].rows, [&](auto rows, int done) {
         if (done % kGroupRows == 0) tile.wait_for_group();
         exchange.clock.mark(Phase::kFetched);
 #pragma unroll
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
           place += tile.row_bytes();
         }
       });
-      tile.template fetch_in_groups<kGroupRows>(ahead, chunks, chunk + 2);
+      tile.template fetch_in_groups<kGroupRows>(ahead, stages, stage + 2);
     }
     GradSums sums[kVector];
 #pragma unroll
@@ -117,10 +117,10 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         store_result(back.in(p.dz, row.at), V::rounded(row_dz), plan.result_policy);
     };
     if (p.dx == nullptr && p.dz == nullptr) continue;
-    for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {
-      const int count = chunks[chunk].rows;
-      const unsigned char* place = tile.place(chunks[chunk].begin + count);
-      tile.wait_for_chunk();
+    for (int stage = stages.count - 1; stage >= 0; --stage) {
+      const int count = stages[stage].rows;
+      const unsigned char* place = tile.place(stages[stage].begin + count);
+      tile.wait_for_stage();
       in_chunks<rows_to_write(kVariant)>(count, [&](auto rows, int) {
 #pragma unroll
         for (int i = 0; i < decltype(rows)::value; ++i) {
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
           back.next(plan);
         }
       });
-      tile.fetch_again(back, chunks, chunk);
+      tile.fetch_again(back, stages, stage);
     }
     exchange.clock.mark(Phase::kWritten);
   }

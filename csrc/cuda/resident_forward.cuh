@@ -33,21 +33,21 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     Walk<T, false, kOneChannel> walk(plan, block, p.x);
     constexpr int kStates = kOneChannel ? 1 : kVector;
     constexpr int kGroupRows = kAddedRows<T, kVector, kStates>;
-    const Chunks chunks = tile.template chunks<kGroupRows>(walk.rows);
-    tile.template fetch_first<kGroupRows>(walk, chunks);
+    const Stages stages = tile.template stages<kGroupRows>(walk.rows);
+    tile.template fetch_first<kGroupRows>(walk, stages);
     exchange.clock.mark(Phase::kFetchIssued);
     StreamingMoments<A> moments[kStates] = {};
-    for (int chunk = 0, done = 0; chunk < chunks.count; ++chunk) {
-      const int begin = chunks[chunk].begin;
+    for (int stage = 0, done = 0; stage < stages.count; ++stage) {
+      const int begin = stages[stage].begin;
       int i = 0;
       const auto next = [&] {
         if (i % kGroupRows == 0) tile.wait_for_group();
         exchange.clock.mark(Phase::kFetched);
         return tile.row(0, tile.place(begin + i++));
       };
-      add_rows<T, kVector>(done + chunks[chunk].rows, next, moments, done);
-      done += chunks[chunk].rows;
-      tile.template fetch_in_groups<kGroupRows>(walk, chunks, chunk + 2);
+      add_rows<T, kVector>(done + stages[stage].rows, next, moments, done);
+      done += stages[stage].rows;
+      tile.template fetch_in_groups<kGroupRows>(walk, stages, stage + 2);
     }
     merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int place) {
       exchange.leave_sums(place, total);
@@ -79,10 +79,10 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
 
     Apply<T, kVector, kOneChannel, kVariant> apply(p);
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, apply.affine);
-    for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {
-      int i = chunks[chunk].begin + chunks[chunk].rows;
-      tile.wait_for_chunk();
-      in_chunks<kChunkRows<V, bytes_of_apply(kVariant, sizeof(V), true)>>(chunks[chunk].rows, [&](auto count, int) {
+    for (int stage = stages.count - 1; stage >= 0; --stage) {
+      int i = stages[stage].begin + stages[stage].rows;
+      tile.wait_for_stage();
+      in_chunks<kChunkRows<V, bytes_of_apply(kVariant, sizeof(V), true)>>(stages[stage].rows, [&](auto count, int) {
         typename decltype(apply)::Row rows[decltype(count)::value] = {};
 #pragma unroll
         for (auto& row : rows) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
 #pragma unroll
         for (const auto& row : rows) apply.finish(plan, back, row);
       });
-      tile.fetch_again(back, chunks, chunk);
+      tile.fetch_again(back, stages, stage);
     }
     exchange.clock.mark(Phase::kWritten);
   }

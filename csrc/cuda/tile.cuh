@@ -24,29 +24,29 @@ inline __device__ void copy_async(void* shared, const void* global, uint64_t pol
 }
 
 // Rows of a thread that are read from the tile one after the other: their places, and how many they are.
-struct Chunk {
+struct Stage {
   int begin;
   int rows;
 };
 
-// A thread's rows in chunks, in memory's order. If all fit, one chunk has them all. Otherwise every two chunks are
-// kept_rows rows, a part of whole groups and the rest, and the first two are those that remain. Two chunks at a time
-// are in the tile: one is on its way while the other one is read. The last two stay. A chunk may be empty.
-class Chunks {
+// A thread's rows in stages, in memory's order. If all fit, one stage has them all. Otherwise every two stages are
+// kept_rows rows, a part of whole groups and the rest, and the first two are those that remain. Two stages at a time
+// are in the tile: one is on its way while the other one is read. The last two stay. A stage may be empty.
+class Stages {
  public:
   int count;  // even
 
-  __device__ Chunks(int rows, int kept_rows, int group_rows) : kept_rows_(kept_rows) {
+  __device__ Stages(int rows, int kept_rows, int group_rows) : kept_rows_(kept_rows) {
     const int times = rows > kept_rows ? (rows - 1) / kept_rows : 0;
     count = 2 * times + 2;
     first_rows_ = rows - times * kept_rows;
     part_ = times == 0 ? kept_rows : (kept_rows / 2 + group_rows - 1) / group_rows * group_rows;
   }
 
-  __device__ Chunk operator[](int i) const {
+  __device__ Stage operator[](int i) const {
     if (i < 0 || i >= count) return {0, 0};
     const int rows = i < 2 ? first_rows_ : kept_rows_;
-    return i % 2 == 0 ? Chunk{0, min(rows, part_)} : Chunk{part_, max(rows - part_, 0)};
+    return i % 2 == 0 ? Stage{0, min(rows, part_)} : Stage{part_, max(rows - part_, 0)};
   }
   __device__ bool stays(int i) const { return i >= count - 2; }
 
@@ -56,14 +56,14 @@ class Chunks {
   int part_;        // at most, of the first one of two
 };
 
-// Rows of some tensors, and their bits of a mask. A thread's rows go through it in chunks, of which the last two stay,
-// until all have been there once and they come again from the end. When a chunk has been read the one after the next is
+// Rows of some tensors, and their bits of a mask. A thread's rows go through it in stages, of which the last two stay,
+// until all have been there once and they come again from the end. When a stage has been read the one after the next is
 // fetched to its place.
 //
 // Copies are committed in groups, so that rows are read while later ones are still on their way. An instruction that
-// waits names, as a constant, how many groups may be left. A chunk has kGroups at least, if need be without copies; the
-// next chunk is fetched before the first of them is awaited; and each wait commits one more. So kLeft may be left at
-// each wait. If a chunk has more groups, as with narrow accesses, or if waits for the chunk before have committed some,
+// waits names, as a constant, how many groups may be left. A stage has kGroups at least, if need be without copies; the
+// next stage is fetched before the first of them is awaited; and each wait commits one more. So kLeft may be left at
+// each wait. If a stage has more groups, as with narrow accesses, or if waits for the stage before have committed some,
 // groups are awaited earlier than they need be.
 template <typename T, int kVector, int kTensors, bool kMasked = false>
 class Tile {
@@ -77,40 +77,40 @@ class Tile {
   }
 
   template <int kGroupRows>
-  __device__ Chunks chunks(int rows) const {
-    return Chunks(rows, plan_.kept_rows, kGroupRows);
+  __device__ Stages stages(int rows) const {
+    return Stages(rows, plan_.kept_rows, kGroupRows);
   }
 
-  // The first two chunks, or a later one, of which each kGroupRows rows are there after one wait_for_group() more.
+  // The first two stages, or a later one, of which each kGroupRows rows are there after one wait_for_group() more.
   template <int kGroupRows, bool kOneChannel>
-  __device__ void fetch_first(Walk<T, false, kOneChannel>& walk, const Chunks& chunks) const {
+  __device__ void fetch_first(Walk<T, false, kOneChannel>& walk, const Stages& stages) const {
 #pragma unroll 1
-    for (int i = 0; i < 2; ++i) fetch_in_groups<kGroupRows>(walk, chunks, i);
+    for (int i = 0; i < 2; ++i) fetch_in_groups<kGroupRows>(walk, stages, i);
   }
   template <int kGroupRows, bool kOneChannel>
-  __device__ void fetch_in_groups(Walk<T, false, kOneChannel>& walk, const Chunks& chunks, int i) const {
-    const Chunk chunk = chunks[i];
-    chunks.stays(i) ? fetch<kGroupRows, true>(walk, chunk) : fetch<kGroupRows, false>(walk, chunk);
-    for (int groups = chunk.rows / kGroupRows; groups < kGroups; ++groups) __pipeline_commit();
+  __device__ void fetch_in_groups(Walk<T, false, kOneChannel>& walk, const Stages& stages, int i) const {
+    const Stage stage = stages[i];
+    stages.stays(i) ? fetch<kGroupRows, true>(walk, stage) : fetch<kGroupRows, false>(walk, stage);
+    for (int groups = stage.rows / kGroupRows; groups < kGroups; ++groups) __pipeline_commit();
   }
   static __device__ void wait_for_group() {
     wait_until_left<kLeft>();
     __pipeline_commit();
   }
 
-  // On the way back, after chunk i, at whose end the walk is: chunk i - 2 is to come to its place. A chunk is there
-  // after wait_for_chunk(), while the next one is on its way.
+  // On the way back, after stage i, at whose end the walk is: stage i - 2 is to come to its place. A stage is there
+  // after wait_for_stage(), while the next one is on its way.
   template <bool kOneChannel>
-  __device__ void fetch_again(Walk<T, true, kOneChannel> walk, const Chunks& chunks, int i) const {
-    const Chunk chunk = chunks[i - 2];
-    if (chunk.rows > 0) {
+  __device__ void fetch_again(Walk<T, true, kOneChannel> walk, const Stages& stages, int i) const {
+    const Stage stage = stages[i - 2];
+    if (stage.rows > 0) {
 #pragma unroll 1
-      for (int row = chunks[i - 1].rows; row > 0; --row) walk.next(plan_);
-      fetch<kAllRows, true>(walk, chunk);
+      for (int row = stages[i - 1].rows; row > 0; --row) walk.next(plan_);
+      fetch<kAllRows, true>(walk, stage);
     }
     __pipeline_commit();
   }
-  static __device__ void wait_for_chunk() { wait_until_left<1>(); }
+  static __device__ void wait_for_stage() { wait_until_left<1>(); }
 
   // Where a row is; the next one is row_bytes() further.
   __device__ const unsigned char* place(int i) const { return own_ + i * row_bytes(); }
@@ -138,11 +138,11 @@ class Tile {
     return plan_.threads * kTensors * kVectorBytes - static_cast<int>(threadIdx.x) * (kVectorBytes - kMaskWordBytes);
   }
   template <int kGroupRows, bool kLast, bool kBackwards, bool kOneChannel>
-  __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, const Chunk& chunk) const {
+  __device__ void fetch(Walk<T, kBackwards, kOneChannel>& walk, const Stage& stage) const {
     const uint64_t policy = kLast ? kEvictFirst : plan_.evicts_last ? kEvictLast : kEvictNormal;
-    unsigned char* to = own_ + (kBackwards ? chunk.begin + chunk.rows - 1 : chunk.begin) * row_bytes();
+    unsigned char* to = own_ + (kBackwards ? stage.begin + stage.rows - 1 : stage.begin) * row_bytes();
 #pragma unroll 8
-    for (int i = 0; i < chunk.rows; ++i) {
+    for (int i = 0; i < stage.rows; ++i) {
 #pragma unroll
       for (int tensor = 0; tensor < kTensors; ++tensor) {
         copy(to + tensor * plan_.threads * kVectorBytes, walk.in(tensors_[tensor], walk.at), policy);

@@ -7,7 +7,7 @@ import pytest
 
 from . import build
 from .device import POLICIES, Device
-from .tiles import awaited_later, chunks
+from .tiles import awaited_later, stages
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -22,13 +22,13 @@ def device() -> Device:
     return Device(build.library([Path(__file__).parent / "tile.cu"]))
 
 
-def copied(device: Device, rows: int, kept: int, policy: str, group_of: int = -1, chunk: int = -1) -> tuple[bool, bool]:
-    """Whether all rows of x came to y, and back to z; without a wait for a group or a chunk if so wished."""
+def copied(device: Device, rows: int, kept: int, policy: str, group_of: int = -1, stage: int = -1) -> tuple[bool, bool]:
+    """Whether all rows of x came to y, and back to z; without a wait for a group or a stage if so wished."""
     device.reset()
     device.set_order(policy)
     x = np.random.default_rng(rows).standard_normal((rows, 128), np.float32)
     y, z = (device.output(name, x.shape, np.float32) for name in "yz")
-    device.call("rows", device.input("x", x), y, z, rows, kept, group_of, chunk)
+    device.call("rows", device.input("x", x), y, z, rows, kept, group_of, stage)
     return bool((y.array == x).all()), bool((z.array == x).all())
 
 
@@ -42,9 +42,9 @@ def test_rows_are_read_while_others_are_on_their_way(device: Device, rows: int, 
     assert device.counters("activation").bytes_awaited_later == awaited_later(rows, kept, GROUP_ROWS) * 128 * 4
 
 
-def test_a_chunk_is_on_its_way_while_another_one_is_read() -> None:
+def test_a_stage_is_on_its_way_while_another_one_is_read() -> None:
     """In the sums and on the way back, of 13 rows at a time: 8 of each 13, or the other 5."""
-    assert chunks(26, 13, GROUP_ROWS) == [8, 5, 8, 5]
+    assert stages(26, 13, GROUP_ROWS) == [8, 5, 8, 5]
     there = awaited_later(26, 13, GROUP_ROWS, goes_back=False)
     assert (there, awaited_later(26, 13, GROUP_ROWS) - there) == (4 + 5 + 5 + 8 + 8 + 5 + 5, 5 + 8)
     assert awaited_later(13, 13, GROUP_ROWS) == 9 + 5 + 1
@@ -52,9 +52,9 @@ def test_a_chunk_is_on_its_way_while_another_one_is_read() -> None:
 
 @pytest.mark.parametrize(("rows", "kept"), [(1, 1), (5, 5), (25, 25), (64, 64), *SPILLING[:-1]])
 def test_a_wait_too_few_is_noticed(device: Device, rows: int, kept: int) -> None:
-    sizes = chunks(rows, kept, GROUP_ROWS)
+    sizes = stages(rows, kept, GROUP_ROWS)
     for i in (i for i, size in enumerate(sizes) if size > 0):
         for policy in ("ascending", "descending"):
             assert not copied(device, rows, kept, policy, group_of=i)[0]
             refetched = i < len(sizes) - 2
-            assert copied(device, rows, kept, policy, chunk=i) == (True, not refetched)
+            assert copied(device, rows, kept, policy, stage=i) == (True, not refetched)

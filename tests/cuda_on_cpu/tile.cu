@@ -10,33 +10,33 @@ namespace {
 
 constexpr int kGroupRows = 4;
 
-// Does without the first wait for a group of that chunk, or without its wait on the way back.
+// Does without the first wait for a group of that stage, or without its wait on the way back.
 struct Skipped {
   int group_of;
-  int chunk;
+  int stage;
 };
 
 __global__ void rows_kernel(const Plan plan, const float* x, float* y, float* z, const Skipped skipped) {
   const Tile<float, 4, 1> tile(plan, 0, {x});
   Walk<float, false, false> from(plan, {0, 0}, x), to(plan, {0, 0}, y);
-  const Chunks chunks = tile.chunks<kGroupRows>(from.rows);
-  tile.fetch_first<kGroupRows>(from, chunks);
-  for (int chunk = 0; chunk < chunks.count; ++chunk) {
-    for (int i = 0; i < chunks[chunk].rows; ++i) {
-      if (i % kGroupRows == 0 && (i > 0 || chunk != skipped.group_of)) tile.wait_for_group();
-      store_last(to.in(y, to.at), tile.row(0, tile.place(chunks[chunk].begin + i)));
+  const Stages stages = tile.stages<kGroupRows>(from.rows);
+  tile.fetch_first<kGroupRows>(from, stages);
+  for (int stage = 0; stage < stages.count; ++stage) {
+    for (int i = 0; i < stages[stage].rows; ++i) {
+      if (i % kGroupRows == 0 && (i > 0 || stage != skipped.group_of)) tile.wait_for_group();
+      store_last(to.in(y, to.at), tile.row(0, tile.place(stages[stage].begin + i)));
       to.next(plan);
     }
-    tile.fetch_in_groups<kGroupRows>(from, chunks, chunk + 2);
+    tile.fetch_in_groups<kGroupRows>(from, stages, stage + 2);
   }
   Walk<float, true, false> back(plan, {0, 0}, z);
-  for (int chunk = chunks.count - 1; chunk >= 0; --chunk) {
-    if (chunk != skipped.chunk) tile.wait_for_chunk();
-    for (int i = chunks[chunk].rows - 1; i >= 0; --i) {
-      store_last(back.in(z, back.at), tile.row(0, tile.place(chunks[chunk].begin + i)));
+  for (int stage = stages.count - 1; stage >= 0; --stage) {
+    if (stage != skipped.stage) tile.wait_for_stage();
+    for (int i = stages[stage].rows - 1; i >= 0; --i) {
+      store_last(back.in(z, back.at), tile.row(0, tile.place(stages[stage].begin + i)));
       back.next(plan);
     }
-    tile.fetch_again(back, chunks, chunk);
+    tile.fetch_again(back, stages, stage);
   }
 }
 
@@ -45,7 +45,7 @@ __global__ void rows_kernel(const Plan plan, const float* x, float* y, float* z,
 
 // x, y, z: (rows, 4 * 32), of which so many are kept.
 extern "C" const char* rows(
-    const float* x, float* y, float* z, int64_t rows, int64_t kept, int64_t skipped_group_of, int64_t skipped_chunk) {
+    const float* x, float* y, float* z, int64_t rows, int64_t kept, int64_t skipped_group_of, int64_t skipped_stage) {
   return cuda_on_cpu::reported([&] {
     bn_ext::cuda::Plan plan{};
     plan.slices = plan.segments = plan.teams = plan.image_rows = plan.row_lanes = 1;
@@ -58,7 +58,7 @@ extern "C" const char* rows(
     config.gridDim = 1;
     config.blockDim = unsigned(plan.threads);
     config.dynamicSmemBytes = size_t(kept) * plan.threads * 16;
-    const bn_ext::cuda::Skipped skipped = {int(skipped_group_of), int(skipped_chunk)};
+    const bn_ext::cuda::Skipped skipped = {int(skipped_group_of), int(skipped_stage)};
     const cudaError_t error = cudaLaunchKernelEx(&config, bn_ext::cuda::rows_kernel, plan, x, y, z, skipped);
     if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
   });

@@ -4,8 +4,8 @@ GROUPS = 8
 """Tile's kGroups."""
 
 
-def chunks(rows: int, kept: int, group_rows: int) -> list[int]:
-    """Rows of each of a thread's chunks: one and none if all are kept; otherwise two for each `kept` rows."""
+def stages(rows: int, kept: int, group_rows: int) -> list[int]:
+    """Rows of each of a thread's stages: one and none if all are kept; otherwise two for each `kept` rows."""
     if rows <= kept:
         return [rows, 0]
     part = -(-(kept // 2) // group_rows) * group_rows
@@ -15,7 +15,7 @@ def chunks(rows: int, kept: int, group_rows: int) -> list[int]:
 
 def awaited_later(rows: int, kept: int, group_rows: int, goes_back: bool = True) -> int:
     """Rows of a thread that are on their way still after a wait for others, added up over its waits."""
-    sizes = chunks(rows, kept, group_rows)
+    sizes = stages(rows, kept, group_rows)
     groups: list[int] = []  # of rows, committed
     rest = 0  # rows that are in no group yet
     left_by_waits = 0
