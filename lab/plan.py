@@ -8,8 +8,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 480.0
 """Seconds of a GPU that all items together may take."""
-TEAMS, EARLY, TUNING = "BN_EXT_CUDA_TEAMS", "BN_EXT_CUDA_EARLY", "BN_EXT_CUDA_TUNING"
-SWITCHES = (TEAMS, EARLY, TUNING)
+TEAMS, PDL, TUNING = "BN_EXT_CUDA_TEAMS", "BN_EXT_CUDA_PDL", "BN_EXT_CUDA_TUNING"
+SWITCHES = (TEAMS, PDL, TUNING)
 
 ITEMS = {
     1: "phase clock: how long a block takes from which mark to which",
@@ -81,8 +81,8 @@ def all_runs() -> Iterator[Run]:
     for name in ("evict_last=1", "evict_last=0"):
         yield counters(5, f"{name}: counters", SPILLING, "cache", "batch_norm", **{TUNING: name})
     yield Run(6, "calls of CUDA", "program", (), 12, {}, "nvcc")
-    for early in ("1", "0"):
-        yield Run(6, f"early={early}", "calls", SMALL, 14, {EARLY: early})
+    for pdl in ("1", "0"):
+        yield Run(6, f"pdl={pdl}", "calls", SMALL, 14, {PDL: pdl})
 
 
 def chosen(items: Iterable[int], done: Iterable[tuple[int, str]] = ()) -> list[Run]:

@@ -7,7 +7,7 @@
 # The steps, in their order:
 #   build        for this GPU, unless an earlier call into the folder did so from the same sources; USE_BUILT=1 takes the
 #                extension (and the kernels_driver_program) that is built in this checkout
-#   verify       bn_ext against float64 on the GPU, with all teams, with the smaller ones, and without early starts
+#   verify       bn_ext against float64 on the GPU, with all teams, with smaller ones, and without PDL
 #   kernels      every kernel on small tensors: tests/kernels_driver
 #   grids        two cooperative grids at a time, before anything else could hang on them
 #   tests        the suite on the GPU
@@ -176,10 +176,10 @@ fi || stop "without a build there is nothing to check"
 if wanted verify; then
   verify=("$python" -m bn_ext verify --device cuda)
   step verify 60 "${verify[@]}"
-  for teams in none block cluster; do # where verify fails, which teams it takes to fail, and whether early starts
+  for teams in none block cluster; do # which teams, or PDL, does a failure of verify take?
     step "verify-$teams" 30 env BN_EXT_CUDA_TEAMS="$teams" "${verify[@]}"
   done
-  step verify-late 30 env BN_EXT_CUDA_EARLY=0 "${verify[@]}"
+  step verify-no-pdl 30 env BN_EXT_CUDA_PDL=0 "${verify[@]}"
 fi
 
 # make_driver: builds the program that runs every kernel, unless it is there; at most one attempt.

@@ -99,7 +99,7 @@ def check_listed(registers: set[tuple[str, str, int]]) -> None:
 
 
 def check_waits(machine_code: str, titles: dict[str, str]) -> None:
-    """A kernel that may start early waits before its first access to global memory.
+    """A kernel that may be launched with PDL waits before its first access to global memory.
 
     The compiler may move a load through ``__ldg`` ahead of the wait: it takes the memory for one that nobody writes.
     """

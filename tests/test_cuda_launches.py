@@ -38,9 +38,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def early_and_late(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    """Two processes; in the second one no kernel starts early."""
-    pair = Workers(tmp_path_factory.mktemp("early_and_late"))
+def with_and_without_pdl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Two processes; the second one disables PDL."""
+    pair = Workers(tmp_path_factory.mktemp("with_and_without_pdl"))
     yield pair
     pair.stop()
 
@@ -62,7 +62,7 @@ def job_stress(
     where a kernel starts before torch's kernel in front of it has ended.
     """
     if rank == 1:
-        os.environ["BN_EXT_CUDA_EARLY"] = "0"  # which the first call looks at
+        os.environ["BN_EXT_CUDA_PDL"] = "0"  # which the first call looks at
     x, dy = inputs(shape, dtype, torch.contiguous_format)
     given = [torch.randn(shape, device="cuda").to(dtype) for _ in range(4)]
     module = bn_ext.BatchNorm2d(shape[1], momentum=momentum, device="cuda")
@@ -100,18 +100,18 @@ def job_stress(
 @pytest.mark.parametrize("side", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize(("shape", "dtype"), STRESSED)
-def test_early_starts_under_stress(
+def test_pdl_changes_no_bits_under_stress(
     device: str,
-    early_and_late: Workers,
+    with_and_without_pdl: Workers,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     momentum: float | None,
     side: bool,
 ) -> None:
-    """Teams, and with momentum=None the general kernels, between torch's kernels: the bits of late starts."""
-    early, late = early_and_late.run(job_stress, shape, dtype, momentum, side, limit=LIMIT)
-    assert early[0] == late[0] == 0
-    assert early[1] == late[1]
+    """Teams, and with momentum=None the multi-kernel path, between torch's kernels: the same bits without PDL."""
+    pdl, usual = with_and_without_pdl.run(job_stress, shape, dtype, momentum, side, limit=LIMIT)
+    assert pdl[0] == usual[0] == 0
+    assert pdl[1] == usual[1]
 
 
 def job_first_use(_: int, momentum: float | None) -> None:

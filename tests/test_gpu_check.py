@@ -130,7 +130,7 @@ def check(tmp_path: Path) -> Check:
 def test_steps_that_are_asked_for(check: Check) -> None:
     done = check("verify", "benchmark", BENCH_SECONDS="77")
     assert done.returncode == 0, done.stdout + done.stderr
-    names = ["build", "verify", "verify-none", "verify-block", "verify-cluster", "verify-late", "benchmark"]
+    names = ["build", "verify", "verify-none", "verify-block", "verify-cluster", "verify-no-pdl", "benchmark"]
     assert check.results() == dict.fromkeys(names, "passed")
     assert f"benchmarks --resume --budget 77 --json {check.folder}/batch_norm.json" in check.log("benchmark")
     assert "bn_ext verify --device cuda" in check.log("verify")
@@ -147,7 +147,7 @@ def test_two_calls_cover_the_steps_of_a_short_lease(check: Check) -> None:
     objects = [path.relative_to(cuda).with_suffix(".o") for path in sources]
     for file in ("bn_ext/_C.so", "bn_ext/_build_config.py", *(f"build/temp.x/csrc/cuda/{name}" for name in objects)):
         check.makes(file)
-    verify = ["verify", "verify-none", "verify-block", "verify-cluster", "verify-late"]
+    verify = ["verify", "verify-none", "verify-block", "verify-cluster", "verify-no-pdl"]
     tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
     names = {
         "first": ["build", *verify, "driver", "kernels", "grids", "tests"],

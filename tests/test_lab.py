@@ -67,9 +67,9 @@ def test_switches_are_the_packages() -> None:
 def test_a_run_has_its_own_switches_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plan.TEAMS, "none")
     monkeypatch.setenv("BN_EXT_CPU_CACHE_BYTES", "7")
-    environment = first_minutes.environment_of(Run(6, "", "calls", (), 1, {plan.EARLY: "0"}))
+    environment = first_minutes.environment_of(Run(6, "", "calls", (), 1, {plan.PDL: "0"}))
     switches = {name: environment[name] for name in plan.SWITCHES if name in environment}
-    assert switches == {plan.EARLY: "0"}
+    assert switches == {plan.PDL: "0"}
     assert environment["BN_EXT_CPU_CACHE_BYTES"] == "7"
 
 

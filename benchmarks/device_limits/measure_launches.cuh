@@ -18,7 +18,7 @@ inline __device__ unsigned own_multiprocessor() {
 }
 
 // Does nothing, after what the package's kernels do first.
-__global__ void empty_kernel() { bn_ext::cuda::wait_for_earlier_kernels(); }
+__global__ void empty_kernel() { bn_ext::cuda::pdl_wait(); }
 
 // Most blocks of this grid that were on each multiprocessor at a time: most[i] of the i-th one. `here` is zero. Each
 // block stays for so many cycles. Any grid; moves next to nothing.
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) chain_kernel(const uint4* x, uint4* 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (kTriggers) cudaTriggerProgrammaticLaunchCompletion();
 #endif
-  bn_ext::cuda::wait_for_earlier_kernels();
+  bn_ext::cuda::pdl_wait();
   for (int64_t i = global_thread(); i < vectors; i += int64_t(gridDim.x) * kThreads) __stwb(y + i, __ldcg(x + i));
 }
 

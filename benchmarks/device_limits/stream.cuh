@@ -59,7 +59,7 @@ struct Stream {
 // reads kRows vectors before it uses the first. Moves 16 bytes per vector, input and output.
 template <int kInputs, bool kWrites, Hint kHint, int kRows>
 __global__ void __launch_bounds__(kThreads) stream_kernel(const Stream s) {
-  bn_ext::cuda::wait_for_earlier_kernels();
+  bn_ext::cuda::pdl_wait();
   const int64_t chunks = s.vectors / (kThreads * kRows);
   unsigned sum = 0;
   for (int64_t turn = blockIdx.x; turn < chunks; turn += gridDim.x) {

@@ -28,7 +28,7 @@ constexpr int bytes_of_input(Variant variant) { return variant <= Variant::kRelu
 template <typename T, int kVector, bool kOneChannel, Variant kVariant, bool kWrites>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_sums_kernel(const Plan plan, const BackwardParams p, GradSums* partials) {
-  wait_for_earlier_kernels();
+  pdl_wait();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   using Gradients = Gradient<T, kVector, kVariant, false>;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) finalise_gradients_kernel(
     const Plan plan, int lanes, const BackwardParams p, const GradSums* partials, acc_t<T>* coefficients) {
-  wait_for_earlier_kernels();
+  pdl_wait();
   using A = acc_t<T>;
   const ChannelSums<GradSums> sums(plan, lanes, partials);
   SavedScale saved = {};
@@ -108,7 +108,7 @@ __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficie
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_input_kernel(const Plan plan, const BackwardParams p, const acc_t<T>* coefficients) {
-  wait_for_earlier_kernels();
+  pdl_wait();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   using Gradients = Gradient<T, kVector, kVariant, true>;

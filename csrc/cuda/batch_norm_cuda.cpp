@@ -58,13 +58,13 @@ Machine ask_machine(int device) {
                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
                      /*clusters=*/is_hopper_or_newer,
                      attribute(cudaDevAttrCooperativeLaunch, device) != 0,
-                     /*early_starts=*/is_hopper_or_newer};
+                     /*pdl=*/is_hopper_or_newer};
   const char* largest = std::getenv("BN_EXT_CUDA_TEAMS");
   TORCH_CHECK(largest == nullptr || limit_teams(largest, machine),
               "BN_EXT_CUDA_TEAMS must be none, block, cluster or grid, got ",
               largest);
-  const char* early = std::getenv("BN_EXT_CUDA_EARLY");
-  TORCH_CHECK(early == nullptr || choose_early_starts(early, machine), "BN_EXT_CUDA_EARLY must be 0 or 1, got ", early);
+  const char* pdl = std::getenv("BN_EXT_CUDA_PDL");
+  TORCH_CHECK(pdl == nullptr || choose_pdl(pdl, machine), "BN_EXT_CUDA_PDL must be 0 or 1, got ", pdl);
   const char* tuning = std::getenv("BN_EXT_CUDA_TUNING");
   TORCH_CHECK(tuning == nullptr || tune(tuning, machine),
               "BN_EXT_CUDA_TUNING must be like stagger=0,prefetch=0.5 (stagger, evict_last, keep_results and "

@@ -228,7 +228,7 @@ inline Grid grid_of_teams(const Plan& plan, int tensors, size_t value_bytes) {
   const int cluster_blocks = plan.team == Team::kCluster ? static_cast<int>(plan.segments) : 1;
   const size_t shared_bytes = ResidentMemory(plan, tensors, value_bytes).bytes;
   const bool cooperative = plan.team == Team::kGrid;
-  return {plan.blocks(), plan.threads, shared_bytes, cluster_blocks, cooperative, plan.starts_early && !cooperative};
+  return {plan.blocks(), plan.threads, shared_bytes, cluster_blocks, cooperative, plan.uses_pdl && !cooperative};
 }
 
 }  // namespace bn_ext::cuda

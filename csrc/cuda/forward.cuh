@@ -27,7 +27,7 @@ __device__ Affine<A> affine_of_running(const ForwardParams& p, int64_t channel, 
 // z once, writes y once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) apply_kernel(const Plan plan, const ForwardParams p) {
-  wait_for_earlier_kernels();
+  pdl_wait();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   const Block block = block_of(plan, gridDim.x - 1 - blockIdx.x);

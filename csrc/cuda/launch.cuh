@@ -35,7 +35,7 @@ constexpr size_t kUnaskedSharedBytes = 48 * 1024;
 
 // A kernel that is launched to start early must call this before it touches global memory: it may run while the kernel
 // before it on the stream is at its end.
-inline __device__ void wait_for_earlier_kernels() {
+inline __device__ void pdl_wait() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
@@ -48,11 +48,11 @@ struct Grid {
   size_t shared_bytes = 0;
   int cluster_blocks = 1;
   bool cooperative = false;
-  bool starts_early = false;
+  bool uses_pdl = false;
 };
 
 // Whether kernels may start early in graphs too: from CUDA 12.3 on, of the toolkit and of the driver.
-inline bool graphs_start_early() {
+inline bool graphs_use_pdl() {
   thread_local const bool they_do = [] {
     constexpr int kFirst = 12030;
     int driver = 0;
@@ -80,7 +80,7 @@ class LaunchConfig {
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
     }
-    if (grid.starts_early && (graphs_start_early() || !is_captured(stream))) {
+    if (grid.uses_pdl && (graphs_use_pdl() || !is_captured(stream))) {
       cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -39,9 +39,9 @@ bool limit_teams(const char* largest, Machine& machine) {
   return name == "none";
 }
 
-bool choose_early_starts(const char* choice, Machine& machine) {
+bool choose_pdl(const char* choice, Machine& machine) {
   const std::string_view name = choice;
-  if (name == "0") machine.early_starts = false;
+  if (name == "0") machine.pdl = false;
   return name == "0" || name == "1";
 }
 

@@ -40,7 +40,7 @@ class Pass {
   template <typename Kernel, typename... Arguments>
   void next(Kernel* kernel, int64_t blocks, int threads, size_t shared_bytes, const Arguments&... arguments) {
     if (error_ != cudaSuccess) return;
-    const Grid grid = {blocks, threads, shared_bytes, 1, false, plan_.starts_early};
+    const Grid grid = {blocks, threads, shared_bytes, 1, false, plan_.uses_pdl};
     error_ = launches_ ? launch(kernel, grid, stream_, arguments...) : load(kernel);
   }
 

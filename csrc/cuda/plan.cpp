@@ -166,7 +166,7 @@ Plan plan_with_slices(const Request& request, int line, const Machine& machine) 
   plan.step_rows = static_cast<int>(plan.row_lanes % plan.image_rows);
   plan.step_offset = plan.row_lanes / plan.image_rows * plan.pitch + int64_t(plan.step_rows) * plan.vector;
   plan.wrap_offset = plan.pitch - plan.image_rows * plan.vector;
-  plan.starts_early = machine.early_starts;
+  plan.uses_pdl = machine.pdl;
   choose_partials(plan);
   choose_segments(plan, machine);
   return plan;

@@ -47,7 +47,7 @@ struct Machine {
   int shared_bytes = 0;       // of a multiprocessor, for all its blocks
   bool clusters = false;      // whether blocks may be launched in clusters
   bool cooperative = false;   // whether a grid's blocks may wait for each other
-  bool early_starts = false;  // whether a kernel may start while the one before it on the stream ends
+  bool pdl = false;  // whether a kernel may start while the one before it on the stream ends
   // By choice, for the model prefers it:
   bool staggers = true;                      // whether half of the teams begin later
   int prefetched_quarters = 2;               // of a team's next slice, which come to the L2 cache while the team waits
@@ -68,7 +68,7 @@ struct Machine {
 bool limit_teams(const char* largest, Machine& machine);
 
 // With early starts where the machine has them, "1", or without, "0"; false if the choice is neither.
-bool choose_early_starts(const char* choice, Machine& machine);
+bool choose_pdl(const char* choice, Machine& machine);
 
 // By "stagger=0,prefetch=0.25", in any number and order; false if there is no such name or value.
 bool tune(const char* choices, Machine& machine);
@@ -131,7 +131,7 @@ struct Plan {
   int stagger_ns;           // by so much; 0: all begin at once
   int prefetched_rows;      // of each thread, of a team's next slice
   Team team;
-  bool starts_early;  // kernels may start while the one before them ends
+  bool uses_pdl;  // kernels may start while the one before them ends
   bool one_channel;   // all values of a thread belong to one channel
   bool whole_bytes;   // rows of slices are whole bytes of a mask, in memory: no two slices share one
   bool keeps_mask;    // a mask's bits of kept rows stay on chip too: for each vector the word that has them

@@ -46,14 +46,14 @@ inline auto key_of(const Machine& machine) {
                shared_bytes,
                clusters,
                cooperative,
-               early_starts,
+               pdl,
                staggers,
                prefetched,
                half_chip,
                evict_last,
                keep_results,
                three_kernels] = machine;
-  return std::make_tuple(key_words(multiprocessors, shared_bytes, clusters, cooperative, early_starts),
+  return std::make_tuple(key_words(multiprocessors, shared_bytes, clusters, cooperative, pdl),
                          key_words(staggers, prefetched, half_chip, evict_last, keep_results, three_kernels));
 }
 inline auto key_of(const ForwardParams& p) {

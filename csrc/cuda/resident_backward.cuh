@@ -26,7 +26,7 @@ constexpr int rows_to_write(Variant variant) {
 template <typename T, int kVector, bool kOneChannel, Variant kVariant, bool kMasked>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     resident_backward_kernel(const Plan plan, const BackwardParams p, const Workspace workspace) {
-  wait_for_earlier_kernels();
+  pdl_wait();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   const ResidentMemory memory(plan, kTensors, sizeof(T));

@@ -20,7 +20,7 @@ constexpr int kTensors = 1;  // in tiles
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     resident_forward_kernel(const Plan plan, const ForwardParams p, const Workspace workspace) {
-  wait_for_earlier_kernels();
+  pdl_wait();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
   const ResidentMemory memory(plan, kTensors, sizeof(T));

@@ -140,7 +140,7 @@ inline __device__ void count_batch(int64_t* num_batches_tracked) {
 template <typename T, int kVector, bool kOneChannel>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
-  wait_for_earlier_kernels();
+  pdl_wait();
   const Block block = block_of(plan, blockIdx.x);
   Walk<T, false, kOneChannel> walk(plan, block, x);
   count_batch(num_batches_tracked);
@@ -263,7 +263,7 @@ __device__ void store_statistics(const ForwardParams& p,
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     finalise_statistics_kernel(const Plan plan, int lanes, const ForwardParams p, const Moments* partials) {
-  wait_for_earlier_kernels();
+  pdl_wait();
   const ChannelSums<Moments> sums(plan, lanes, partials);
   WeightAndBias own = {};
   if (sums.is_first()) own = load_weight_and_bias(p, sums.channel);

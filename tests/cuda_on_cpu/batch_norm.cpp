@@ -62,9 +62,9 @@ const char* batch_norm_limit_teams(const char* largest, cuda::Machine* machine) 
   });
 }
 
-const char* batch_norm_choose_early_starts(const char* choice, cuda::Machine* machine) {
+const char* batch_norm_choose_pdl(const char* choice, cuda::Machine* machine) {
   return reported([&] {
-    if (!cuda::choose_early_starts(choice, *machine)) throw Fault("neither 0 nor 1");
+    if (!cuda::choose_pdl(choice, *machine)) throw Fault("neither 0 nor 1");
   });
 }
 

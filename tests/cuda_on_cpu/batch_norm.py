@@ -51,7 +51,7 @@ MACHINE: ContextVar[Machine] = ContextVar("MACHINE", default=GENERAL)
 def with_multiprocessors(count: int) -> Machine:
     """That machine with so many of them."""
     machine = MACHINE.get()
-    return Machine(count, machine.shared_bytes, machine.clusters, machine.cooperative, machine.early_starts)
+    return Machine(count, machine.shared_bytes, machine.clusters, machine.cooperative, machine.pdl)
 
 
 @dataclass(frozen=True)

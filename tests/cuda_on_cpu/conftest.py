@@ -9,7 +9,7 @@ from .structs import GENERAL, OF_H200, SMALL, Machine
 
 PATHS = {
     "general": GENERAL,
-    "block": Machine(1, OF_H200, early_starts=True),
+    "block": Machine(1, OF_H200, pdl=True),
     "cluster": SMALL,
     "grid": Machine(SMALL.multiprocessors, SMALL.shared_bytes, False, True),
 }

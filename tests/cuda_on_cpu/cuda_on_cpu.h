@@ -76,7 +76,7 @@ int last_error();
 void set_capture(bool captures, int driver_version);
 
 // Calls of the host's functions of CUDA that describe or use the device, in their order, since the last reset or
-// clear_calls: a name each, that of a launch with its attributes, "cudaLaunchKernelEx cluster early".
+// clear_calls: a name each, that of a launch with its attributes, "cudaLaunchKernelEx cluster pdl".
 const std::vector<std::string>& calls();
 void clear_calls();
 

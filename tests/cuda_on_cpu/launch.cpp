@@ -34,7 +34,7 @@ struct Device {
 
 struct Attributes {
   bool cooperative = false;
-  bool starts_early = false;
+  bool uses_pdl = false;
   unsigned cluster_blocks = 1;
 };
 
@@ -72,7 +72,7 @@ Attributes attributes_of(const cudaLaunchConfig_t& config) {
       if (value.clusterDim.y != 1 || value.clusterDim.z != 1) throw Fault("this harness knows clusters along x only");
       attributes.cluster_blocks = value.clusterDim.x;
     } else if (id == cudaLaunchAttributeProgrammaticStreamSerialization) {
-      attributes.starts_early = value.programmaticStreamSerializationAllowed != 0;
+      attributes.uses_pdl = value.programmaticStreamSerializationAllowed != 0;
     } else if (id != cudaLaunchAttributeIgnore) {
       throw Fault("this harness does not know launch attribute " + std::to_string(id));
     }
@@ -120,7 +120,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
   if (current) scheduler.fault("a kernel cannot launch a kernel");
   const Attributes attributes = attributes_of(config);
   record(std::string("cudaLaunchKernelEx") + (attributes.cluster_blocks > 1 ? " cluster" : "") +
-         (attributes.cooperative ? " cooperative" : "") + (attributes.starts_early ? " early" : ""));
+         (attributes.cooperative ? " cooperative" : "") + (attributes.uses_pdl ? " pdl" : ""));
   const cudaError_t error = refusal(config, attributes, function);
   if (error != cudaSuccess) return device().last_error = error;
   if (const cudaError_t refused = wished(Call::launch); refused != cudaSuccess) return refused;
@@ -130,7 +130,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
                       config.blockDim,
                       attributes.cluster_blocks,
                       attributes.cooperative,
-                      attributes.starts_early,
+                      attributes.uses_pdl,
                       config.dynamicSmemBytes,
                       body,
                       arguments};

@@ -121,7 +121,7 @@ void Scheduler::start_block(Block& block, std::uint64_t number) {
     thread.fibre = nullptr;
     thread.accesses.assign(memory_->streams(), 0);
     thread.has_arrived = false;
-    thread.waits_for_launches = launch_->starts_early;
+    thread.waits_for_launches = launch_->uses_pdl;
     thread.writes_seen = ~std::uint64_t{0};
     thread.copies.assign(1, {});
     make_ready(thread);

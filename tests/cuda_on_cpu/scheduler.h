@@ -91,7 +91,7 @@ struct Launch {
   dim3 block;
   unsigned cluster_blocks;
   bool cooperative;
-  bool starts_early;
+  bool uses_pdl;
   std::size_t shared_bytes;
   void (*kernel)(void*);
   void* arguments;

@@ -105,7 +105,7 @@ class Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _INT64),
         *((name, ctypes.c_int) for name in _INT),
-        ("starts_early", ctypes.c_bool),
+        ("uses_pdl", ctypes.c_bool),
         ("one_channel", ctypes.c_bool),
         ("whole_bytes", ctypes.c_bool),
         ("keeps_mask", ctypes.c_bool),
@@ -142,7 +142,7 @@ class Machine(ctypes.Structure):
         ("shared_bytes", ctypes.c_int),
         ("clusters", ctypes.c_bool),
         ("cooperative", ctypes.c_bool),
-        ("early_starts", ctypes.c_bool),
+        ("pdl", ctypes.c_bool),
         ("staggers", ctypes.c_bool),
         ("prefetched_quarters", ctypes.c_int),
         ("half_chip", ctypes.c_int),
@@ -179,7 +179,7 @@ class Request(ctypes.Structure):
 OF_H200 = 228 * 1024
 """Bytes of shared memory that a multiprocessor of an H200 has."""
 
-GENERAL = Machine(1, early_starts=True)
+GENERAL = Machine(1, pdl=True)
 """Where no slice stays on chip."""
 H200 = Machine(132, OF_H200, True, True, True)
 """With no choice that rests on the model of times, as the machines of all tests that do not say otherwise."""

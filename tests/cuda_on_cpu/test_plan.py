@@ -148,35 +148,35 @@ def test_huge_tensors(shape: Shape, value_bytes: int) -> None:
     assert plan.plane == (1 if shape.channels_last else min(shape.s, 2**30))
 
 
-@pytest.mark.parametrize(("choice", "early"), [(None, True), ("1", True), ("0", False)])
+@pytest.mark.parametrize(("choice", "uses_pdl"), [(None, True), ("1", True), ("0", False)])
 @pytest.mark.parametrize("resident_tiles", [0, 1])
-def test_early_starts_have_a_switch_of_their_own(choice: str | None, early: bool, resident_tiles: int) -> None:
-    """BN_EXT_CUDA_EARLY: for tensors of every size, whether there are teams or not, and of nothing else in the plan."""
+def test_pdl_switch_changes_nothing_else_in_the_plan(choice: str | None, uses_pdl: bool, resident_tiles: int) -> None:
+    """BN_EXT_CUDA_PDL acts on tensors of every size, with and without teams."""
     for n in (1, 32, 256):
         shape = Shape(n, 64, 56 * 56, False)
         machine = Machine(132, OF_H200, True, True, True)
         expected = kernels().make_plan(shape, 2, 16, machine, False, resident_tiles)
         if choice is not None:
-            kernels().device.call("batch_norm_choose_early_starts", choice, ctypes.byref(machine))
+            kernels().device.call("batch_norm_choose_pdl", choice, ctypes.byref(machine))
         plan = kernels().make_plan(shape, 2, 16, machine, False, resident_tiles)
-        assert expected.starts_early
-        assert plan.starts_early == early
-        plan.starts_early = True
+        assert expected.uses_pdl
+        assert plan.uses_pdl == uses_pdl
+        plan.uses_pdl = True
         assert bytes(plan) == bytes(expected)
         without = kernels().make_plan(shape, 2, 16, machine.without_teams, False, resident_tiles)
-        assert without.starts_early == early
+        assert without.uses_pdl == uses_pdl
 
 
-def test_no_early_starts_on_a_machine_without_them() -> None:
+def test_no_pdl_on_a_machine_without_it() -> None:
     machine = Machine(132, OF_H200, True, True)
-    kernels().device.call("batch_norm_choose_early_starts", "1", ctypes.byref(machine))
-    assert not kernels().make_plan(Shape(1, 64, 49, False), 2, 16, machine).starts_early
+    kernels().device.call("batch_norm_choose_pdl", "1", ctypes.byref(machine))
+    assert not kernels().make_plan(Shape(1, 64, 49, False), 2, 16, machine).uses_pdl
 
 
 @pytest.mark.parametrize("choice", ["", "2", "off", "10", "1 "])
-def test_no_such_choice_of_early_starts(choice: str) -> None:
+def test_invalid_choice_of_pdl_is_rejected(choice: str) -> None:
     with pytest.raises(Fault, match="neither 0 nor 1"):
-        kernels().device.call("batch_norm_choose_early_starts", choice, ctypes.byref(Machine(1)))
+        kernels().device.call("batch_norm_choose_pdl", choice, ctypes.byref(Machine(1)))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ LAYOUTS_OF_TORCH = {"contiguous": "contiguous_format", "channels_last": "channel
 KIB = 1024
 
 # Small devices and tensors, by the teams that they lead to.
-ONE = Machine(1, OF_H200, early_starts=True)
+ONE = Machine(1, OF_H200, pdl=True)
 CLUSTERS = Machine(4, 64 * KIB, True, False, True)
 GRIDS = Machine(4, 64 * KIB, False, True)
 TEAMS = {

@@ -32,12 +32,12 @@ LARGE_CLUSTERS, LARGE_GRIDS = Machine(4, OF_H200, True, True, True), Machine(4, 
 
 # A machine and a shape; what the first forward pass of a thread asks for, what the second one does.
 WAYS = {
-    "none": (GENERAL, (8, 64, 14, 14), [*LOADED * 3, VERSION, *[f"{LAUNCH} early"] * 3]),
-    "block": (ONE, (32, 4, 20, 20), [*ATTRIBUTES, VERSION, f"{LAUNCH} early"]),
+    "none": (GENERAL, (8, 64, 14, 14), [*LOADED * 3, VERSION, *[f"{LAUNCH} pdl"] * 3]),
+    "block": (ONE, (32, 4, 20, 20), [*ATTRIBUTES, VERSION, f"{LAUNCH} pdl"]),
     "cluster": (
         LARGE_CLUSTERS,
         (64, 2, 32, 32),
-        [*ATTRIBUTES, "cudaOccupancyMaxActiveClusters", "cudaGetDevice", VERSION, f"{LAUNCH} cluster early"],
+        [*ATTRIBUTES, "cudaOccupancyMaxActiveClusters", "cudaGetDevice", VERSION, f"{LAUNCH} cluster pdl"],
     ),
     "grid": (
         LARGE_GRIDS,
@@ -112,7 +112,7 @@ def test_attributes_are_set_once_for_a_kernel() -> None:
 
     first, second = in_a_thread(run)
     assert first.calls[: len(ATTRIBUTES)] == ATTRIBUTES
-    asked = ["cudaGetDevice", "cudaOccupancyMaxActiveClusters", "cudaGetDevice", f"{LAUNCH} cluster early"]
+    asked = ["cudaGetDevice", "cudaOccupancyMaxActiveClusters", "cudaGetDevice", f"{LAUNCH} cluster pdl"]
     assert second.calls == asked
 
 
@@ -166,13 +166,13 @@ def test_a_pass_that_fails_is_forgotten() -> None:
 
     first, second, after, last = in_a_thread(run_all)
     assert first == expected
-    assert second == last == [f"{LAUNCH} early"] * 3
+    assert second == last == [f"{LAUNCH} pdl"] * 3
     assert after == ["cudaGetDevice"] * 3 + second  # they are loaded still
 
 
 @pytest.mark.parametrize("machine", [GENERAL, ONE, CLUSTERS], ids=["general", "block", "cluster"])
 @pytest.mark.parametrize(
-    ("capture", "is_asked", "starts_early"),
+    ("capture", "is_asked", "uses_pdl"),
     [
         ((False, 13000), False, True),
         ((True, 13000), False, True),
@@ -181,25 +181,25 @@ def test_a_pass_that_fails_is_forgotten() -> None:
         ((True, 12020), True, False),
     ],
 )
-def test_early_starts_in_graphs(
-    machine: Machine, capture: tuple[bool, int], is_asked: bool, starts_early: bool
+def test_pdl_in_graphs_needs_cuda_12_3(
+    machine: Machine, capture: tuple[bool, int], is_asked: bool, uses_pdl: bool
 ) -> None:
     """From CUDA 12.3 on; before, the stream is asked whether it is captured."""
     settings = Settings(machine, capture=capture)
     _, (forward, backward) = in_a_thread(lambda: [passes(settings, (8, 6, 20, 20)) for _ in range(2)])
     for call in (forward, backward):
-        assert [name.endswith(" early") for name in launches(call)] == [starts_early] * call.launches
+        assert [name.endswith(" pdl") for name in launches(call)] == [uses_pdl] * call.launches
         asked = ["cudaStreamIsCapturing"] * (call.launches if is_asked else 0)
         assert sorted(call.calls) == sorted([*launches(call), *asked])
 
 
 @pytest.mark.parametrize("team", ["none", "block", "cluster"])
-def test_no_launch_starts_early_where_that_is_switched_off(team: str) -> None:
+def test_no_launch_uses_pdl_if_it_is_disabled(team: str) -> None:
     machine, shape, _ = WAYS[team]
     usual = Machine(machine.multiprocessors, machine.shared_bytes, machine.clusters, machine.cooperative, False)
     for call in in_a_thread(lambda: passes(Settings(usual), shape)):
         assert call.plan.team_name == team
-        assert not any(name.endswith(" early") for name in call.calls)
+        assert not any(name.endswith(" pdl") for name in call.calls)
         assert VERSION not in call.calls
 
 
@@ -218,7 +218,7 @@ def test_only_so_many_plans_are_remembered() -> None:
         return [run(2), run(130), run(130), run(2)]
 
     known, one_more, new, forgotten = in_a_thread(run_all)
-    assert known == new == [f"{LAUNCH} early"] * 3
+    assert known == new == [f"{LAUNCH} pdl"] * 3
     assert one_more == forgotten == ["cudaGetDevice"] * 3 + known
 
 

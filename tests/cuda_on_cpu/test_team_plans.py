@@ -30,7 +30,7 @@ def test_the_largest_teams_may_be_named(largest: str) -> None:
     most = ["none", "block", "cluster", "grid"].index(largest)
     assert teams[:most] == ["block", "cluster", "grid"][:most]
     assert teams[most:] == ["none"] * (3 - most)
-    assert machine.early_starts  # which have a switch of their own
+    assert machine.pdl  # which BN_EXT_CUDA_PDL disables
 
 
 def test_no_such_team() -> None:

@@ -55,7 +55,7 @@ class Pass {
   void launch(const char* name, const std::string& kernel) {
     name_ = name;
     launched_.push_back({kernel, {}});
-    way(plan_.starts_early && plan_.team != Team::kGrid, "starts early");
+    way(plan_.uses_pdl && plan_.team != Team::kGrid, "PDL");
     const std::string team = kTeams[static_cast<int>(plan_.team)];
     const bool is_smaller = plan_.channels_of(plan_.slices - 1) < plan_.slice_channels;
     way(plan_.slices > 1 && is_smaller, plan_.resident() ? team + ", last slice smaller" : "last slice smaller");
@@ -208,7 +208,7 @@ std::set<std::string> all_ways(const Machine& device) {
     if (!device.cooperative) continue;
     for (const char* way : {"grid, last slice smaller", "slice after slice"}) add(kernel, way);
   }
-  if (!device.early_starts) return ways;
+  if (!device.pdl) return ways;
   for (const char* kernel : {"statistics_kernel",
                              "finalise_statistics_kernel",
                              "apply_kernel",
@@ -217,7 +217,7 @@ std::set<std::string> all_ways(const Machine& device) {
                              "grad_input_kernel",
                              "resident_forward_kernel",
                              "resident_backward_kernel"}) {
-    add(kernel, "starts early");
+    add(kernel, "PDL");
   }
   return ways;
 }

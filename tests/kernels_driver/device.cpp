@@ -34,7 +34,7 @@ bn_ext::cuda::Machine ask_machine() {
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
           /*clusters=*/is_hopper_or_newer,
           attribute(cudaDevAttrCooperativeLaunch) != 0,
-          /*early_starts=*/is_hopper_or_newer};
+          /*pdl=*/is_hopper_or_newer};
 }
 
 DeviceMemory::DeviceMemory(size_t bytes, size_t misalignment) : bytes_(bytes), misalignment_(misalignment) {

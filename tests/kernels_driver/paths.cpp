@@ -71,7 +71,7 @@ Machine machine_for(Path path, Request request, const Machine& device) {
     half.multiprocessors = std::max(1, device.multiprocessors / 2);
     return half;
   }
-  Machine machine = {4, 0, false, false, device.early_starts};
+  Machine machine = {4, 0, false, false, device.pdl};
   if (path == Path::kGeneral) return machine;
   if (path == Path::kWholeGrid) machine.multiprocessors = device.multiprocessors;
   if (spills) machine.multiprocessors = 1;
