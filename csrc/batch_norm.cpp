@@ -250,7 +250,7 @@ at::Tensor batch_norm_repeat(const at::Tensor& input,
   if (x.numel() == 0) return y;
   const Saved s{saved.contiguous()};  // kept until the kernels have read it
   ForwardParams p = forward_params(x, format, z, parse({activation, activation_parameter}), y, s);
-  p.repeats = true;
+  p.recompute = true;
   run_forward(x, p);
   return y;
 }

@@ -60,7 +60,7 @@ struct ForwardParams {
   DType dtype;         // of x, y and z
   DType params_dtype;  // of params
   bool training;       // statistics of the batch; false: running statistics
-  bool repeats;        // y once more, from saved: then they are read, and of params nothing is looked at
+  bool recompute;      // y again, from saved, which are read; params are not used
   Activation activation;
   const void* x;                 // activation tensor
   const void* z;                 // residual, activation tensor; null: none

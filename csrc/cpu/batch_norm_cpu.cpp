@@ -127,7 +127,7 @@ void run_stages(const P& p, int64_t numel, const S& stages) {
   });
 }
 
-bool needs_sums(const ForwardParams& p) { return p.training && !p.repeats; }
+bool needs_sums(const ForwardParams& p) { return p.training && !p.recompute; }
 
 template <typename T, typename P>
 void forward(const ForwardParams& p, const P& partition) {
@@ -163,7 +163,7 @@ void forward(const ForwardParams& p, const P& partition) {
     for_each_block(c_begin, c_end, [&](int64_t begin, int64_t n) {
       if (has_sums) {
         save_batch<A>(p, momentum, begin, n, moments + begin);
-      } else if (!p.repeats) {
+      } else if (!p.recompute) {
         save_running<A>(p, begin, n);
       }
       if (by_channel) return;

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) apply_kernel(cons
   Walk<T, true, kOneChannel> walk(plan, block, p.x);
   Apply<T, kVector, kOneChannel, kVariant> apply(p);
   make_coefficients<kVector, kOneChannel>(plan, block, walk, apply.affine, [&](int64_t channel, bool is_first) {
-    return p.training || p.repeats ? saved_affine<A>(p, channel) : affine_of_running<A>(p, channel, is_first);
+    return p.training || p.recompute ? saved_affine<A>(p, channel) : affine_of_running<A>(p, channel, is_first);
   });
   using Row = typename decltype(apply)::Row;
   in_chunks<kChunkRows<V, bytes_of_apply(kVariant, sizeof(V))>>(walk.rows, [&](auto count, int) {
@@ -70,7 +70,7 @@ cudaError_t GeneralForward<T>::launch(const ForwardParams& p,
     return dispatch_plan<T>(plan, [&](auto vector, auto one_channel) {
       constexpr int kVector = vector.value;
       constexpr bool kOneChannel = one_channel.value;
-      if (p.training && !p.repeats) {
+      if (p.training && !p.recompute) {
         launch_statistics<T, kVector, kOneChannel>(pass, p, plan, static_cast<Moments*>(workspace.memory));
       }
       return dispatch_variant<T, kVector>(variant_of(p, plan), [&](auto variant) {

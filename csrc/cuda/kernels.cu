@@ -53,7 +53,7 @@ Plan choose_plan(const BackwardParams& p, const Machine& machine) {
 
 size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan) {
   if (plan.resident()) return workspace_of_teams(plan);
-  return p.training && !p.repeats ? plan.channels * plan.segments * sizeof(Moments) : 0;
+  return p.training && !p.recompute ? plan.channels * plan.segments * sizeof(Moments) : 0;
 }
 
 size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {
@@ -66,7 +66,7 @@ cudaError_t launch_forward(const ForwardParams& params,
                            const Workspace& workspace,
                            cudaStream_t stream) {
   ForwardParams p = params;
-  if (p.repeats) p.mask = nullptr;
+  if (p.recompute) p.mask = nullptr;
   if (p.mask != nullptr && !plan.whole_bytes) {
     const cudaError_t error = cudaMemsetAsync(p.mask, 0, mask_bytes(p.shape.numel()), stream);
     if (error != cudaSuccess) return error;

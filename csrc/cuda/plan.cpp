@@ -143,7 +143,7 @@ int value_bytes(DType dtype) {
 int resident_tiles(const ForwardParams& p) {
   // The mean over all batches needs their number, which one block raises and others read.
   const bool reads_count = p.cumulative && p.num_batches_tracked != nullptr;
-  return p.training && !p.repeats && !reads_count ? 1 : 0;
+  return p.training && !p.recompute && !reads_count ? 1 : 0;
 }
 
 int resident_tiles(const BackwardParams& p) {

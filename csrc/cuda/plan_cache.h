@@ -61,7 +61,7 @@ inline auto key_of(const ForwardParams& p) {
                dtype,
                params_dtype,
                training,
-               repeats,
+               recompute,
                activation,
                x,
                z,
@@ -83,7 +83,7 @@ inline auto key_of(const ForwardParams& p) {
   (void)momentum, (void)eps;  // a schedule's numbers would fill the cache
   return std::make_tuple(key_of(shape),
                          key_of(activation),
-                         key_words(dtype, params_dtype, training, repeats, cumulative, skip_nonfinite),
+                         key_words(dtype, params_dtype, training, recompute, cumulative, skip_nonfinite),
                          key_words(x, z, y, mask, weight, bias, running_mean, running_var, count),
                          key_words(mean, rstd, scale, offset));
 }

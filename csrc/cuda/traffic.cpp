@@ -69,13 +69,13 @@ Counts general_backward(const BackwardParams& p) {
 }  // namespace
 
 Traffic expected_traffic(const ForwardParams& p, const Plan& plan) {
-  const bool has_sums = p.training && !p.repeats;
+  const bool has_sums = p.training && !p.recompute;
   Counts counts{};
   counts.launches = has_sums && !plan.resident() ? 3 : 1;
   counts.read = 1 + (p.z != nullptr);
   if (has_sums) (plan.resident() ? counts.read_again : counts.read) += 1;
   counts.written = 1;
-  if (p.mask != nullptr && !p.repeats) {
+  if (p.mask != nullptr && !p.recompute) {
     // Where slices share bytes of it, it is cleared first, and then changed in place.
     counts.masks_read = plan.whole_bytes ? 0 : 1;
     counts.masks_written = plan.whole_bytes ? 1 : 2;

@@ -106,7 +106,7 @@ void forward(const ForwardParams& params) {
   pass.output("num_batches_tracked", p.num_batches_tracked, sizeof(int64_t), Contents::copied);
   pass.output("y", p.y, activation);
   pass.output("mask", p.mask, mask_bytes(p.shape.numel()));
-  const Contents contents = p.repeats ? Contents::copied : Contents::poison;
+  const Contents contents = p.recompute ? Contents::copied : Contents::poison;
   pass.output("mean", p.mean, statistics, contents);
   pass.output("rstd", p.rstd, statistics, contents);
   pass.output("scale", p.scale, statistics, contents);

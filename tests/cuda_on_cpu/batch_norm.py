@@ -202,7 +202,7 @@ class Kernels:
             dtype=DTYPES.index(dtype),
             params_dtype=DTYPES.index(params_dtype),
             training=training,
-            repeats=saved is not None,
+            recompute=saved is not None,
             activation=activation,
             cumulative=momentum is None,
             momentum=momentum or 0.0,

@@ -48,7 +48,7 @@ class ForwardParams(ctypes.Structure):
         ("dtype", ctypes.c_int),
         ("params_dtype", ctypes.c_int),
         ("training", ctypes.c_bool),
-        ("repeats", ctypes.c_bool),
+        ("recompute", ctypes.c_bool),
         ("activation", Activation),
         ("x", ctypes.c_void_p),
         ("z", ctypes.c_void_p),

@@ -59,7 +59,7 @@ def run_at_random(draw: random.Random) -> list[tuple[str, ...]]:
     ran = [("forward", described(first["plan"]), f"mask {has_mask}")]
     if draw.random() < 0.3:
         again = kernels().forward(shape, dtype, params, x, {}, settings, **given, **with_z, saved=saved)
-        ran.append(("repeat", described(again["plan"]), f"mask {has_mask}"))
+        ran.append(("recompute", described(again["plan"]), f"mask {has_mask}"))
 
     is_scalar = draw.random() < 0.2
     needs_z = has_z and name is not None
@@ -91,7 +91,7 @@ def test_passes_at_random() -> None:
     for direction in ("forward", "backward"):
         assert {one[1] for one in ran if one[0] == direction} >= paths
         assert {one[1] for one in ran if one[0] == direction and one[2] == "mask True"} >= paths
-    assert {one[1] for one in ran if one[0] == "repeat"} == {"none"}
+    assert {one[1] for one in ran if one[0] == "recompute"} == {"none"}
     assert len({one[4] for one in ran if one[0] == "backward"}) == 16
 
 

@@ -22,7 +22,7 @@ KERNEL = re.compile(
 )
 """A line of nm: its address, and what coverage.h calls it."""
 
-RESULTS = ["y", "y once more", "mean", "rstd", "scale", "offset", "mask", "running_mean", "running_var"]
+RESULTS = ["y", "y recomputed", "mean", "rstd", "scale", "offset", "mask", "running_mean", "running_var"]
 RESULTS += ["num_batches_tracked", "dx", "dz", "dweight", "dbias"]
 
 

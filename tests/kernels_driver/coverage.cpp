@@ -88,7 +88,7 @@ std::string mask_way(const Plan& plan) {
 
 std::vector<Launched> launched_by(const ForwardParams& p, const Plan& plan) {
   Pass pass(plan);
-  const bool has_statistics = p.training && !p.repeats;
+  const bool has_statistics = p.training && !p.recompute;
   if (has_statistics && !plan.resident()) {
     pass.launch("statistics_kernel", instance("statistics_kernel", p.dtype, plan) + ">");
     pass.launch("finalise_statistics_kernel", "finalise_statistics_kernel<" + type_of(p.dtype) + ">");
@@ -97,9 +97,9 @@ std::vector<Launched> launched_by(const ForwardParams& p, const Plan& plan) {
   const char* last = has_statistics && plan.resident() ? "resident_forward_kernel" : "apply_kernel";
   pass.launch(last, instance(last, p.dtype, plan) + variant(p, plan) + ">");
   pass.activation_ways(p.activation, p.z);
-  pass.way(p.mask != nullptr && !p.repeats, mask_way(plan));
+  pass.way(p.mask != nullptr && !p.recompute, mask_way(plan));
   pass.way(!p.training, "eval");
-  pass.way(p.repeats, "once more");
+  pass.way(p.recompute, "recompute");
   return pass.take();
 }
 
@@ -187,7 +187,7 @@ std::set<std::string> all_ways(const Machine& device) {
   for (const char* kernel : generals) {
     for (const char* way : {"residual", "one dy", "eval", "no dx"}) add(kernel, way);
   }
-  for (const char* way : {"eval", "once more"}) add("apply_kernel", way);
+  for (const char* way : {"eval", "recompute"}) add("apply_kernel", way);
   for (const char* kernel : generals) {
     for (const char* way : {"segments", "last slice smaller"}) add(kernel, way);
   }

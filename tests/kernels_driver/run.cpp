@@ -33,10 +33,10 @@ class Run {
     ForwardParams forward = forward_params();
     pass("forward", forward);
     check_forward(forward);
-    forward.repeats = true;
-    forward.y = output("y once more");
-    pass("forward once more", forward);
-    check_values("y once more", "y");
+    forward.recompute = true;
+    forward.y = output("y recomputed");
+    pass("recompute", forward);
+    check_values("y recomputed", "y");
     const BackwardParams backward = backward_params(forward);
     pass("backward", backward);
     check_backward(backward);
