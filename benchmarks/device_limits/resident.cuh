@@ -21,12 +21,12 @@ __global__ void __launch_bounds__(512, 2)
     const Stages stages = tile.stages<kGroupRows>(walk.rows);  // one, because all rows fit
     tile.fetch_first<kGroupRows>(walk, stages);
     unsigned sum = 0;
-    const unsigned char* place = tile.place(stages[0].begin);
+    const unsigned char* address = tile.row_address(stages[0].begin);
     in_chunks<kGroupRows>(walk.rows, [&](auto count, int done) {
       if (done % kGroupRows == 0) tile.wait_for_group();
 #pragma unroll
-      for (int i = 0; i < decltype(count)::value; ++i, place += tile.row_bytes()) {
-        sum += sum_of(tile.row(0, place).words);
+      for (int i = 0; i < decltype(count)::value; ++i, address += tile.row_bytes()) {
+        sum += sum_of(tile.row(0, address).words);
       }
     });
 
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(512, 2)
     if (threadIdx.x == 0) {
       sum = 0;
       for (int i = 0; i < plan.threads / kWarpThreads; ++i) sum += shared_memory<unsigned>()[i];
-      exchange.leave_sums(0, {double(sum), 1.0});
+      exchange.publish_sums(0, {double(sum), 1.0});
     }
     const unsigned key = exchange_keys(plan, exchange, block.slice)->words[0];
 
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(512, 2)
     in_chunks<kGroupRows>(back.rows, [&](auto count, int) {
 #pragma unroll
       for (int row = 0; row < decltype(count)::value; ++row) {
-        const uint4 value = tile.row(0, place -= tile.row_bytes()).words + uint4{key, key, key, key};
+        const uint4 value = tile.row(0, address -= tile.row_bytes()).words + uint4{key, key, key, key};
         store_last(back.in(y, back.at), Vector<unsigned, kVector>{value});
         back.next(plan);
       }

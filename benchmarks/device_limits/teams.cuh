@@ -67,10 +67,10 @@ inline bn_ext::cuda::Workspace workspace_at(void* memory, const Plan& plan) {
 // When all blocks of the team have left their sums of the slice's channels: the keys. All threads must call this.
 inline __device__ const Key* exchange_keys(const Plan& plan, Exchange& exchange, int64_t slice) {
   const auto load = [](int64_t) { return 0; };  // channels have no numbers of their own here
-  exchange.for_own_channels(slice, load, [&](const bn_ext::cuda::Channel& channel, int, const auto& get) {
+  exchange.for_assigned_channels(slice, load, [&](const bn_ext::cuda::Channel& channel, int, const auto& get) {
     const GradSums total = merge(channel.group, channel.exists ? plan.segments : 0, get);
     if (!channel.is_first()) return;
-    exchange.leave_coefficients(channel.place, Key{{key_of(total.dy, total.dy_centred), 0, 0}});
+    exchange.publish_coefficients(channel.slot, Key{{key_of(total.dy, total.dy_centred), 0, 0}});
   });
   return exchange.gather_coefficients(slice);
 }
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(512, 2)
   unsigned sum = 0;
   for (int round = 0; round < rounds; ++round) {
     for (int place = static_cast<int>(threadIdx.x); place < plan.slice_channels; place += plan.threads) {
-      exchange.leave_sums(place, {double(left_sum(round, block.segment, place)), 1.0});
+      exchange.publish_sums(place, {double(left_sum(round, block.segment, place)), 1.0});
     }
     const Key* keys = exchange_keys(plan, exchange, block.slice);
     for (int place = static_cast<int>(threadIdx.x); place < plan.slice_channels; place += plan.threads) {

@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   GradSums sums[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
-  leave_sums<kVector, kOneChannel>(plan, walk, sums);
+  store_partials<kVector, kOneChannel>(plan, walk, sums);
   merge_gradients<kVector>(plan, block, [&](const GradSums& total, int64_t channel, int) {
-    store_sums(place_of(plan, block, partials, channel), total);
+    store_sums(partial_slot(plan, block, partials, channel), total);
   });
 }
 

@@ -20,7 +20,7 @@ inline __device__ void release_to_cluster() {
 }
 inline __device__ void wait_for_cluster() { __cluster_barrier_wait(); }
 template <typename T>
-__device__ T of_peer(const T* own, int block) {
+__device__ T load_from_peer(const T* own, int block) {
   return *static_cast<const T*>(__cluster_map_shared_rank(own, static_cast<unsigned>(block)));
 }
 #else
@@ -28,7 +28,7 @@ inline __device__ void arrive_in_cluster() { __trap(); }
 inline __device__ void release_to_cluster() { __trap(); }
 inline __device__ void wait_for_cluster() { __trap(); }
 template <typename T>
-__device__ T of_peer(const T* own, int) {
+__device__ T load_from_peer(const T* own, int) {
   return *own;
 }
 #endif
@@ -85,11 +85,11 @@ class Exchange {
   __device__ Block first_block() const { return {first_slice_, segment_}; }
 
   // By one thread of the block.
-  __device__ void leave_sums(int place, const Sums& sums) const {
+  __device__ void publish_sums(int slot, const Sums& sums) const {
     if (plan_.team == Team::kGrid) {
-      store_for_peers(sums_in_workspace(place) + segment_, sums);
+      store_through_l2(sums_in_workspace(slot) + segment_, sums);
     } else {
-      sums_[place] = sums;
+      sums_[slot] = sums;
     }
   }
 
@@ -98,7 +98,7 @@ class Exchange {
   // channel's index), which does not wait for other blocks if this is the thread's first channel. All threads of the
   // block must call this, and those of a warp are in finish together.
   template <typename Load, typename Finish>
-  __device__ void for_own_channels(int64_t slice, const Load& load, const Finish& finish) {
+  __device__ void for_assigned_channels(int64_t slice, const Load& load, const Finish& finish) {
     const int begin = merges_all_ ? 0 : segment_, step = merges_all_ ? 1 : static_cast<int>(plan_.segments);
     const int thread = static_cast<int>(threadIdx.x);
     const int first = begin + thread / plan_.team_lanes * step;
@@ -108,36 +108,36 @@ class Exchange {
     wait();
     clock.mark(Phase::kFirstBarrier);
     for_channels(plan_, slice, plan_.team_lanes, begin, step, [&](const Channel& channel) {
-      if (channel.is_first() && channel.place != first) own = load(channel.index);
+      if (channel.is_first() && channel.slot != first) own = load(channel.index);
       finish(channel, own, [&](int64_t block) {
-        if (plan_.team == Team::kGrid) return load_of_peer(sums_in_workspace(channel.place) + block);
-        return plan_.team == Team::kBlock ? sums_[channel.place]
-                                          : of_peer(sums_ + channel.place, static_cast<int>(block));
+        if (plan_.team == Team::kGrid) return load_through_l2(sums_in_workspace(channel.slot) + block);
+        return plan_.team == Team::kBlock ? sums_[channel.slot]
+                                          : load_from_peer(sums_ + channel.slot, static_cast<int>(block));
       });
     });
   }
 
-  // By one thread of for_own_channels's group: what the channel's sums are in all, for for_own_totals. All of the group
-  // have read them: __syncwarp() before.
-  __device__ void keep_total(int place, const Sums& total) const { totals()[place] = total; }
+  // By one thread of for_assigned_channels's group: what the channel's sums are in all, for for_assigned_totals. All of
+  // the group have read them: __syncwarp() before.
+  __device__ void keep_total(int slot, const Sums& total) const { totals()[slot] = total; }
 
   // After gather_coefficients: calls body(channel's index, total, coefficients) for this block's share of channels, by
   // one thread each: what nobody waits for is done here.
   template <typename Body>
-  __device__ void for_own_totals(int64_t slice, const Body& body) const {
+  __device__ void for_assigned_totals(int64_t slice, const Body& body) const {
     const int blocks = static_cast<int>(plan_.segments), threads = plan_.threads * blocks;
-    for (int place = segment_ + static_cast<int>(threadIdx.x) * blocks; place < plan_.channels_of(slice);
-         place += threads) {
-      body(slice * plan_.slice_channels + place, totals()[place], coefficients_[place]);
+    for (int slot = segment_ + static_cast<int>(threadIdx.x) * blocks; slot < plan_.channels_of(slice);
+         slot += threads) {
+      body(slice * plan_.slice_channels + slot, totals()[slot], coefficients_[slot]);
     }
   }
 
   // By one thread of each block that merges the channel.
-  __device__ void leave_coefficients(int place, const Coefficients& coefficients) const {
+  __device__ void publish_coefficients(int slot, const Coefficients& coefficients) const {
     if (plan_.team == Team::kGrid && !merges_all_) {
-      store_for_peers(coefficients_in_workspace() + place, coefficients);
+      store_through_l2(coefficients_in_workspace() + slot, coefficients);
     } else {
-      coefficients_[place] = coefficients;
+      coefficients_[slot] = coefficients;
     }
   }
 
@@ -172,9 +172,8 @@ class Exchange {
   __device__ Sums* totals() const {
     return plan_.team == Team::kCluster && merges_all_ ? shared_memory<Sums>() : sums_;
   }
-  __device__ Sums* sums_in_workspace(int place) const {
-    return reinterpret_cast<Sums*>(memory_of_team_ + (is_odd_ ? TeamWorkspace(plan_).sums : 0)) +
-           place * plan_.segments;
+  __device__ Sums* sums_in_workspace(int slot) const {
+    return reinterpret_cast<Sums*>(memory_of_team_ + (is_odd_ ? TeamWorkspace(plan_).sums : 0)) + slot * plan_.segments;
   }
   __device__ Coefficients* coefficients_in_workspace() const {
     return reinterpret_cast<Coefficients*>(memory_of_team_ + TeamWorkspace(plan_).coefficients);
@@ -185,11 +184,11 @@ class Exchange {
     wait();
     const int blocks = static_cast<int>(plan_.segments);
     const int channels = plan_.channels_of(slice);
-    for (int place = static_cast<int>(threadIdx.x); place < channels; place += plan_.threads) {
+    for (int slot = static_cast<int>(threadIdx.x); slot < channels; slot += plan_.threads) {
       if (plan_.team == Team::kGrid) {
-        coefficients_[place] = load_of_peer(coefficients_in_workspace() + place);
-      } else if (place % blocks != segment_) {
-        coefficients_[place] = of_peer(coefficients_ + place, place % blocks);
+        coefficients_[slot] = load_through_l2(coefficients_in_workspace() + slot);
+      } else if (slot % blocks != segment_) {
+        coefficients_[slot] = load_from_peer(coefficients_ + slot, slot % blocks);
       }
     }
   }

@@ -18,7 +18,7 @@ inline __device__ unsigned load_bits(const uint8_t* mask, int64_t offset) {
 inline __device__ const unsigned* word_of_bits(const uint8_t* mask, int64_t offset) {
   return reinterpret_cast<const unsigned*>(reinterpret_cast<uint64_t>(mask + (offset >> 3)) & ~uint64_t{3});
 }
-inline __device__ unsigned place_in_word(const uint8_t* mask, int64_t offset) {
+inline __device__ unsigned bit_in_word(const uint8_t* mask, int64_t offset) {
   return static_cast<unsigned>(reinterpret_cast<uint64_t>(mask) * 8 + offset) % 32;
 }
 

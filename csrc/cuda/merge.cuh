@@ -206,23 +206,23 @@ __device__ void merge_in_warp(const Plan& plan, Sums (&sums)[kCount], int count)
 // Leaves a thread's sums, one for each value of its vectors or for all of them, where merge_block looks for them: those
 // of adjacent values of a channel as one. All threads of the block must call this.
 template <int kVector, bool kOneChannel, typename Walk, typename Sums, int kCount>
-__device__ void leave_sums(const Plan& plan, const Walk& walk, Sums (&sums)[kCount]) {
-  const auto place = [&] {
+__device__ void store_partials(const Plan& plan, const Walk& walk, Sums (&sums)[kCount]) {
+  const auto slot = [&] {
     return shared_memory<Sums>() + walk.row_lane / plan.warp_rows * plan.partials_stride() +
            walk.column * plan.pieces_stride();
   };
-  const auto leaves = [&] { return walk.row_lane < plan.row_lanes && walk.row_lane % plan.warp_rows == 0; };
+  const auto stores = [&] { return walk.row_lane < plan.row_lanes && walk.row_lane % plan.warp_rows == 0; };
   if constexpr (kOneChannel) {
     Sums total[1] = {merge_own(sums, walk.rows)};
     merge_in_warp(plan, total, walk.rows * kVector);
-    if (leaves()) *place() = total[0];
+    if (stores()) *slot() = total[0];
   } else {
     merge_in_warp(plan, sums, walk.rows);
-    if (!leaves()) return;
-    Sums* left = place();
+    if (!stores()) return;
+    Sums* next = slot();
     if (plan.row_values == 1) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) left[i] = sums[i];
+      for (int i = 0; i < kVector; ++i) next[i] = sums[i];
       return;
     }
     const auto begin = [&](const Sums& first) {
@@ -242,13 +242,13 @@ __device__ void leave_sums(const Plan& plan, const Walk& walk, Sums (&sums)[kCou
         piece.add(sums[i], walk.rows);
         ++count;
       } else {
-        *left++ = total(piece, count);
+        *next++ = total(piece, count);
         piece = begin(sums[i]);
         count = 1;
         position = 0;
       }
     }
-    *left = total(piece, count);
+    *next = total(piece, count);
   }
 }
 
@@ -257,10 +257,10 @@ __device__ void leave_sums(const Plan& plan, const Walk& walk, Sums (&sums)[kCou
 template <int kVector>
 class Parts {
  public:
-  __device__ Parts(const Plan& plan, int place)
+  __device__ Parts(const Plan& plan, int slot)
       : plan_(plan),
-        place_(place),
-        first_value_(place * plan.row_values),
+        slot_(slot),
+        first_value_(slot * plan.row_values),
         first_vector_(first_value_ / kVector),
         vectors_((first_value_ + plan.row_values - 1) / kVector - first_vector_ + 1) {}
 
@@ -268,7 +268,7 @@ class Parts {
   // The i-th part: the row of threads it begins with, where it is, how many values of each row it is of.
   __device__ int row_lane(int i) const { return row(i) * plan_.warp_rows; }
   __device__ int index(int i) const {
-    const int piece = plan_.row_values == 1 ? place_ % kVector : place_ - vector(i) * kVector / plan_.row_values;
+    const int piece = plan_.row_values == 1 ? slot_ % kVector : slot_ - vector(i) * kVector / plan_.row_values;
     return row(i) * plan_.partials_stride() + vector(i) * plan_.pieces_stride() + piece;
   }
   __device__ int values(int i) const {
@@ -283,7 +283,7 @@ class Parts {
   __device__ int vector(int i) const { return vectors_ == 1 ? first_vector_ : first_vector_ + i % vectors_; }
 
   const Plan& plan_;
-  int place_;
+  int slot_;
   int first_value_;
   int first_vector_;
   int vectors_;
@@ -292,7 +292,7 @@ class Parts {
 // A channel of a slice, which a group of threads merges the sums of; there may be none.
 struct Channel {
   Group group;
-  int place;  // in the slice
+  int slot;  // in the slice
   int64_t index;
   bool exists;
 
@@ -306,9 +306,9 @@ __device__ void for_channels(const Plan& plan, int64_t slice, int lanes, int fir
   const Group group(lanes);
   const int group_number = static_cast<int>(threadIdx.x) / lanes;
   for (; first < plan.slice_channels; first += plan.threads / lanes * step) {
-    const int place = first + group_number * step;
-    const int64_t index = slice * plan.slice_channels + place;
-    body(Channel{group, place, index, place < plan.slice_channels && index < plan.channels});
+    const int slot = first + group_number * step;
+    const int64_t index = slice * plan.slice_channels + slot;
+    body(Channel{group, slot, index, slot < plan.slice_channels && index < plan.channels});
   }
 }
 
@@ -323,16 +323,16 @@ __device__ void merge_block(const Plan& plan,
   __syncthreads();
   const Sums* sums = shared_memory<Sums>();
   for_channels(plan, block.slice, plan.merge_lanes, 0, 1, [&](const Channel& channel) {
-    const Parts<kVector> parts(plan, channel.place);
+    const Parts<kVector> parts(plan, channel.slot);
     const auto get = [&](int64_t i) { return sums[parts.index(static_cast<int>(i))]; };
     const Sums total = merge_channel(channel.group, channel.exists ? parts.count() : 0, get, parts);
-    if (channel.is_first()) finish(total, channel.index, channel.place);
+    if (channel.is_first()) finish(total, channel.index, channel.slot);
   });
 }
 
-// Where a block leaves its sums of a channel for another kernel.
+// Where a block stores its sums of a channel for another kernel.
 template <typename Sums>
-__device__ Sums* place_of(const Plan& plan, const Block& block, Sums* partials, int64_t channel) {
+__device__ Sums* partial_slot(const Plan& plan, const Block& block, Sums* partials, int64_t channel) {
   return partials + channel * plan.segments + block.segment;
 }
 

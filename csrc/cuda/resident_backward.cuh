@@ -59,15 +59,16 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       });
     };
     for (int stage = 0; stage < stages.count; ++stage) {
-      const unsigned char* place = tile.place(stages[stage].begin);
+      const unsigned char* address = tile.row_address(stages[stage].begin);
       in_chunks<rows_to_sum(kVariant)>(stages[stage].rows, [&](auto rows, int done) {
         if (done % kGroupRows == 0) tile.wait_for_group();
         exchange.clock.mark(Phase::kFetched);
 #pragma unroll
         for (int i = 0; i < decltype(rows)::value; ++i) {
-          add(typename decltype(g)::Row{walk.at, tile.row(0, place), tile.row(1, place), {}, tile.passed(walk, place)});
+          add(typename decltype(g)::Row{
+              walk.at, tile.row(0, address), tile.row(1, address), {}, tile.passed(walk, address)});
           walk.next(plan);
-          place += tile.row_bytes();
+          address += tile.row_bytes();
         }
       });
       tile.template fetch_in_groups<kGroupRows>(ahead, stages, stage + 2);
@@ -75,25 +76,25 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     GradSums sums[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
-    leave_sums<kVector, kOneChannel>(plan, walk, sums);
+    store_partials<kVector, kOneChannel>(plan, walk, sums);
     merge_gradients<kVector>(
-        plan, block, [&](const GradSums& total, int64_t, int place) { exchange.leave_sums(place, total); });
+        plan, block, [&](const GradSums& total, int64_t, int slot) { exchange.publish_sums(slot, total); });
     exchange.clock.mark(Phase::kSummed);
     prefetch_next_slice<T, kOneChannel>(plan, block, p.dy);
     prefetch_next_slice<T, kOneChannel>(plan, block, p.x);
     Walk<T, true, kOneChannel> back(plan, block, p.dx != nullptr ? p.dx : p.dz);  // as in forward
     const auto load = [&](int64_t channel) { return load_scale<A>(p, channel); };
-    exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& saved, const auto& get) {
+    exchange.for_assigned_channels(block.slice, load, [&](const Channel& channel, const auto& saved, const auto& get) {
       const GradSums total = merge(channel.group, channel.exists ? plan.segments : 0, get);
       __syncwarp();  // for keep_total
       if (!channel.is_first()) return;
-      exchange.keep_total(channel.place, total);
-      exchange.leave_coefficients(channel.place, slope_of<A>(p, saved, total));
+      exchange.keep_total(channel.slot, total);
+      exchange.publish_coefficients(channel.slot, slope_of<A>(p, saved, total));
     });
     exchange.clock.mark(Phase::kCoefficients);
     const Slope<A>* of_slice = exchange.gather_coefficients(block.slice);
     exchange.clock.mark(Phase::kGathered);
-    exchange.for_own_totals(block.slice, [&](int64_t channel, const GradSums& total, const Slope<A>&) {
+    exchange.for_assigned_totals(block.slice, [&](int64_t channel, const GradSums& total, const Slope<A>&) {
       store_gradients(p, channel, load_one(static_cast<const A*>(p.rstd) + channel), total);
     });
 
@@ -119,14 +120,14 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     if (p.dx == nullptr && p.dz == nullptr) continue;
     for (int stage = stages.count - 1; stage >= 0; --stage) {
       const int count = stages[stage].rows;
-      const unsigned char* place = tile.place(stages[stage].begin + count);
+      const unsigned char* address = tile.row_address(stages[stage].begin + count);
       tile.wait_for_stage();
       in_chunks<rows_to_write(kVariant)>(count, [&](auto rows, int) {
 #pragma unroll
         for (int i = 0; i < decltype(rows)::value; ++i) {
-          place -= tile.row_bytes();
-          finish(
-              typename decltype(g)::Row{back.at, tile.row(0, place), tile.row(1, place), {}, tile.passed(back, place)});
+          address -= tile.row_bytes();
+          finish(typename decltype(g)::Row{
+              back.at, tile.row(0, address), tile.row(1, address), {}, tile.passed(back, address)});
           back.next(plan);
         }
       });

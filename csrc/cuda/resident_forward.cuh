@@ -43,14 +43,14 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       const auto next = [&] {
         if (i % kGroupRows == 0) tile.wait_for_group();
         exchange.clock.mark(Phase::kFetched);
-        return tile.row(0, tile.place(begin + i++));
+        return tile.row(0, tile.row_address(begin + i++));
       };
       add_rows<T, kVector>(done + stages[stage].rows, next, moments, done);
       done += stages[stage].rows;
       tile.template fetch_in_groups<kGroupRows>(walk, stages, stage + 2);
     }
-    merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int place) {
-      exchange.leave_sums(place, total);
+    merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int slot) {
+      exchange.publish_sums(slot, total);
     });
     exchange.clock.mark(Phase::kSummed);
     prefetch_next_slice<T, kOneChannel>(plan, block, p.x);
@@ -60,20 +60,20 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     }
     const double share = 1 / double(p.shape.values_per_channel());
     const auto load = [&](int64_t channel) { return load_weight_and_bias(p, channel); };
-    exchange.for_own_channels(block.slice, load, [&](const Channel& channel, const auto& own, const auto& get) {
+    exchange.for_assigned_channels(block.slice, load, [&](const Channel& channel, const auto& own, const auto& get) {
       const auto count_of = [&](int64_t segment) { return plan.values_of(segment); };
       const Moments merged =
           merge<sizeof(T) == 8 ? 2 : 4>(channel.group, channel.exists ? plan.segments : 0, get, count_of, share);
       const Moments total = mend_overflow<T>(channel.group, p, channel.index, channel.exists, merged);
       __syncwarp();  // for keep_total
       if (!channel.is_first()) return;
-      exchange.keep_total(channel.place, total);
-      exchange.leave_coefficients(channel.place, affine_of_batch<A>(p, own, total));
+      exchange.keep_total(channel.slot, total);
+      exchange.publish_coefficients(channel.slot, affine_of_batch<A>(p, own, total));
     });
     exchange.clock.mark(Phase::kCoefficients);
     const Affine<A>* of_slice = exchange.gather_coefficients(block.slice);
     exchange.clock.mark(Phase::kGathered);
-    exchange.for_own_totals(block.slice, [&](int64_t channel, const Moments& total, const Affine<A>& affine) {
+    exchange.for_assigned_totals(block.slice, [&](int64_t channel, const Moments& total, const Affine<A>& affine) {
       store_statistics(p, channel, total, affine);
     });
 
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
         typename decltype(apply)::Row rows[decltype(count)::value] = {};
 #pragma unroll
         for (auto& row : rows) {
-          row = apply.row(back, tile.row(0, tile.place(--i)));
+          row = apply.row(back, tile.row(0, tile.row_address(--i)));
           back.next(plan);
         }
 #pragma unroll

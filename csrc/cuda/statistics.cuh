@@ -116,7 +116,7 @@ __device__ void merge_moments(const Plan& plan,
   for (int i = 0; i < kStates; ++i) {
     sums[i] = {double(moments[i].mean) + double(moments[i].rest), double(moments[i].m2)};
   }
-  leave_sums<kVector, kOneChannel>(plan, walk, sums);
+  store_partials<kVector, kOneChannel>(plan, walk, sums);
   const int segment_rows = plan.rows_of(block.segment);
   const double share = 1 / plan.values_of(block.segment);
   const auto merge_channel = [&](const Group& group, int count, const auto& get, const Parts<kVector>& parts) {
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   add_rows<T, kVector>(walk.rows, next, moments);
   walk = Walk<T, false, kOneChannel>(plan, block, x);  // so that it takes no registers meanwhile
   merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t channel, int) {
-    store_sums(place_of(plan, block, partials, channel), total);
+    store_sums(partial_slot(plan, block, partials, channel), total);
   });
 }
 

@@ -113,18 +113,18 @@ class Tile {
   static __device__ void wait_for_stage() { wait_until_left<1>(); }
 
   // Where a row is; the next one is row_bytes() further.
-  __device__ const unsigned char* place(int i) const { return own_ + i * row_bytes(); }
+  __device__ const unsigned char* row_address(int i) const { return own_ + i * row_bytes(); }
   __device__ int row_bytes() const {
     return plan_.threads * (kTensors * kVectorBytes + (kMasked ? kMaskWordBytes : 0));
   }
-  __device__ const V& row(int tensor, const unsigned char* place) const {
-    return *reinterpret_cast<const V*>(place + tensor * plan_.threads * kVectorBytes);
+  __device__ const V& row(int tensor, const unsigned char* address) const {
+    return *reinterpret_cast<const V*>(address + tensor * plan_.threads * kVectorBytes);
   }
   // Bits of the mask for that row, which the walk is at; none if there is no mask.
   template <typename Walk>
-  __device__ unsigned passed(const Walk& walk, const unsigned char* place) const {
+  __device__ unsigned passed(const Walk& walk, const unsigned char* address) const {
     if (!kMasked) return 0;
-    return *reinterpret_cast<const unsigned*>(place + bits_begin()) >> place_in_word(mask_, walk.offset(walk.at));
+    return *reinterpret_cast<const unsigned*>(address + bits_begin()) >> bit_in_word(mask_, walk.offset(walk.at));
   }
 
  private:

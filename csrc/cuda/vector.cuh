@@ -235,7 +235,7 @@ using PeerWord = typename AccessType<sizeof(T) % 16 == 0  ? 16
                                      : sizeof(T) % 8 == 0 ? 8
                                                           : 4>::type;
 template <typename T>
-__device__ T load_of_peer(const T* p) {
+__device__ T load_through_l2(const T* p) {
   using Word = PeerWord<T>;
   Word words[sizeof(T) / sizeof(Word)];
   const Word* from = reinterpret_cast<const Word*>(p);
@@ -246,7 +246,7 @@ __device__ T load_of_peer(const T* p) {
   return value;
 }
 template <typename T>
-__device__ void store_for_peers(T* p, const T& value) {
+__device__ void store_through_l2(T* p, const T& value) {
   using Word = PeerWord<T>;
   Word words[sizeof(T) / sizeof(Word)];
   memcpy(words, &value, sizeof(T));

@@ -24,7 +24,7 @@ __global__ void rows_kernel(const Plan plan, const float* x, float* y, float* z,
   for (int stage = 0; stage < stages.count; ++stage) {
     for (int i = 0; i < stages[stage].rows; ++i) {
       if (i % kGroupRows == 0 && (i > 0 || stage != skipped.group_of)) tile.wait_for_group();
-      store_last(to.in(y, to.at), tile.row(0, tile.place(stages[stage].begin + i)));
+      store_last(to.in(y, to.at), tile.row(0, tile.row_address(stages[stage].begin + i)));
       to.next(plan);
     }
     tile.fetch_in_groups<kGroupRows>(from, stages, stage + 2);
@@ -33,7 +33,7 @@ __global__ void rows_kernel(const Plan plan, const float* x, float* y, float* z,
   for (int stage = stages.count - 1; stage >= 0; --stage) {
     if (stage != skipped.stage) tile.wait_for_stage();
     for (int i = stages[stage].rows - 1; i >= 0; --i) {
-      store_last(back.in(z, back.at), tile.row(0, tile.place(stages[stage].begin + i)));
+      store_last(back.in(z, back.at), tile.row(0, tile.row_address(stages[stage].begin + i)));
       back.next(plan);
     }
     tile.fetch_again(back, stages, stage);

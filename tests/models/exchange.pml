@@ -42,7 +42,7 @@ inline await_peers() {
   arrivals >= arrivals_
 }
 
-// get() of Exchange::for_own_channels.
+// get() of Exchange::for_assigned_channels.
 inline read_sums() {
   for (peer : 0 .. BLOCKS - 1) {
     assert(SUMS(peer) == NUMBER)
@@ -85,13 +85,13 @@ proctype block(byte segment; byte launch) {
     arrive();
     SUMS(segment) = NUMBER;
 #else
-    SUMS(segment) = NUMBER;  // leave_sums
+    SUMS(segment) = NUMBER;  // publish_sums
     arrive();
 #endif
     await_peers();
     read_sums();
 #ifndef ONE_BARRIER
-    coefficients[segment] = NUMBER;  // leave_coefficients
+    coefficients[segment] = NUMBER;  // publish_coefficients
 #ifndef FAULT_UNAWAITED_COEFFICIENTS
     arrive();
     await_peers();
