@@ -31,8 +31,8 @@ def words_of(explanation: "Explanation") -> str:
     ]
     if any(plan.team in ("cluster", "grid") for plan in (e.forward, e.backward)):
         lines[-1] += (
-            "\nAt the launch CUDA is asked whether it has room for teams of several blocks; if not, the general kernels"
-            " do that pass."
+            "\nAt the launch CUDA is asked whether it has room for teams of several blocks; if not, that pass takes"
+            " the multi-kernel path."
         )
     return "\n".join(lines)
 
@@ -54,8 +54,8 @@ def _rows(e: "Explanation", plan: "PassPlan") -> list[tuple[str, str]]:
     moves = f"{_megabytes(plan.bytes_moved)} = {times(plan.bytes_moved)}: reads {times(plan.bytes_read)}, "
     moves += f"writes {times(plan.bytes_written)}"
     if plan.team != "none":
-        general = _count(plan.general_launches, "general kernel")
-        moves += f"; {general} would move {times(plan.general_bytes)}"
+        kernels = _count(plan.multi_kernel_launches, "kernel")
+        moves += f"; the multi-kernel path ({kernels}) would move {times(plan.multi_kernel_bytes)}"
     rows += [("moves", moves)]
     rows += [("twice", again)] if (again := _twice(e, plan)) else []
     rows += [("mask", mask)] if (mask := _mask(e, plan)) else []

@@ -42,8 +42,8 @@ class PassPlan:
     """The plan of one pass, and what it is expected to move.
 
     The tensor is cut into slices of whole adjacent channels. A *team* of blocks keeps a slice in their shared memory
-    between the two uses of its values, so that one kernel does the pass; where there is no team, the general kernels do
-    it, one for each use.
+    between the two uses of its values, so that one kernel does the pass; where there is no team, the pass takes the
+    multi-kernel path: one kernel for each use.
     """
 
     direction: str
@@ -60,7 +60,7 @@ class PassPlan:
     slice_bytes: int
     """Of one tensor, in a slice."""
     blocks_per_slice: int
-    """The team's, or those that the general kernels have for a slice."""
+    """The team's, or those that the multi-kernel path has for a slice."""
     blocks: int
     """In the grid. A grid's teams are fewer than slices where the GPU cannot run them all at a time."""
     threads: int
@@ -78,9 +78,9 @@ class PassPlan:
     """To memory: activation tensors and masks."""
     mask_bytes: int
     """Of these, both together, those of the mask: one bit per value, as often as it is read or written."""
-    general_launches: int
+    multi_kernel_launches: int
     """Kernels, where no team keeps anything."""
-    general_bytes: int
+    multi_kernel_bytes: int
     """What they would read and write, in bytes."""
     can_have_team: bool
     """Whether a team could keep what this pass needs twice, on a GPU that is large enough."""
@@ -134,8 +134,8 @@ def explain(
     """Tell how batch_norm's CUDA kernels would go about an input, and what they would move; nothing runs.
 
     It is what is planned, by the very code that plans a call. At the launch CUDA is asked whether it has room for teams
-    of several blocks at a time; if not, the general kernels do the pass, which move `general_bytes`. CPU tensors have
-    no such plan.
+    of several blocks at a time; if not, the pass takes the multi-kernel path, which moves `multi_kernel_bytes`.
+    CPU tensors have no such plan.
 
     Assumed are tensors whose addresses are multiples of 16 bytes, as torch allocates them; a gradient of the output
     that is a whole tensor, not one value expanded; a momentum that is a number; and that all gradients are wanted, as

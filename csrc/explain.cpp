@@ -26,10 +26,10 @@ const char* name_of(cuda::Team team) {
 }
 
 template <typename Params>
-Facts facts_of(const Params& p, const cuda::Plan& plan, const cuda::Plan& general) {
-  const int value_bytes = cuda::value_bytes(p.dtype), tiles = cuda::resident_tiles(p);
-  const cuda::Traffic traffic = expected_traffic(p, plan), without = expected_traffic(p, general);
-  const size_t shared_bytes = plan.resident() ? cuda::ResidentMemory(plan, tiles, value_bytes).bytes : 0;
+Facts facts_of(const Params& p, const cuda::Plan& plan, const cuda::Plan& multi_kernel) {
+  const int value_bytes = cuda::value_bytes(p.dtype), tiles = cuda::single_pass_tiles(p);
+  const cuda::Traffic traffic = expected_traffic(p, plan), without = expected_traffic(p, multi_kernel);
+  const size_t shared_bytes = plan.single_pass() ? cuda::SinglePassMemory(plan, tiles, value_bytes).bytes : 0;
   return {
       {"team", name_of(plan.team)},
       {"tiles", int64_t{tiles}},
@@ -47,8 +47,8 @@ Facts facts_of(const Params& p, const cuda::Plan& plan, const cuda::Plan& genera
       {"bytes_read", traffic.read},
       {"bytes_written", traffic.written},
       {"mask_bytes", traffic.mask_read + traffic.mask_written},
-      {"general_launches", int64_t{without.launches}},
-      {"general_bytes", without.bytes()},
+      {"multi_kernel_launches", int64_t{without.launches}},
+      {"multi_kernel_bytes", without.bytes()},
   };
 }
 

@@ -23,8 +23,8 @@ class Phase(NamedTuple):
 
 FETCH, LOAD, STORE, TILE = (rf"\b{name}\b.*\.128\b" for name in ("LDGSTS", "LDG", "STG", "LDS"))
 PHASES = {
-    "resident_forward_kernel": [Phase(FETCH, 1, STORE), Phase(TILE, 1, STORE), Phase(STORE, 1, FETCH)],
-    "resident_backward_kernel": [Phase(FETCH, 2, STORE), Phase(TILE, 2, STORE), Phase(STORE, 1, FETCH)],
+    "single_pass_forward_kernel": [Phase(FETCH, 1, STORE), Phase(TILE, 1, STORE), Phase(STORE, 1, FETCH)],
+    "single_pass_backward_kernel": [Phase(FETCH, 2, STORE), Phase(TILE, 2, STORE), Phase(STORE, 1, FETCH)],
     "statistics_kernel": [Phase(LOAD, 1, STORE)],
     "apply_kernel": [Phase(STORE, 1, FETCH)],
     "grad_sums_kernel": [Phase(LOAD, 2, STORE)],

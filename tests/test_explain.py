@@ -30,13 +30,13 @@ def test_contiguous_on_an_h200() -> None:
     """Clusters keep the 64 channels, each of 32 * 56 * 56 values."""
     e = bn_ext.explain(SHAPE, **BFLOAT16)
     assert e.tensor_bytes == N
-    for plan, direction, moved, general in ((e.forward, "forward", 2, 3), (e.backward, "backward", 3, 5)):
+    for plan, direction, moved, multi_kernel in ((e.forward, "forward", 2, 3), (e.backward, "backward", 3, 5)):
         assert (plan.direction, plan.team, plan.launches, plan.kept) == (direction, "cluster", 1, 1)
         assert (plan.slices, plan.slice_channels, plan.slice_bytes) == (64, 1, N // 64)
         assert plan.blocks == 64 * plan.blocks_per_slice
         assert (plan.threads, plan.access_bytes) == (256, 16)
         assert plan.bytes_moved == moved * N
-        assert (plan.general_launches, plan.general_bytes) == (3, general * N)
+        assert (plan.multi_kernel_launches, plan.multi_kernel_bytes) == (3, multi_kernel * N)
         tiles = plan.slice_bytes / plan.blocks_per_slice * (moved - 1)
         assert tiles <= plan.shared_bytes < 1.2 * tiles
     text = str(e)
@@ -44,19 +44,19 @@ def test_contiguous_on_an_h200() -> None:
     assert "N = 12.85 MB" in text
     assert "64 slices of 1 channel, 200.7 KB of each tensor" in text
     assert f"a cluster of {e.forward.blocks_per_slice} blocks keeps a slice" in text
-    assert "25.69 MB = 2.00 N: reads 1.00 N, writes 1.00 N; 3 general kernels would move 3.00 N" in text
-    assert "38.54 MB = 3.00 N: reads 2.00 N, writes 1.00 N; 3 general kernels would move 5.00 N" in text
-    assert "if not, the general kernels do that pass" in text
+    assert "25.69 MB = 2.00 N: reads 1.00 N, writes 1.00 N; the multi-kernel path (3 kernels) would move 3.00 N" in text
+    assert "38.54 MB = 3.00 N: reads 2.00 N, writes 1.00 N; the multi-kernel path (3 kernels) would move 5.00 N" in text
+    assert "if not, that pass takes the multi-kernel path" in text
     assert "twice" not in text
 
 
-def test_what_the_general_kernels_would_move() -> None:
+def test_bytes_of_the_multi_kernel_path() -> None:
     """Whichever teams there are, those of one block too: three kernels, 3N and 5N."""
     for shape, team in (((32, 2048, 7, 7), "block"), (SHAPE, "cluster"), ((256, 64, 112, 112), "grid")):
         e = bn_ext.explain(shape, **BFLOAT16)
         assert (e.forward.team, e.backward.team) in ((team, team), (team, "grid"))
-        assert [plan.general_launches for plan in (e.forward, e.backward)] == [3, 3]
-        assert [plan.general_bytes // e.tensor_bytes for plan in (e.forward, e.backward)] == [3, 5]
+        assert [plan.multi_kernel_launches for plan in (e.forward, e.backward)] == [3, 3]
+        assert [plan.multi_kernel_bytes // e.tensor_bytes for plan in (e.forward, e.backward)] == [3, 5]
 
 
 def test_channels_last_on_an_h200() -> None:
@@ -123,13 +123,13 @@ def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GPUS, "SMALL", gpu)
     e = bn_ext.explain(SHAPE, torch.bfloat16, device="small")
     assert multiples(e) == [2, 1, 4, 1]
-    assert [p.general_bytes for p in (e.forward, e.backward)] == [p.bytes_moved for p in (e.forward, e.backward)]
+    assert [p.multi_kernel_bytes for p in (e.forward, e.backward)] == [p.bytes_moved for p in (e.forward, e.backward)]
     assert "too little of a slice would fit" in str(e)
     assert "x, for the statistics and for y" in str(e)
 
 
 def test_every_kind_of_call() -> None:
-    """Words and numbers for all of them; never more bytes than the general kernels', nor less than each tensor once."""
+    """Text and numbers for all cases; bytes between each tensor once and the multi-kernel path's."""
     formats = {torch.contiguous_format: (2, 4, 5), torch.channels_last: (4,), torch.channels_last_3d: (5,)}
     shapes = [(memory_format, rank) for memory_format, ranks in formats.items() for rank in ranks]
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -140,9 +140,9 @@ def test_every_kind_of_call() -> None:
             shape, dtype, memory_format, training=training, activation=activation, residual=residual, device=gpu
         )
         for plan in (e.forward, e.backward):
-            assert plan.bytes_moved <= plan.general_bytes + e.tensor_bytes // dtype.itemsize // 8 + 1
+            assert plan.bytes_moved <= plan.multi_kernel_bytes + e.tensor_bytes // dtype.itemsize // 8 + 1
             assert plan.bytes_read >= e.tensor_bytes <= plan.bytes_written
-            assert (plan.launches == 1) if plan.team != "none" else (plan.launches == plan.general_launches)
+            assert (plan.launches == 1) if plan.team != "none" else (plan.launches == plan.multi_kernel_launches)
             assert (plan.shared_bytes > 0) == (plan.team != "none")
             assert str(plan.blocks) in str(e)
 

@@ -34,7 +34,7 @@ NAMES = {
         NATIVE + "batch_norm_backward_elemt_channels_last_kernel_impl<4, c10::BFloat16, float, float>(int)",
         NATIVE + "batch_norm_backward_kernel<c10::BFloat16, float, float, int>(at::GenericPackedTensorAccessor)",
         "void bn_ext::cuda::(anonymous namespace)::apply_kernel<__nv_bfloat16, 8>(bn_ext::cuda::Plan)",
-        "void bn_ext::cuda::(anonymous namespace)::resident_backward_kernel<float, float>(bn_ext::cuda::Plan)",
+        "void bn_ext::cuda::(anonymous namespace)::single_pass_backward_kernel<float, float>(bn_ext::cuda::Plan)",
         "bn_ext::cuda::(anonymous namespace)::finalise_gradients_kernel(bn_ext::cuda::Plan)",
         "triton_red_fused__native_batch_norm_legit_functional_2",
         "triton_poi_fused__native_batch_norm_legit_functional_add_relu_17",

@@ -86,7 +86,7 @@ void measure_in_flight(Gpu& gpu) {
   }
 }
 
-// Reads by grids of full waves of blocks of so many rows per thread, as many at a time as the general kernels have.
+// Reads by grids of full waves of blocks of so many rows per thread, as many at a time as the multi-kernel path has.
 inline void measure_waves(Gpu& gpu) {
   const int at_a_time = gpu.multiprocessors * bn_ext::cuda::kBlocksAtATime;
   const size_t shared_bytes = gpu.shared_bytes / bn_ext::cuda::kBlocksAtATime - gpu.reserved_shared_bytes;

@@ -42,7 +42,7 @@ struct ResidentCopy {
     grid.cooperative = schedule.kind == Team::kGrid;
     const int64_t at_a_time = schedule.kind == Team::kCluster ? clusters_at_a_time(resident_copy_kernel, grid)
                                                               : teams_at_a_time(gpu, placement, schedule.team);
-    const size_t bytes_for_one = bn_ext::cuda::ResidentMemory(plan_of(shape), 1, sizeof(unsigned)).bytes;
+    const size_t bytes_for_one = bn_ext::cuda::SinglePassMemory(plan_of(shape), 1, sizeof(unsigned)).bytes;
     const int64_t row_bytes = int64_t(placement.threads) * kVectorBytes;
     const int64_t room = 1 + (grid.shared_bytes - bytes_for_one) / row_bytes;
     const int64_t fitting = most_rows == 0 ? room : std::min<int64_t>(room, most_rows);

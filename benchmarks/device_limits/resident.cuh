@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(512, 2)
     resident_copy_kernel(const Plan plan, const unsigned* x, unsigned* y, const bn_ext::cuda::Workspace workspace) {
   using namespace bn_ext::cuda;
   constexpr int kVector = kVectorBytes / sizeof(unsigned), kGroupRows = 4;
-  const ResidentMemory memory(plan, 1, sizeof(unsigned));
+  const SinglePassMemory memory(plan, 1, sizeof(unsigned));
   const Tile<unsigned, kVector, 1> tile(plan, memory.tiles, {x});
   device_limits::Exchange exchange(plan, memory, workspace);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {

@@ -84,7 +84,7 @@ __host__ __device__ inline unsigned left_sum(int round, int64_t segment, int pla
 // each thread looked at. Grid: the teams' blocks, one slice each. Moves nothing but what teams of a grid exchange.
 __global__ void __launch_bounds__(512, 2)
     exchange_kernel(const Plan plan, int rounds, unsigned* sums, const bn_ext::cuda::Workspace workspace) {
-  Exchange exchange(plan, bn_ext::cuda::ResidentMemory(plan, 1, sizeof(unsigned)), workspace);
+  Exchange exchange(plan, bn_ext::cuda::SinglePassMemory(plan, 1, sizeof(unsigned)), workspace);
   const bn_ext::cuda::Block block = exchange.first_block();
   unsigned sum = 0;
   for (int round = 0; round < rounds; ++round) {

@@ -1,6 +1,6 @@
 // The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed. In
 // eval mode the first one, where it runs, gives the gradient of the input too. The first of them that runs gives dz.
-// Where teams of blocks can hold slices, one kernel does it all (resident_backward.cuh).
+// Where teams of blocks can hold slices, one kernel does it all (single_pass_backward.cuh).
 #pragma once
 
 #include <algorithm>
@@ -167,7 +167,7 @@ void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const Su
 }
 
 template <typename T, int kVector, bool kOneChannel>
-cudaError_t launch_general(Pass& pass, BackwardParams p, const Plan& plan, const SumsAndCoefficients& workspace) {
+cudaError_t launch_multi_kernel(Pass& pass, BackwardParams p, const Plan& plan, const SumsAndCoefficients& workspace) {
   if (p.needs_sums()) {
     const cudaError_t error = dispatch_variant<T, kVector>(variant_of(p, plan), [&](auto variant) {
       launch_sums<T, kVector, kOneChannel, decltype(variant)::value>(pass, p, plan, workspace);
@@ -189,14 +189,14 @@ cudaError_t launch_general(Pass& pass, BackwardParams p, const Plan& plan, const
 }  // namespace
 
 template <typename T>
-cudaError_t GeneralBackward<T>::launch(const BackwardParams& p,
-                                       const Plan& plan,
-                                       const Workspace& memory,
-                                       cudaStream_t stream) {
+cudaError_t MultiKernelBackward<T>::launch(const BackwardParams& p,
+                                           const Plan& plan,
+                                           const Workspace& memory,
+                                           cudaStream_t stream) {
   const SumsAndCoefficients workspace(plan, memory.memory);
   return Pass::run(plan, stream, [&](Pass& pass) {
     return dispatch_plan<T>(plan, [&](auto vector, auto one_channel) {
-      return launch_general<T, vector.value, one_channel.value>(pass, p, plan, workspace);
+      return launch_multi_kernel<T, vector.value, one_channel.value>(pass, p, plan, workspace);
     });
   });
 }

@@ -134,7 +134,7 @@ void run(const Params& p,
     const PassMemory memory(bytes_of(p, chosen));
     const Counters counters(counter_bytes(chosen), device, stream);
     const cudaError_t launched = launch(p, chosen, {memory.data(), counters.data()}, stream);
-    if (chosen.resident()) refusal = launched;
+    if (chosen.single_pass()) refusal = launched;
     return launched;
   });
   check_launched(error, device);

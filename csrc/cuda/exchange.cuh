@@ -70,7 +70,7 @@ template <typename Sums, typename Coefficients, typename Clock = PhaseClock>
 class Exchange {
  public:
   // The memory of a grid's teams is TeamWorkspace's.
-  __device__ Exchange(const Plan& plan, const ResidentMemory& memory, const Workspace& workspace)
+  __device__ Exchange(const Plan& plan, const SinglePassMemory& memory, const Workspace& workspace)
       : plan_(plan),
         merges_all_(plan.every_block_merges()),
         sums_(shared_memory_at<Sums>(memory.sums)),
@@ -225,7 +225,7 @@ class Exchange {
 
 inline Grid grid_of_teams(const Plan& plan, int tensors, size_t value_bytes) {
   const int cluster_blocks = plan.team == Team::kCluster ? static_cast<int>(plan.segments) : 1;
-  const size_t shared_bytes = ResidentMemory(plan, tensors, value_bytes).bytes;
+  const size_t shared_bytes = SinglePassMemory(plan, tensors, value_bytes).bytes;
   const bool cooperative = plan.team == Team::kGrid;
   return {plan.blocks(), plan.threads, shared_bytes, cluster_blocks, cooperative, plan.uses_pdl && !cooperative};
 }

@@ -1,5 +1,5 @@
 // The forward pass in three kernels: statistics, finalise, apply; in eval mode, or once more, apply alone. Where
-// teams of blocks can hold slices, one kernel does it all (resident_forward.cuh).
+// teams of blocks can hold slices, one kernel does it all (single_pass_forward.cuh).
 #pragma once
 
 #include "apply.cuh"
@@ -62,10 +62,10 @@ void launch_statistics(Pass& pass, const ForwardParams& p, const Plan& plan, Mom
 }  // namespace
 
 template <typename T>
-cudaError_t GeneralForward<T>::launch(const ForwardParams& p,
-                                      const Plan& plan,
-                                      const Workspace& workspace,
-                                      cudaStream_t stream) {
+cudaError_t MultiKernelForward<T>::launch(const ForwardParams& p,
+                                          const Plan& plan,
+                                          const Workspace& workspace,
+                                          cudaStream_t stream) {
   return Pass::run(plan, stream, [&](Pass& pass) {
     return dispatch_plan<T>(plan, [&](auto vector, auto one_channel) {
       constexpr int kVector = vector.value;
@@ -83,7 +83,7 @@ cudaError_t GeneralForward<T>::launch(const ForwardParams& p,
 }
 
 template <typename T>
-cudaError_t GeneralForward<T>::ask_compiled_for(int& architecture) {
+cudaError_t MultiKernelForward<T>::ask_compiled_for(int& architecture) {
   cudaFuncAttributes attributes = {};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, finalise_statistics_kernel<T>);
   architecture = attributes.ptxVersion;

@@ -1,4 +1,4 @@
-// Chooses the kernels of a pass: general or resident ones by its plan, compiled for its type.
+// Chooses the kernels of a pass: of the single-pass or the multi-kernel path, compiled for its type.
 #include "kernels.h"
 #include "launches.h"
 #include "merge.cuh"
@@ -39,25 +39,25 @@ bool fits(const Params& p, const Plan& plan) {
 
 }  // namespace
 
-cudaError_t ask_compiled_for(int& architecture) { return GeneralForward<float>::ask_compiled_for(architecture); }
+cudaError_t ask_compiled_for(int& architecture) { return MultiKernelForward<float>::ask_compiled_for(architecture); }
 
 Plan choose_plan(const ForwardParams& p, const Machine& machine) {
   const Plan plan = plan_forward(p, machine);
-  return plan.blocks_wait() && !fits<ResidentForward>(p, plan) ? plan_forward(p, machine.without_teams()) : plan;
+  return plan.blocks_wait() && !fits<SinglePassForward>(p, plan) ? plan_forward(p, machine.without_teams()) : plan;
 }
 
 Plan choose_plan(const BackwardParams& p, const Machine& machine) {
   const Plan plan = plan_backward(p, machine);
-  return plan.blocks_wait() && !fits<ResidentBackward>(p, plan) ? plan_backward(p, machine.without_teams()) : plan;
+  return plan.blocks_wait() && !fits<SinglePassBackward>(p, plan) ? plan_backward(p, machine.without_teams()) : plan;
 }
 
 size_t forward_workspace_bytes(const ForwardParams& p, const Plan& plan) {
-  if (plan.resident()) return workspace_of_teams(plan);
+  if (plan.single_pass()) return workspace_of_teams(plan);
   return p.training && !p.recompute ? plan.channels * plan.segments * sizeof(Moments) : 0;
 }
 
 size_t backward_workspace_bytes(const BackwardParams& p, const Plan& plan) {
-  if (plan.resident()) return workspace_of_teams(plan);
+  if (plan.single_pass()) return workspace_of_teams(plan);
   return p.needs_sums() ? plan.channels * (plan.segments * sizeof(GradSums) + 2 * sizeof(double)) : 0;
 }
 
@@ -71,16 +71,16 @@ cudaError_t launch_forward(const ForwardParams& params,
     const cudaError_t error = cudaMemsetAsync(p.mask, 0, mask_bytes(p.shape.numel()), stream);
     if (error != cudaSuccess) return error;
   }
-  return plan.resident() ? launch<ResidentForward>(p, plan, workspace, stream)
-                         : launch<GeneralForward>(p, plan, workspace, stream);
+  return plan.single_pass() ? launch<SinglePassForward>(p, plan, workspace, stream)
+                            : launch<MultiKernelForward>(p, plan, workspace, stream);
 }
 
 cudaError_t launch_backward(const BackwardParams& p,
                             const Plan& plan,
                             const Workspace& workspace,
                             cudaStream_t stream) {
-  return plan.resident() ? launch<ResidentBackward>(p, plan, workspace, stream)
-                         : launch<GeneralBackward>(p, plan, workspace, stream);
+  return plan.single_pass() ? launch<SinglePassBackward>(p, plan, workspace, stream)
+                            : launch<MultiKernelBackward>(p, plan, workspace, stream);
 }
 
 }  // namespace bn_ext::cuda

@@ -28,12 +28,12 @@ cudaError_t launch_forward(const ForwardParams& p, const Plan& plan, const Works
 cudaError_t launch_backward(const BackwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream);
 
 // Calls launch(plan), which makes a workspace and launches a pass. If CUDA refuses the plan's teams, though it said
-// that it has room for them, calls it again with a plan for the general kernels, which `plan` then is. Whatever the
-// error was: where it is not of the teams, the general kernels meet it too.
+// that it has room for them, calls it again with a plan for the multi-kernel path, which `plan` then is. Whatever the
+// error was: where it is not of the teams, the multi-kernel path meets it too.
 template <typename Params, typename Launch>
 cudaError_t launch_or_do_without_teams(const Params& p, const Machine& machine, Plan& plan, const Launch& launch) {
   const cudaError_t error = launch(plan);
-  if (error == cudaSuccess || !plan.resident()) return error;
+  if (error == cudaSuccess || !plan.single_pass()) return error;
   (void)cudaGetLastError();  // so that no one else finds it
   plan = choose_plan(p, machine.without_teams());
   return launch(plan);

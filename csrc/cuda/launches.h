@@ -12,24 +12,24 @@ namespace bn_ext::cuda {
 
 // Up to three kernels: those that the pass needs.
 template <typename T>
-struct GeneralForward {
+struct MultiKernelForward {
   static cudaError_t launch(const ForwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream);
   static cudaError_t ask_compiled_for(int& architecture);
 };
 template <typename T>
-struct GeneralBackward {
+struct MultiKernelBackward {
   static cudaError_t launch(const BackwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream);
 };
 
 // One kernel: each team of blocks keeps a slice on chip and reads every tensor once. Rows that do not fit are read
 // twice.
 template <typename T>
-struct ResidentForward {
+struct SinglePassForward {
   static cudaError_t launch(const ForwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream);
   static cudaError_t ask_whether_fits(const ForwardParams& p, const Plan& plan, bool& fits);
 };
 template <typename T>
-struct ResidentBackward {
+struct SinglePassBackward {
   static cudaError_t launch(const BackwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream);
   static cudaError_t ask_whether_fits(const BackwardParams& p, const Plan& plan, bool& fits);
 };

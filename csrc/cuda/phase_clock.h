@@ -1,4 +1,4 @@
-// When blocks of the resident kernels have come to which point of a slice, in a build with BN_EXT_PHASE_CLOCK: the
+// When blocks of the single-pass kernels have come to which point of a slice, in a build with BN_EXT_PHASE_CLOCK: the
 // phases, and the layout of the times. No release build has the macro; lab/ has what reads them.
 #pragma once
 

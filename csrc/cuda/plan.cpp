@@ -140,13 +140,13 @@ int value_bytes(DType dtype) {
   }
 }
 
-int resident_tiles(const ForwardParams& p) {
+int single_pass_tiles(const ForwardParams& p) {
   // The mean over all batches needs their number, which one block raises and others read.
   const bool reads_count = p.cumulative && p.num_batches_tracked != nullptr;
   return p.training && !p.recompute && !reads_count ? 1 : 0;
 }
 
-int resident_tiles(const BackwardParams& p) {
+int single_pass_tiles(const BackwardParams& p) {
   const bool reads_z = p.z != nullptr && p.mask == nullptr;
   return p.training && p.needs_sums() && !p.dy_is_scalar && !reads_z ? 2 : 0;
 }
@@ -173,25 +173,25 @@ Plan plan_with_slices(const Request& request, int line, const Machine& machine) 
 }
 
 Plan make_plan(const Request& request, const Machine& machine) {
-  const Plan general = plan_with_slices(request, kLine, machine);
-  Plan best = general;
-  if (request.resident_tiles > 0) {
-    best = best_teams(general, request, machine);
+  const Plan multi_kernel = plan_with_slices(request, kLine, machine);
+  Plan best = multi_kernel;
+  if (request.single_pass_tiles > 0) {
+    best = best_teams(multi_kernel, request, machine);
     const Plan narrower = plan_with_slices(request, kLine / 2, machine);
     const bool may_be_narrower = machine.half_chip != HalfChip::kNever || best.spilled_rows() > 0;
-    if (narrower.slice_width < general.slice_width && may_be_narrower) {
+    if (narrower.slice_width < multi_kernel.slice_width && may_be_narrower) {
       const Plan other = best_teams(narrower, request, machine);
       // The model is least certain about rows that are read again from the L2 cache, so a width that keeps all rows is
       // preferred to one that does not. Between half of the chip and all of it the time decides.
       const bool spills = best.spilled_rows() > 0, other_spills = other.spilled_rows() > 0;
-      if (spills == other_spills || !best.resident() || !other.resident()) {
+      if (spills == other_spills || !best.single_pass() || !other.single_pass()) {
         best = faster_teams(best, other, request, machine);
       } else if (spills) {
         best = other;
       }
     }
     const auto time = [&](const Plan& plan) { return time_of(plan, request, machine); };
-    if (!best.resident() || (machine.three_kernels && time(general) < time(best))) best = general;
+    if (!best.single_pass() || (machine.three_kernels && time(multi_kernel) < time(best))) best = multi_kernel;
   }
   choose_lanes(best);
   const int64_t result_bytes = request.shape.numel() * request.value_bytes;
@@ -205,14 +205,14 @@ Plan plan_forward(const ForwardParams& p, const Machine& machine) {
   const int alignment = common_alignment(variant_of(p), bytes, {p.x, p.z, p.y});
   // Alike for calls with a mask and without, so that results do not depend on it.
   const bool for_mask = p.activation.kind == ActivationKind::kReluLike && p.z != nullptr;
-  return make_plan({p.shape, bytes, alignment, for_mask, resident_tiles(p)}, machine);
+  return make_plan({p.shape, bytes, alignment, for_mask, single_pass_tiles(p)}, machine);
 }
 
 Plan plan_backward(const BackwardParams& p, const Machine& machine) {
   const int bytes = value_bytes(p.dtype);
   const void* dy = p.dy_is_scalar ? nullptr : p.dy;
   const int alignment = common_alignment(variant_of(p), bytes, {dy, p.x, p.z, p.dx, p.dz});
-  Plan plan = make_plan({p.shape, bytes, alignment, false, resident_tiles(p), p.mask != nullptr}, machine);
+  Plan plan = make_plan({p.shape, bytes, alignment, false, single_pass_tiles(p), p.mask != nullptr}, machine);
   plan.evicts_last &= p.dx != nullptr || p.dz != nullptr;  // else nothing is read again
   return plan;
 }

@@ -44,10 +44,10 @@ enum class HalfChip : int { kNever, kIfFaster, kAlways };
 // What the plan depends on besides the tensor.
 struct Machine {
   int multiprocessors;
-  int shared_bytes = 0;       // of a multiprocessor, for all its blocks
-  bool clusters = false;      // whether blocks may be launched in clusters
-  bool cooperative = false;   // whether a grid's blocks may wait for each other
-  bool pdl = false;  // whether a kernel may start while the one before it on the stream ends
+  int shared_bytes = 0;      // of a multiprocessor, for all its blocks
+  bool clusters = false;     // whether blocks may be launched in clusters
+  bool cooperative = false;  // whether a grid's blocks may wait for each other
+  bool pdl = false;          // whether a kernel may start while the one before it on the stream ends
   // By choice, for the model prefers it:
   bool staggers = true;                      // whether half of the teams begin later
   int prefetched_quarters = 2;               // of a team's next slice, which come to the L2 cache while the team waits
@@ -131,13 +131,13 @@ struct Plan {
   int stagger_ns;           // by so much; 0: all begin at once
   int prefetched_rows;      // of each thread, of a team's next slice
   Team team;
-  bool uses_pdl;  // kernels may start while the one before them ends
-  bool one_channel;   // all values of a thread belong to one channel
-  bool whole_bytes;   // rows of slices are whole bytes of a mask, in memory: no two slices share one
-  bool keeps_mask;    // a mask's bits of kept rows stay on chip too: for each vector the word that has them
-  bool evicts_last;   // rows that are read again are the last to leave the L2 cache
+  bool uses_pdl;     // kernels may start while the one before them ends
+  bool one_channel;  // all values of a thread belong to one channel
+  bool whole_bytes;  // rows of slices are whole bytes of a mask, in memory: no two slices share one
+  bool keeps_mask;   // a mask's bits of kept rows stay on chip too: for each vector the word that has them
+  bool evicts_last;  // rows that are read again are the last to leave the L2 cache
 
-  constexpr bool resident() const { return team != Team::kNone; }
+  constexpr bool single_pass() const { return team != Team::kNone; }
   constexpr bool blocks_wait() const { return team == Team::kCluster || team == Team::kGrid; }  // for each other
   constexpr int64_t blocks() const { return teams * segments; }
   constexpr int64_t segment_rows() const { return rows_of_segment; }
@@ -153,7 +153,7 @@ struct Plan {
   }
   // How many rows of all segments do not stay on chip.
   constexpr int64_t spilled_rows() const {
-    if (!resident()) return rows;
+    if (!single_pass()) return rows;
     const int64_t most = int64_t(row_lanes) * kept_rows, last = rows_of(segments - 1);
     const int64_t kept = segment_rows() < most ? segment_rows() : most;
     return rows - (segments - 1) * kept - (last < kept ? last : kept);
@@ -177,15 +177,15 @@ struct Plan {
   constexpr int block_coefficients() const { return one_channel ? 0 : slice_channels; }
 };
 
-// Where things lie in the shared memory of a resident block, in bytes: first what threads leave for each other, then
+// Where things lie in the shared memory of a single-pass block, in bytes: first what threads leave for each other, then
 // coefficients of the slice's channels, then the block's sums of them for its team, then the tile.
-struct ResidentMemory {
+struct SinglePassMemory {
   size_t coefficients;
   size_t sums;
   size_t tiles;
   size_t bytes;  // in all
 
-  constexpr ResidentMemory(const Plan& plan, int tensors, size_t value_bytes)
+  constexpr SinglePassMemory(const Plan& plan, int tensors, size_t value_bytes)
       : coefficients(0), sums(0), tiles(0), bytes(0) {
     const size_t number_bytes = value_bytes == 8 ? 8 : 4;  // of a coefficient
     const size_t partial_bytes = plan.block_partials() * 2 * sizeof(double);
@@ -244,7 +244,7 @@ struct Request {
   int value_bytes;
   int alignment;            // bytes, a power of two that divides every activation's address
   bool for_mask;            // rows of slices shall be whole bytes, if possible
-  int resident_tiles;       // tensors that a team would keep of a slice; 0: there is to be none
+  int single_pass_tiles;    // tensors that a team would keep of a slice; 0: there is to be none
   bool keeps_mask = false;  // besides
 };
 
@@ -261,8 +261,8 @@ Variant variant_of(const Params& p, const Plan& plan) {
 }
 
 // Tensors that a team keeps of a slice in this pass; 0: no team could keep what is needed.
-int resident_tiles(const ForwardParams& p);
-int resident_tiles(const BackwardParams& p);
+int single_pass_tiles(const ForwardParams& p);
+int single_pass_tiles(const BackwardParams& p);
 
 Plan make_plan(const Request& request, const Machine& machine);
 Plan plan_forward(const ForwardParams& p, const Machine& machine);

@@ -30,8 +30,8 @@ constexpr int64_t kNarrowReads = 20;              // so many reads of less than 
 constexpr int64_t kNarrowBytes = 128;             // of a cache line
 constexpr int64_t kCacheOfSecondRead = 265'000;   // bytes per multiprocessor that L2 keeps for a second kernel: 35 MB
 constexpr int64_t kCacheOfSpilledRows = 189'000;  // bytes that it keeps of spilled rows, of 25 MB
-constexpr int64_t kGeneralShare = 92;  // per cent of memory's rate that three kernels get, by their last waves
-constexpr int64_t kLeastKept = 8;      // a part of so many must fit: less gains less than the model's error
+constexpr int64_t kMultiKernelShare = 92;  // per cent of memory's rate that three kernels get, by their last waves
+constexpr int64_t kLeastKept = 8;          // a part of so many must fit: less gains less than the model's error
 constexpr int64_t kAlone = 16;  // a part of so many more for a team of all blocks: they read, then wait, then write
 constexpr int64_t kMostSleep = 3'000;  // for half a read of the largest tile
 
@@ -46,16 +46,16 @@ bool can_stagger(const Plan& plan, const Machine& machine) {
 
 // What is read of a slice's tiles by one block.
 int64_t read_bytes(const Plan& plan, const Request& request) {
-  return plan.segment_rows() * plan.columns * plan.vector * request.value_bytes * request.resident_tiles;
+  return plan.segment_rows() * plan.columns * plan.vector * request.value_bytes * request.single_pass_tiles;
 }
 
 int64_t time_of_three_kernels(const Plan& plan, const Request& request, const Machine& machine) {
   const int64_t at_a_time = int64_t(machine.multiprocessors) * (kBlocksAtATime * kMaxThreads / plan.threads);
   const int64_t later_waves = ceil_div(plan.blocks(), at_a_time) - 1;
   const int64_t share = request.shape.numel() * request.value_bytes / machine.multiprocessors;
-  const int64_t read = share * request.resident_tiles, again = std::max<int64_t>(0, read - kCacheOfSecondRead);
+  const int64_t read = share * request.single_pass_tiles, again = std::max<int64_t>(0, read - kCacheOfSecondRead);
   return 3 * kLaunch + 2 * later_waves * kOncePerBlock +
-         ns_of((read + again + share) * 100 / kGeneralShare, kBytesPerUs);
+         ns_of((read + again + share) * 100 / kMultiKernelShare, kBytesPerUs);
 }
 
 // What a block does once for each slice.
@@ -66,7 +66,7 @@ int64_t gap_of(const Plan& plan) {
 }
 
 int64_t time_of_teams(const Plan& plan, const Request& request, const Machine& machine) {
-  const int64_t tiles = request.resident_tiles, multiprocessors = machine.multiprocessors;
+  const int64_t tiles = request.single_pass_tiles, multiprocessors = machine.multiprocessors;
   const int64_t teams = plan.teams_at_a_time, rounds = ceil_div(plan.slices, teams);
   const int64_t row_bytes = int64_t(plan.columns) * plan.vector * request.value_bytes;
 
@@ -125,7 +125,7 @@ Plan best_of(const Plan& layout, int64_t most, const Request& request, const Mac
   for (int64_t size = 1; size <= most_of_cluster; size *= 2) {
     if (size >= std::min(least, most)) consider(Team::kCluster, size);
   }
-  if (!best.resident() && least <= kMaxClusterBlocks) consider(Team::kCluster, least);
+  if (!best.single_pass() && least <= kMaxClusterBlocks) consider(Team::kCluster, least);
 
   consider(Team::kGrid, least);
   const int64_t of_merging = 4 * layout.threads / layout.slice_channels;  // by every_block_merges
@@ -143,8 +143,8 @@ int64_t most_kept_rows(const Plan& layout, const Request& request, const Machine
   Plan none = layout;
   none.kept_rows = 0;
   const int64_t room = machine.shared_bytes / kResidentAtATime - kReservedSharedBytes;
-  const int64_t row_bytes = layout.kept_row_bytes(request.resident_tiles, request.value_bytes);
-  const ResidentMemory without(none, request.resident_tiles, request.value_bytes);
+  const int64_t row_bytes = layout.kept_row_bytes(request.single_pass_tiles, request.value_bytes);
+  const SinglePassMemory without(none, request.single_pass_tiles, request.value_bytes);
   return std::clamp<int64_t>((room - static_cast<int64_t>(without.bytes)) / row_bytes, 0, kMaxRowsPerThread);
 }
 
@@ -176,7 +176,7 @@ Plan with_teams(Plan plan, Team team, int64_t segments, const Request& request, 
     plan.teams = plan.teams_at_a_time;
   }
   if (plan.kept_rows * kLeastKept < plan.rows_per_thread) plan.team = Team::kNone;
-  if (plan.resident()) choose_ahead(plan, request, machine);
+  if (plan.single_pass()) choose_ahead(plan, request, machine);
   return plan;
 }
 
@@ -190,12 +190,12 @@ Plan best_teams(const Plan& layout, const Request& request, const Machine& machi
 }
 
 Plan faster_teams(const Plan& a, const Plan& b, const Request& request, const Machine& machine) {
-  if (!a.resident() || !b.resident()) return a.resident() ? a : b;
+  if (!a.single_pass() || !b.single_pass()) return a.single_pass() ? a : b;
   return time_of(b, request, machine) < time_of(a, request, machine) ? b : a;
 }
 
 int64_t time_of(const Plan& plan, const Request& request, const Machine& machine) {
-  return plan.resident() ? time_of_teams(plan, request, machine) : time_of_three_kernels(plan, request, machine);
+  return plan.single_pass() ? time_of_teams(plan, request, machine) : time_of_three_kernels(plan, request, machine);
 }
 
 }  // namespace bn_ext::cuda

@@ -1,5 +1,6 @@
 // What a pass moves: the tensors and masks that each of its kernels reads and writes. See forward.cuh, backward.cuh
-// and gradient.cuh, resident_forward.cuh and resident_backward.cuh; tests/cuda_on_cpu compares with what they count.
+// and gradient.cuh, single_pass_forward.cuh and single_pass_backward.cuh; tests/cuda_on_cpu compares with what they
+// count.
 #include "traffic.h"
 
 namespace bn_ext::cuda {
@@ -18,7 +19,7 @@ struct Counts {
 
 Traffic in_bytes(const Counts& counts, const Shape& shape, DType dtype, const Plan& plan) {
   const int64_t tensor = shape.numel() * value_bytes(dtype), mask = (shape.numel() + 7) / 8;
-  const int64_t spilled = plan.resident() ? shape.numel() / plan.rows * plan.spilled_rows() : 0;  // values
+  const int64_t spilled = plan.single_pass() ? shape.numel() / plan.rows * plan.spilled_rows() : 0;  // values
   Traffic traffic{};
   traffic.mask_read = counts.masks_read * mask + counts.masks_again * ((spilled + 7) / 8);
   traffic.mask_written = counts.masks_written * mask;
@@ -37,7 +38,7 @@ void add_gradient(Counts& counts, const BackwardParams& p, bool wants_x) {
   counts.masks_read += reads_mask(p);
 }
 
-Counts resident_backward(const BackwardParams& p) {
+Counts single_pass_backward(const BackwardParams& p) {
   const int results = (p.dx != nullptr) + (p.dz != nullptr);
   Counts counts{};
   counts.launches = 1;
@@ -49,7 +50,7 @@ Counts resident_backward(const BackwardParams& p) {
   return counts;
 }
 
-Counts general_backward(const BackwardParams& p) {
+Counts multi_kernel_backward(const BackwardParams& p) {
   Counts counts{};
   BackwardParams left = p;
   if (p.needs_sums()) {
@@ -71,9 +72,9 @@ Counts general_backward(const BackwardParams& p) {
 Traffic expected_traffic(const ForwardParams& p, const Plan& plan) {
   const bool has_sums = p.training && !p.recompute;
   Counts counts{};
-  counts.launches = has_sums && !plan.resident() ? 3 : 1;
+  counts.launches = has_sums && !plan.single_pass() ? 3 : 1;
   counts.read = 1 + (p.z != nullptr);
-  if (has_sums) (plan.resident() ? counts.read_again : counts.read) += 1;
+  if (has_sums) (plan.single_pass() ? counts.read_again : counts.read) += 1;
   counts.written = 1;
   if (p.mask != nullptr && !p.recompute) {
     // Where slices share bytes of it, it is cleared first, and then changed in place.
@@ -84,7 +85,7 @@ Traffic expected_traffic(const ForwardParams& p, const Plan& plan) {
 }
 
 Traffic expected_traffic(const BackwardParams& p, const Plan& plan) {
-  return in_bytes(plan.resident() ? resident_backward(p) : general_backward(p), p.shape, p.dtype, plan);
+  return in_bytes(plan.single_pass() ? single_pass_backward(p) : multi_kernel_backward(p), p.shape, p.dtype, plan);
 }
 
 }  // namespace bn_ext::cuda

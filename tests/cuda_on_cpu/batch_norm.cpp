@@ -94,8 +94,8 @@ const char* batch_norm_time_of(const cuda::Plan* plan,
 }
 
 // Of shared memory, for so many tensors in tiles.
-const char* batch_norm_resident_bytes(const cuda::Plan* plan, int64_t tensors, int64_t value_bytes, int64_t* bytes) {
-  return reported([&] { *bytes = int64_t(cuda::ResidentMemory(*plan, int(tensors), size_t(value_bytes)).bytes); });
+const char* batch_norm_single_pass_bytes(const cuda::Plan* plan, int64_t tensors, int64_t value_bytes, int64_t* bytes) {
+  return reported([&] { *bytes = int64_t(cuda::SinglePassMemory(*plan, int(tensors), size_t(value_bytes)).bytes); });
 }
 
 const char* batch_norm_plan_forward(const ForwardParams* p, const cuda::Machine* machine, cuda::Plan* plan) {

@@ -15,7 +15,7 @@ from . import build
 from .device import Buffer, Device
 from .structs import (
     DTYPES,
-    GENERAL,
+    MULTI_KERNEL,
     NONE,
     SAVED,
     Activation,
@@ -44,7 +44,7 @@ def statistics_dtype(name: str) -> str:
     return "float64" if name == "float64" else "float32"
 
 
-MACHINE: ContextVar[Machine] = ContextVar("MACHINE", default=GENERAL)
+MACHINE: ContextVar[Machine] = ContextVar("MACHINE", default=MULTI_KERNEL)
 """Of settings that name none."""
 
 
@@ -103,14 +103,14 @@ class Kernels:
         shape: Shape,
         value_bytes: int,
         alignment: int = 16,
-        machine: Machine = GENERAL,
+        machine: Machine = MULTI_KERNEL,
         for_mask: bool = False,
-        resident_tiles: int = 0,
+        single_pass_tiles: int = 0,
         keeps_mask: bool = False,
     ) -> Plan:
         """make_plan of plan.h."""
         plan = Plan()
-        request = Request(shape, value_bytes, alignment, for_mask, resident_tiles, keeps_mask)
+        request = Request(shape, value_bytes, alignment, for_mask, single_pass_tiles, keeps_mask)
         at = (ctypes.byref(request), ctypes.byref(machine), ctypes.byref(plan))
         self.device.call("batch_norm_make_plan", *at)
         return plan
@@ -129,10 +129,10 @@ class Kernels:
         self.device.call("batch_norm_time_of", *at)
         return time.value
 
-    def resident_bytes(self, plan: Plan, tiles: int, value_bytes: int) -> int:
-        """Shared memory of a block: ResidentMemory of plan.h."""
+    def single_pass_bytes(self, plan: Plan, tiles: int, value_bytes: int) -> int:
+        """Shared memory of a block: SinglePassMemory of plan.h."""
         count = ctypes.c_int64()
-        self.device.call("batch_norm_resident_bytes", ctypes.byref(plan), tiles, value_bytes, ctypes.byref(count))
+        self.device.call("batch_norm_single_pass_bytes", ctypes.byref(plan), tiles, value_bytes, ctypes.byref(count))
         return count.value
 
     def _start(self, settings: Settings) -> None:

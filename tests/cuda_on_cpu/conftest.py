@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 
 from .batch_norm import MACHINE
-from .structs import GENERAL, OF_H200, SMALL, Machine
+from .structs import MULTI_KERNEL, OF_H200, SMALL, Machine
 
 PATHS = {
-    "general": GENERAL,
+    "multi_kernel": MULTI_KERNEL,
     "block": Machine(1, OF_H200, pdl=True),
     "cluster": SMALL,
     "grid": Machine(SMALL.multiprocessors, SMALL.shared_bytes, False, True),
@@ -17,7 +17,7 @@ PATHS = {
 
 @pytest.fixture(params=PATHS)
 def every_path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """By the general kernels; with slices kept on chip by one block, by clusters, by teams of a grid where they fit."""
+    """The multi-kernel path, and the single-pass path with teams of one block, of clusters and of a grid."""
     token = MACHINE.set(PATHS[request.param])
     yield
     MACHINE.reset(token)

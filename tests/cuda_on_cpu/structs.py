@@ -171,7 +171,7 @@ class Request(ctypes.Structure):
         ("value_bytes", ctypes.c_int),
         ("alignment", ctypes.c_int),
         ("for_mask", ctypes.c_bool),
-        ("resident_tiles", ctypes.c_int),
+        ("single_pass_tiles", ctypes.c_int),
         ("keeps_mask", ctypes.c_bool),
     ]
 
@@ -179,7 +179,7 @@ class Request(ctypes.Structure):
 OF_H200 = 228 * 1024
 """Bytes of shared memory that a multiprocessor of an H200 has."""
 
-GENERAL = Machine(1, pdl=True)
+MULTI_KERNEL = Machine(1, pdl=True)
 """Where no slice stays on chip."""
 H200 = Machine(132, OF_H200, True, True, True)
 """With no choice that rests on the model of times, as the machines of all tests that do not say otherwise."""

@@ -218,7 +218,7 @@ def test_only_the_gradients_asked_for(name: str, has_residual: bool, training: b
             sums = dweight or dbias or (training and dx)
             input_runs = (dx and (training or not sums)) or (dz and not sums)
             device, size = kernels().device, memory_of(x).nbytes
-            if results["plan"].team > 0:  # test_resident.py counts that
+            if results["plan"].team > 0:  # test_single_pass.py counts that
                 assert device.launch_count() == 1
                 continue
             assert device.launch_count() == 2 * sums + input_runs

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from . import build
 from .batch_norm import Settings, kernels, memory_dtype, statistics_dtype
 from .device import Counters
-from .structs import DTYPES, GENERAL, OF_H200, SAVED, Machine, Plan, Shape, activation
+from .structs import DTYPES, MULTI_KERNEL, OF_H200, SAVED, Machine, Plan, Shape, activation
 from .traffic import Moved, Traffic, check_traffic
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
 KIB = 1024
 MACHINES = {
-    "none": GENERAL,
+    "none": MULTI_KERNEL,
     "block": Machine(1, OF_H200),
     "cluster": Machine(4, 32 * KIB, True, True),
     "grid": Machine(4, 32 * KIB, False, True),
@@ -103,7 +103,7 @@ def test_known_numbers() -> None:
     vectors = {"weight": vector, "bias": vector, "running_mean": None, "running_var": None}
     relu, device = activation("relu"), kernels().device
     for machine, forward, backward in (
-        (GENERAL, (3 * n, n + n // 16), (4 * n, 2 * n)),
+        (MULTI_KERNEL, (3 * n, n + n // 16), (4 * n, 2 * n)),
         (Machine(1, OF_H200), (2 * n, n + n // 16), (2 * n, 2 * n)),
     ):
         settings = Settings(machine)
@@ -120,7 +120,7 @@ def test_known_numbers() -> None:
             mask=first["mask"],
         )
         moved = device.counters("activation")
-        mask_bytes = 1 if machine is GENERAL else 4  # for each access of 8 values; from one sector for many
+        mask_bytes = 1 if machine is MULTI_KERNEL else 4  # for each access of 8 values; from one sector for many
         assert back["plan"].vector == 8
         assert (moved.bytes_read, moved.bytes_written) == (backward[0] + mask_bytes * n // 16, backward[1])
 

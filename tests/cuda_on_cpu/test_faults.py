@@ -1,4 +1,4 @@
-"""What is left of a pass when CUDA refuses it: the general kernels, or an error and nothing changed."""
+"""What is left of a pass when CUDA refuses it: the multi-kernel path, or an error and nothing changed."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +10,10 @@ from torch import Tensor
 from bn_ext import testing
 
 from . import build
-from .batch_norm import GENERAL, Settings, kernels
+from .batch_norm import MULTI_KERNEL, Settings, kernels
 from .device import Fault
 from .operators import CudaOnCpu, bits
-from .test_resident import SPILLING, TEAMS
+from .test_single_pass import SPILLING, TEAMS
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -42,11 +42,11 @@ def step(operator: CudaOnCpu, case: testing.Case, activation: str | None = None)
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("name", CASES)
 def test_refused_teams(name: str, activation: str | None) -> None:
-    """Whatever CUDA says: the general kernels' bits, each statistic updated once, no error left for others."""
+    """Whatever CUDA says: the multi-kernel path's bits, each statistic updated once, no error left for others."""
     machine, shape, layout = CASES[name]
     case = testing.Case(shape, torch.float32, layout)
-    general = CudaOnCpu(Settings(machine.without_teams))
-    expected = step(general, case, activation)
+    multi_kernel = CudaOnCpu(Settings(machine.without_teams))
+    expected = step(multi_kernel, case, activation)
     team = name.split(",")[0].split(":")[0]
     granted = CudaOnCpu(Settings(machine))
     step(granted, case, activation)
@@ -56,14 +56,14 @@ def test_refused_teams(name: str, activation: str | None) -> None:
         actual = step(operator, case, activation)
         assert kernels().device.last_error() == 0
         assert all((bits(a) == bits(e)).all() for a, e in zip(actual, expected, strict=True))
-        for call, as_general in zip(operator.calls, general.calls, strict=True):
+        for call, as_multi_kernel in zip(operator.calls, multi_kernel.calls, strict=True):
             assert call.plan.team_name == "none"
-            assert call.launches == as_general.launches > 1
+            assert call.launches == as_multi_kernel.launches > 1
 
 
 @pytest.mark.parametrize("name", ["block", "cluster", "grid"])
 def test_a_lost_device(name: str) -> None:
-    """It refuses the general kernels too: its error comes out, and stays, for every call will meet it."""
+    """It refuses the multi-kernel path too: its error comes out, and stays, for every call will meet it."""
     machine, shape, layout = TEAMS[name]
     operator = CudaOnCpu(Settings(machine, refusal=("launch", 0, -1, LOST)))
     with pytest.raises(Fault, match=r"^a launch failed: an illegal memory access"):
@@ -95,7 +95,7 @@ def test_no_memory_for_a_kernels_code(training: bool) -> None:
     inputs = testing.make_inputs(testing.Case((8, 16, 5, 5), torch.float32))
 
     def run(granted: int, times: int = 1) -> list[tuple[str, int]]:
-        operator = CudaOnCpu(Settings(GENERAL, refusal=("load", granted, 1, OUT_OF_MEMORY)))
+        operator = CudaOnCpu(Settings(MULTI_KERNEL, refusal=("load", granted, 1, OUT_OF_MEMORY)))
         return in_a_thread(
             lambda: operator(inputs.input, inputs.running_mean, inputs.running_var, training=training), times
         )
@@ -108,11 +108,11 @@ def test_no_memory_for_a_kernels_code(training: bool) -> None:
 def test_no_memory_for_the_code_of_backward_kernels() -> None:
     """The same of gradients; then the graph is still there."""
     leaf, dy = torch.randn(8, 16, 5, 5).requires_grad_(), torch.randn(8, 16, 5, 5)
-    operator = CudaOnCpu(Settings(GENERAL))
+    operator = CudaOnCpu(Settings(MULTI_KERNEL))
     y = operator(leaf, None, None, training=True)
     for granted in range(3):
-        operator.settings = Settings(GENERAL, refusal=("load", granted, 1, OUT_OF_MEMORY))
+        operator.settings = Settings(MULTI_KERNEL, refusal=("load", granted, 1, OUT_OF_MEMORY))
         assert in_a_thread(lambda: y.backward(dy)) == [NO_MEMORY]
         assert leaf.grad is None
-    operator.settings = Settings(GENERAL)
+    operator.settings = Settings(MULTI_KERNEL)
     assert in_a_thread(lambda: y.backward(dy)) == [("", 3)]

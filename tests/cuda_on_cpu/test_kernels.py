@@ -223,10 +223,10 @@ def test_only_the_gradients_asked_for(
     results = run(wanted)
     device = kernels().device
     sums = wanted[1] or wanted[2] or (training and wanted[0])
-    resident = results["plan"].team > 0
-    assert device.launch_count() == (1 if resident else 2 * sums + (wanted[0] and (training or not sums)))
+    single_pass = results["plan"].team > 0
+    assert device.launch_count() == (1 if single_pass else 2 * sums + (wanted[0] and (training or not sums)))
     # In eval dx is written along with the sums, and only dweight needs x.
-    reads = 2 if resident else 4 if training and wanted[0] else any(wanted) + wanted[1]
+    reads = 2 if single_pass else 4 if training and wanted[0] else any(wanted) + wanted[1]
     assert device.counters("activation").bytes_read == reads * x.numel() * 4
     assert device.counters("activation").bytes_written == wanted[0] * x.numel() * 4
     for name, asked in zip(("dx", "dweight", "dbias"), wanted, strict=True):
@@ -256,7 +256,7 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], dtype: torch.dtype) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every_path", ["general", "block"], indirect=True)  # the plan of block is the others' too
+@pytest.mark.parametrize("every_path", ["multi_kernel", "block"], indirect=True)  # the plan of block is the others' too
 def test_more_than_65535_blocks() -> None:
     case = testing.Case((1, 66_000, 128), torch.float32)
     operator = CudaOnCpu()

@@ -85,7 +85,7 @@ def test_what_was_never_run_is_reported(program: Path) -> None:
     assert result.returncode == 1
     never = set(re.findall(r"^never run: (.*)$", result.stdout, re.MULTILINE))
     assert set(kernels_at(program).values()) < never
-    assert {"resident_forward_kernel: cluster, spilling, one channel", "grad_input_kernel: one dy"} < never
+    assert {"single_pass_forward_kernel: cluster, spilling, one channel", "grad_input_kernel: one dy"} < never
     assert re.search(r"^\d+ cases were not begun after 1e-09 s$", result.stdout, re.MULTILINE)
     assert "0 of 0 cases are right" in result.stdout
 
@@ -95,13 +95,13 @@ def test_a_path_that_was_not_taken_is_reported(program: Path) -> None:
     for path in ("cluster", "grid"):
         result = run(program, "--only", "float64", "--only", path, CUDA_ON_CPU_MACHINE="1 1")
         assert result.returncode == 1
-        assert "forward did not take this path but the general kernels" in result.stdout
-        assert "backward did not take this path but the general kernels" in result.stdout
+        assert "forward did not take this path but the multi-kernel path" in result.stdout
+        assert "backward did not take this path but the multi-kernel path" in result.stdout
 
 
 def test_a_refused_launch_is_reported_and_other_cases_are_run(program: Path) -> None:
     """Less than a block on each multiprocessor."""
-    result = run(program, "--only", "float64", "--only", "general", CUDA_ON_CPU_MACHINE="1 8")
+    result = run(program, "--only", "float64", "--only", "multi-kernel", CUDA_ON_CPU_MACHINE="1 8")
     assert result.returncode == 1
     wrong = re.findall(r"^wrong: .*: forward failed: cluster misconfiguration$", result.stdout, re.MULTILINE)
     assert len(wrong) > 10

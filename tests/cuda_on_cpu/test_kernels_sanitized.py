@@ -15,11 +15,11 @@ import pytest
 from cuda_on_cpu import build
 from cuda_on_cpu.batch_norm import SOURCES, Kernels, Settings, kernels, memory_dtype, statistics_dtype
 from cuda_on_cpu.device import POLICIES
-from cuda_on_cpu.structs import DTYPES, GENERAL, KINDS, SMALL, Activation, Machine, Shape, activation
+from cuda_on_cpu.structs import DTYPES, KINDS, MULTI_KERNEL, SMALL, Activation, Machine, Shape, activation
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
-MACHINES = [GENERAL, SMALL, Machine(SMALL.multiprocessors, SMALL.shared_bytes, False, True)]
+MACHINES = [MULTI_KERNEL, SMALL, Machine(SMALL.multiprocessors, SMALL.shared_bytes, False, True)]
 SHAPES = [(3, 65, 7), (2, 5, 49), (1, 3, 300), (2, 4, 289), (9, 300, 1), (2, 64, 128), (4, 16, 12)]
 
 
@@ -35,7 +35,7 @@ def digest_of_every_kernel(library: Kernels, dtype: str) -> str:
     fused = itertools.cycle(FUSED[1 + first :] + FUSED[1 : 1 + first])
     for number, (n, c, s) in enumerate(SHAPES, len(SHAPES) * first):
         for channels_last, training, machine in itertools.product((False, True), (False, True), MACHINES):
-            if machine is not GENERAL and not training:
+            if machine is not MULTI_KERNEL and not training:
                 continue
             for name, has_residual in (FUSED[0], next(fused)):
                 shape = Shape(n, c, s, channels_last or s == 1)

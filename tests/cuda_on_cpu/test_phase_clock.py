@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from . import build
 from .batch_norm import CUDA, SOURCES, Kernels, Settings, kernels
-from .structs import GENERAL, OF_H200, SAVED, Machine, Shape
+from .structs import MULTI_KERNEL, OF_H200, SAVED, Machine, Shape
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -21,7 +21,7 @@ READ, CLEAR = "bn_ext_read_phase_times", "bn_ext_clear_phase_times"
 
 KIB = 1024
 MACHINES = {
-    "none": GENERAL,
+    "none": MULTI_KERNEL,
     "block": Machine(1, OF_H200),
     "cluster": Machine(4, 64 * KIB, True, True),
     "grid": Machine(4, 64 * KIB, False, True),
@@ -32,8 +32,8 @@ SHAPES = {"contiguous": Shape(8, 7, 40 * 40, False), "channels_last": Shape(4, 9
 @functools.cache
 def clocked() -> Kernels:
     """The kernels, of which those of one pass for float32 have the macro."""
-    resident = [CUDA / "instantiations" / f"resident_{name}_float32.cu" for name in ("forward", "backward")]
-    defined = [*resident, CUDA / "phase_clock.cu"]
+    single_pass = [CUDA / "instantiations" / f"single_pass_{name}_float32.cu" for name in ("forward", "backward")]
+    defined = [*single_pass, CUDA / "phase_clock.cu"]
     return Kernels(build.library(SOURCES, defines=["BN_EXT_PHASE_CLOCK"], defined=defined))
 
 

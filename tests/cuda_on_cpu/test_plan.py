@@ -149,21 +149,23 @@ def test_huge_tensors(shape: Shape, value_bytes: int) -> None:
 
 
 @pytest.mark.parametrize(("choice", "uses_pdl"), [(None, True), ("1", True), ("0", False)])
-@pytest.mark.parametrize("resident_tiles", [0, 1])
-def test_pdl_switch_changes_nothing_else_in_the_plan(choice: str | None, uses_pdl: bool, resident_tiles: int) -> None:
+@pytest.mark.parametrize("single_pass_tiles", [0, 1])
+def test_pdl_switch_changes_nothing_else_in_the_plan(
+    choice: str | None, uses_pdl: bool, single_pass_tiles: int
+) -> None:
     """BN_EXT_CUDA_PDL acts on tensors of every size, with and without teams."""
     for n in (1, 32, 256):
         shape = Shape(n, 64, 56 * 56, False)
         machine = Machine(132, OF_H200, True, True, True)
-        expected = kernels().make_plan(shape, 2, 16, machine, False, resident_tiles)
+        expected = kernels().make_plan(shape, 2, 16, machine, False, single_pass_tiles)
         if choice is not None:
             kernels().device.call("batch_norm_choose_pdl", choice, ctypes.byref(machine))
-        plan = kernels().make_plan(shape, 2, 16, machine, False, resident_tiles)
+        plan = kernels().make_plan(shape, 2, 16, machine, False, single_pass_tiles)
         assert expected.uses_pdl
         assert plan.uses_pdl == uses_pdl
         plan.uses_pdl = True
         assert bytes(plan) == bytes(expected)
-        without = kernels().make_plan(shape, 2, 16, machine.without_teams, False, resident_tiles)
+        without = kernels().make_plan(shape, 2, 16, machine.without_teams, False, single_pass_tiles)
         assert without.uses_pdl == uses_pdl
 
 

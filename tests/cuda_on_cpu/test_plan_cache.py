@@ -9,9 +9,9 @@ from typing import TypeVar
 import pytest
 
 from . import build
-from .batch_norm import GENERAL, kernels
+from .batch_norm import MULTI_KERNEL, kernels
 from .structs import BackwardParams, ForwardParams, Machine, Plan, activation
-from .test_resident import CLUSTERS, GRIDS, ONE
+from .test_single_pass import CLUSTERS, GRIDS, ONE
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -91,7 +91,7 @@ def test_passes_that_are_taken_for_each_other_have_one_plan(direction: str, para
     """Addresses that are aligned alike, any momentum and eps: of every machine, shape, dtype and activation."""
     names = [None, "relu", "leaky_relu", "silu"]
     shapes = [(8, 64, 196, False), (4, 96, 144, True), (8, 6, 1600, False), (64, 12, 1, True)]
-    for machine, shape, dtype, name in itertools.product((GENERAL, ONE, CLUSTERS, GRIDS), shapes, range(4), names):
+    for machine, shape, dtype, name in itertools.product((MULTI_KERNEL, ONE, CLUSTERS, GRIDS), shapes, range(4), names):
         first = an_example(params)
         first.shape.n, first.shape.c, first.shape.s, first.shape.channels_last = shape
         first.dtype, first.activation = dtype, activation(name, 0.1)

@@ -27,7 +27,7 @@ def requests(n: int, value_bytes: int, channels_last: bool) -> Iterator[Request]
 
 def planned(request: Request, machine: Machine = PACKAGE) -> Plan:
     """The planner's choice."""
-    return kernels().make_plan(request.shape, request.value_bytes, 16, machine, False, request.resident_tiles)
+    return kernels().make_plan(request.shape, request.value_bytes, 16, machine, False, request.single_pass_tiles)
 
 
 def tuned(text: str) -> Machine:
@@ -88,8 +88,8 @@ def test_three_kernels_where_they_are_faster() -> None:
     many = Request(Shape(1, 1024, 28 * 28, False), 2, 16, False, 1)
     team = planned(many, tuned("three_kernels=0"))
     assert (planned(many).team_name, team.team_name) == ("none", "block")
-    general = planned(many, PACKAGE.without_teams)
-    assert kernels().time_of(general, many, PACKAGE) < kernels().time_of(team, many, PACKAGE)
+    multi_kernel = planned(many, PACKAGE.without_teams)
+    assert kernels().time_of(multi_kernel, many, PACKAGE) < kernels().time_of(team, many, PACKAGE)
 
 
 def test_a_cluster_of_another_size_where_the_slice_would_spill() -> None:

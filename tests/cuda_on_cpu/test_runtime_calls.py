@@ -13,12 +13,12 @@ import torch
 from bn_ext import testing
 
 from . import build
-from .batch_norm import GENERAL, Settings, kernels
+from .batch_norm import MULTI_KERNEL, Settings, kernels
 from .device import Fault
 from .operators import Call, CudaOnCpu, bits
 from .structs import OF_H200, Machine
 from .test_faults import step
-from .test_resident import CLUSTERS, ONE
+from .test_single_pass import CLUSTERS, ONE
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -32,7 +32,7 @@ LARGE_CLUSTERS, LARGE_GRIDS = Machine(4, OF_H200, True, True, True), Machine(4, 
 
 # A machine and a shape; what the first forward pass of a thread asks for, what the second one does.
 WAYS = {
-    "none": (GENERAL, (8, 64, 14, 14), [*LOADED * 3, VERSION, *[f"{LAUNCH} pdl"] * 3]),
+    "none": (MULTI_KERNEL, (8, 64, 14, 14), [*LOADED * 3, VERSION, *[f"{LAUNCH} pdl"] * 3]),
     "block": (ONE, (32, 4, 20, 20), [*ATTRIBUTES, VERSION, f"{LAUNCH} pdl"]),
     "cluster": (
         LARGE_CLUSTERS,
@@ -125,7 +125,7 @@ def test_each_thread_asks_for_itself(team: str) -> None:
 
 @pytest.mark.parametrize("team", ["block", "cluster", "grid"])
 def test_a_refused_launch_is_forgotten(team: str) -> None:
-    """The general kernels take its place, and are loaded for that; the next pass asks for its teams again."""
+    """The multi-kernel path takes its place and loads its kernels; the next pass asks for its teams again."""
     machine, shape, expected = WAYS[team]
     settings, refusing = Settings(machine), Settings(machine, refusal=("launch", 0, 1, 720), remembers=True)
     case = testing.Case(shape, torch.float32)
@@ -149,7 +149,7 @@ def test_a_refused_launch_is_forgotten(team: str) -> None:
 
 
 def test_a_pass_that_fails_is_forgotten() -> None:
-    """One of the general kernels, which no others replace."""
+    """A kernel of the multi-kernel path, which no other path replaces."""
     machine, shape, expected = WAYS["none"]
     x = torch.randn(shape)
 
@@ -170,7 +170,7 @@ def test_a_pass_that_fails_is_forgotten() -> None:
     assert after == ["cudaGetDevice"] * 3 + second  # they are loaded still
 
 
-@pytest.mark.parametrize("machine", [GENERAL, ONE, CLUSTERS], ids=["general", "block", "cluster"])
+@pytest.mark.parametrize("machine", [MULTI_KERNEL, ONE, CLUSTERS], ids=["multi_kernel", "block", "cluster"])
 @pytest.mark.parametrize(
     ("capture", "is_asked", "uses_pdl"),
     [
@@ -205,7 +205,7 @@ def test_no_launch_uses_pdl_if_it_is_disabled(team: str) -> None:
 
 def test_only_so_many_plans_are_remembered() -> None:
     """With one more than there is room for, all are chosen again."""
-    settings = Settings(GENERAL, remembers=True)
+    settings = Settings(MULTI_KERNEL, remembers=True)
 
     def run(rows: int) -> list[str]:
         operator = CudaOnCpu(settings)

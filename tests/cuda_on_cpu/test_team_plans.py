@@ -15,7 +15,7 @@ from .operators import CudaOnCpu
 from .structs import H200, Machine, Plan, Shape
 from .test_plan import RESNET50
 from .test_plan import check as check_plan
-from .test_resident import KIB, read_again
+from .test_single_pass import KIB, read_again
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
 
@@ -51,7 +51,7 @@ def plan_of(
     assert 0 <= plan.row_lanes * plan.rows_per_thread - plan.rows_of_segment < plan.row_lanes
     assert plan.columns > 1 or plan.rows_of_segment % 8 == 0
     assert 0 < plan.kept_rows <= plan.rows_per_thread <= 256
-    assert 2 * (kernels().resident_bytes(plan, tiles, value_bytes) + KIB) <= machine.shared_bytes
+    assert 2 * (kernels().single_pass_bytes(plan, tiles, value_bytes) + KIB) <= machine.shared_bytes
     blocks = 2 * machine.multiprocessors
     assert (plan.segments == 1) == (plan.team_name == "block")
     if plan.team_name == "cluster":

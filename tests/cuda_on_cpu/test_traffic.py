@@ -58,7 +58,7 @@ def test_training_reads_and_writes_no_more_than_it_must(
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shared_bytes", [0, OF_H200])
 def test_results_that_are_small_are_not_streamed(shared_bytes: int, training: bool) -> None:
-    """By general kernels and by teams: y and dx, each to the byte."""
+    """By the multi-kernel path and by teams: y and dx, each to the byte."""
     shape = (8, 64, 28, 28)
     size = torch.Size(shape).numel() * 4
     for keeps in (False, True):

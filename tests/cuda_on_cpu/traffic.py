@@ -44,9 +44,9 @@ class Moved:
         changed = None
         if mask is not None and not plan.whole_bytes:
             changed = int(mask.reshape(-1, plan.vector).any(1).sum())
-        accesses, resident = x.size // plan.vector, plan.team_name != "none"
-        again = accesses // plan.rows * plan.spilled_rows if resident else 0
-        return Moved(x.size, accesses, again, 4 if resident else 1, changed, _squares_are_beyond(x, dtype))
+        accesses, single_pass = x.size // plan.vector, plan.team_name != "none"
+        again = accesses // plan.rows * plan.spilled_rows if single_pass else 0
+        return Moved(x.size, accesses, again, 4 if single_pass else 1, changed, _squares_are_beyond(x, dtype))
 
 
 def check_traffic(counted: Counters, expected: Traffic, moved: Moved) -> None:

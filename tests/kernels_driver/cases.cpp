@@ -1,5 +1,5 @@
-// The list of cases: every type, width of access, layout and variant by the general kernels and by teams, then what is
-// seldom asked for.
+// The list of cases: every type, width of access, layout and variant by the multi-kernel path and by teams, then what
+// is seldom asked for.
 #include "cases.h"
 
 #include <algorithm>
@@ -86,7 +86,7 @@ class List {
 
 constexpr Path kTeams[] = {Path::kBlock, Path::kCluster, Path::kGrid, Path::kClusterSpilling, Path::kGridSpilling};
 
-// Every instance of every kernel, by the general kernels in training and eval mode, and by teams.
+// Every instance of every kernel, by the multi-kernel path in training and eval mode, and by teams.
 class Instances {
  public:
   explicit Instances(List& list) : list_(list) {}
@@ -110,15 +110,15 @@ class Instances {
     if (variant == Variant::kRelu && instance.access != bn_ext::cuda::kWidestAccess) return;
     if (instance.layout == Layout::kChannelsLast && count_ % 2 == 0) instance.layout = Layout::kFeatures;
     if (variant != Variant::kRelu) ++count_;  // so that the other variants take turns
-    add(Path::kGeneral, instance, variant, true, false);
-    if (variant <= Variant::kRelu || count_ % 2 == 0) add(Path::kGeneral, instance, variant, false, false);
-    if (variant == Variant::kReluLike) add(Path::kGeneral, instance, variant, true, true);
+    add(Path::kMultiKernel, instance, variant, true, false);
+    if (variant <= Variant::kRelu || count_ % 2 == 0) add(Path::kMultiKernel, instance, variant, false, false);
+    if (variant == Variant::kReluLike) add(Path::kMultiKernel, instance, variant, true, true);
     const Path team = kTeams[count_ % std::size(kTeams)];
     add(team, instance, variant, true, false);
     if (variant == Variant::kReluLike) add(team, instance, variant, true, true);
   }
 
-  // With a residual, the last of the general kernels finds g in dz, and is another one.
+  // With a residual, the last kernel of the multi-kernel path finds g in dz, and is another one.
   void add(Path path, const Instance& instance, Variant variant, bool training, bool has_residual) {
     const unsigned turn = turns_[static_cast<int>(variant)]++;
     const bool even = turn / 2 % 2 == 0;
@@ -145,7 +145,7 @@ void add_gradients_wanted(List& list, const Instance& instance) {
   const NamedActivation &silu = others()[1], &relu = relu_likes()[0];
   for (const bool training : {true, false}) {
     const auto add = [&](const NamedActivation& activation, const Wanted& wanted) -> Case& {
-      Case& c = list.add(Path::kGeneral, instance, false, activation);
+      Case& c = list.add(Path::kMultiKernel, instance, false, activation);
       c.training = training;
       c.wanted = wanted;
       return c;
@@ -175,7 +175,7 @@ void add_gradients_wanted(List& list, const Instance& instance) {
 // What has a residual without a mask: one alone, one before relu or before another activation, whose backward pass no
 // team does.
 void add_residuals(List& list, const Instance& instance, bool even) {
-  for (const Path path : {Path::kGeneral, Path::kBlock, Path::kCluster, Path::kGrid}) {
+  for (const Path path : {Path::kMultiKernel, Path::kBlock, Path::kCluster, Path::kGrid}) {
     for (const NamedActivation& activation : {identity(), relu_likes()[0], others()[1]}) {
       list.add(path, instance, even, activation).has_residual = true;
     }
@@ -183,14 +183,14 @@ void add_residuals(List& list, const Instance& instance, bool even) {
 }
 
 void add_statistics(List& list, const Instance& instance) {
-  list.add(Path::kGeneral, instance, false).cumulative = true;
-  list.add(Path::kGeneral, instance, false).has_params = false;
+  list.add(Path::kMultiKernel, instance, false).cumulative = true;
+  list.add(Path::kMultiKernel, instance, false).has_params = false;
   list.add(Path::kBlock, instance, true).has_params = false;
 }
 
 // Not float16, nor float64, whose squares are within what kernels compute in.
 void add_beyond_float32(List& list, DType dtype) {
-  for (const Path path : {Path::kGeneral, Path::kBlock, Path::kCluster, Path::kGrid}) {
+  for (const Path path : {Path::kMultiKernel, Path::kBlock, Path::kCluster, Path::kGrid}) {
     for (const Layout layout : {Layout::kWidePlanes, Layout::kChannelsLast}) {
       Case& c = list.add(path, {dtype, 16, layout}, layout == Layout::kWidePlanes);
       c.huge = true;

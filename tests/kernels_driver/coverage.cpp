@@ -58,9 +58,9 @@ class Pass {
     way(plan_.uses_pdl && plan_.team != Team::kGrid, "PDL");
     const std::string team = kTeams[static_cast<int>(plan_.team)];
     const bool is_smaller = plan_.channels_of(plan_.slices - 1) < plan_.slice_channels;
-    way(plan_.slices > 1 && is_smaller, plan_.resident() ? team + ", last slice smaller" : "last slice smaller");
+    way(plan_.slices > 1 && is_smaller, plan_.single_pass() ? team + ", last slice smaller" : "last slice smaller");
     way(plan_.segments > 1, "segments");
-    if (!plan_.resident()) return;
+    if (!plan_.single_pass()) return;
     const std::string keeps = plan_.spilled_rows() > 0 ? ", spilling" : "";
     way(true, team + keeps + (plan_.one_channel ? ", one channel" : ", channels"));
     way(plan_.teams < plan_.slices, "slice after slice");
@@ -89,12 +89,12 @@ std::string mask_way(const Plan& plan) {
 std::vector<Launched> launched_by(const ForwardParams& p, const Plan& plan) {
   Pass pass(plan);
   const bool has_statistics = p.training && !p.recompute;
-  if (has_statistics && !plan.resident()) {
+  if (has_statistics && !plan.single_pass()) {
     pass.launch("statistics_kernel", instance("statistics_kernel", p.dtype, plan) + ">");
     pass.launch("finalise_statistics_kernel", "finalise_statistics_kernel<" + type_of(p.dtype) + ">");
     pass.way(p.cumulative && p.num_batches_tracked != nullptr, "cumulative");
   }
-  const char* last = has_statistics && plan.resident() ? "resident_forward_kernel" : "apply_kernel";
+  const char* last = has_statistics && plan.single_pass() ? "single_pass_forward_kernel" : "apply_kernel";
   pass.launch(last, instance(last, p.dtype, plan) + variant(p, plan) + ">");
   pass.activation_ways(p.activation, p.z);
   pass.way(p.mask != nullptr && !p.recompute, mask_way(plan));
@@ -117,8 +117,8 @@ std::vector<Launched> launched_by(const BackwardParams& params, const Plan& plan
     pass.way(p.dz != nullptr, "dz");
     pass.way(p.dx == nullptr, "no dx");
   };
-  if (plan.resident()) {
-    launch("resident_backward_kernel", ", " + words(p.mask != nullptr));
+  if (plan.single_pass()) {
+    launch("single_pass_backward_kernel", ", " + words(p.mask != nullptr));
     return pass.take();
   }
   if (p.needs_sums()) {
@@ -151,11 +151,11 @@ std::set<std::string> all_kernels() {
           const std::string chosen = std::string(", ") + name;
           if (name == kVariants[1] && vector * bytes != bn_ext::cuda::kWidestAccess) continue;
           if (name == kVariants[3] && vector > bn_ext::cuda::most_values_of_any(bytes)) continue;
-          for (const char* kernel : {"apply_kernel", "resident_forward_kernel", "grad_input_kernel"}) {
+          for (const char* kernel : {"apply_kernel", "single_pass_forward_kernel", "grad_input_kernel"}) {
             add(kernel, chosen);
           }
-          add("resident_backward_kernel", chosen + ", false");
-          if (name == kVariants[2]) add("resident_backward_kernel", chosen + ", true");
+          add("single_pass_backward_kernel", chosen + ", false");
+          if (name == kVariants[2]) add("single_pass_backward_kernel", chosen + ", true");
           add("grad_sums_kernel", chosen + ", true");
           if (name == kVariants[1]) add("grad_sums_kernel", chosen + ", false");
         }
@@ -168,10 +168,10 @@ std::set<std::string> all_kernels() {
 std::set<std::string> all_ways(const Machine& device) {
   std::set<std::string> ways;
   const auto add = [&](const char* kernel, const std::string& way) { ways.insert(std::string(kernel) + ": " + way); };
-  const char *forwards[] = {"apply_kernel", "resident_forward_kernel"},
-             *residents[] = {"resident_forward_kernel", "resident_backward_kernel"},
-             *backwards[] = {"grad_sums_kernel", "grad_input_kernel", "resident_backward_kernel"},
-             *generals[] = {"grad_sums_kernel", "grad_input_kernel"};
+  const char *forwards[] = {"apply_kernel", "single_pass_forward_kernel"},
+             *single_pass[] = {"single_pass_forward_kernel", "single_pass_backward_kernel"},
+             *backwards[] = {"grad_sums_kernel", "grad_input_kernel", "single_pass_backward_kernel"},
+             *multi_kernel[] = {"grad_sums_kernel", "grad_input_kernel"};
   for (const char* kind : kKinds) {
     for (const char* kernel : forwards) add(kernel, std::string("activation ") + kind);
     for (const char* kernel : backwards) add(kernel, std::string("activation ") + kind);
@@ -184,18 +184,18 @@ std::set<std::string> all_ways(const Machine& device) {
   for (const char* kernel : backwards) {
     for (const char* way : {"mask", "dz"}) add(kernel, way);
   }
-  for (const char* kernel : generals) {
+  for (const char* kernel : multi_kernel) {
     for (const char* way : {"residual", "one dy", "eval", "no dx"}) add(kernel, way);
   }
   for (const char* way : {"eval", "recompute"}) add("apply_kernel", way);
-  for (const char* kernel : generals) {
+  for (const char* kernel : multi_kernel) {
     for (const char* way : {"segments", "last slice smaller"}) add(kernel, way);
   }
   add("apply_kernel", "last slice smaller");
   for (const char* way : {"segments", "last slice smaller"}) add("statistics_kernel", way);
   add("finalise_statistics_kernel", "cumulative");
-  add("resident_backward_kernel", "no dx");
-  for (const char* kernel : residents) {
+  add("single_pass_backward_kernel", "no dx");
+  for (const char* kernel : single_pass) {
     for (const char* channels : {", one channel", ", channels"}) {
       add(kernel, std::string("block") + channels);
       for (const char* spills : {"", ", spilling"}) {
@@ -215,8 +215,8 @@ std::set<std::string> all_ways(const Machine& device) {
                              "grad_sums_kernel",
                              "finalise_gradients_kernel",
                              "grad_input_kernel",
-                             "resident_forward_kernel",
-                             "resident_backward_kernel"}) {
+                             "single_pass_forward_kernel",
+                             "single_pass_backward_kernel"}) {
     add(kernel, "PDL");
   }
   return ways;

@@ -7,7 +7,7 @@ namespace kernels_driver {
 namespace {
 
 using bn_ext::cuda::Request;
-using bn_ext::cuda::ResidentMemory;
+using bn_ext::cuda::SinglePassMemory;
 
 constexpr int kTensors = 2;          // that a backward pass keeps
 constexpr int kBlocksPerDevice = 2;  // on a multiprocessor, of those that keep slices
@@ -15,11 +15,11 @@ constexpr int kReservedBytes = 1024;
 
 // Shared memory of a multiprocessor for which a thread keeps so many rows of a backward pass, and twice as many of a
 // forward pass.
-int shared_bytes_for(double rows, const Plan& general, int value_bytes) {
-  Plan none = general;
+int shared_bytes_for(double rows, const Plan& multi_kernel, int value_bytes) {
+  Plan none = multi_kernel;
   none.kept_rows = 0;
-  const double row_bytes = double(general.kept_row_bytes(kTensors, value_bytes));
-  const double block_bytes = kReservedBytes + ResidentMemory(none, kTensors, value_bytes).bytes + rows * row_bytes;
+  const double row_bytes = double(multi_kernel.kept_row_bytes(kTensors, value_bytes));
+  const double block_bytes = kReservedBytes + SinglePassMemory(none, kTensors, value_bytes).bytes + rows * row_bytes;
   return static_cast<int>(kBlocksPerDevice * block_bytes);
 }
 
@@ -27,8 +27,8 @@ int shared_bytes_for(double rows, const Plan& general, int value_bytes) {
 
 const char* name_of(Path path) {
   switch (path) {
-    case Path::kGeneral:
-      return "general";
+    case Path::kMultiKernel:
+      return "multi-kernel";
     case Path::kBlock:
       return "block";
     case Path::kCluster:
@@ -72,13 +72,13 @@ Machine machine_for(Path path, Request request, const Machine& device) {
     return half;
   }
   Machine machine = {4, 0, false, false, device.pdl};
-  if (path == Path::kGeneral) return machine;
+  if (path == Path::kMultiKernel) return machine;
   if (path == Path::kWholeGrid) machine.multiprocessors = device.multiprocessors;
   if (spills) machine.multiprocessors = 1;
-  request.resident_tiles = 0;
-  const Plan general = make_plan(request, machine);
+  request.single_pass_tiles = 0;
+  const Plan multi_kernel = make_plan(request, machine);
   const double kept = path == Path::kBlock ? rows_per_thread(path, false, device) + 1 : spills ? 2.25 : 1.5;
-  machine.shared_bytes = shared_bytes_for(kept, general, request.value_bytes);
+  machine.shared_bytes = shared_bytes_for(kept, multi_kernel, request.value_bytes);
   machine.clusters = clusters;
   machine.cooperative = grids;
   machine.three_kernels = false;  // the path is to be taken, whatever takes less time
@@ -89,7 +89,7 @@ Machine machine_for(Path path, Request request, const Machine& device) {
 bool takes(Path path, const Plan& plan) {
   const bool spills = plan.spilled_rows() > 0;
   switch (path) {
-    case Path::kGeneral:
+    case Path::kMultiKernel:
       return plan.team == Team::kNone;
     case Path::kBlock:
       return plan.team == Team::kBlock && !spills;
@@ -115,7 +115,7 @@ int rows_per_thread(Path path, bool wide_planes, const Machine& device) {
       return 2;
     case Path::kWholeGrid:
       return device.multiprocessors;
-    case Path::kGeneral:
+    case Path::kMultiKernel:
       return 8;
     case Path::kClusterSpilling:
     case Path::kGridSpilling:

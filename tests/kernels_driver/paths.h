@@ -10,7 +10,7 @@ using bn_ext::cuda::Plan;
 using bn_ext::cuda::Team;
 
 enum class Path {
-  kGeneral,          // three kernels
+  kMultiKernel,      // three kernels
   kBlock,            // teams of one block
   kCluster,          // of a cluster
   kClusterSpilling,  // that cannot keep all of a slice

@@ -160,7 +160,7 @@ class Run {
   template <typename Params>
   void pass(const char* name, const Params& p) {
     const Plan plan = bn_ext::cuda::choose_plan(p, machine_of(p));
-    const Path path = bn_ext::cuda::resident_tiles(p) > 0 ? c_.path : Path::kGeneral;
+    const Path path = bn_ext::cuda::single_pass_tiles(p) > 0 ? c_.path : Path::kMultiKernel;
     if (c_.path != Path::kAny && !takes(path, plan)) {
       wrong(std::string(name) + " did not take this path but " + words(plan));
     }
@@ -178,9 +178,9 @@ class Run {
   }
 
   static std::string words(const Plan& plan) {
-    const char* teams[] = {"the general kernels", "teams of one block", "teams of clusters", "teams of a grid"};
+    const char* teams[] = {"the multi-kernel path", "teams of one block", "teams of clusters", "teams of a grid"};
     return teams[static_cast<int>(plan.team)] +
-           std::string(plan.resident() && plan.spilled_rows() > 0 ? ", spilling" : "");
+           std::string(plan.single_pass() && plan.spilled_rows() > 0 ? ", spilling" : "");
   }
 
   void check_forward(const ForwardParams& p) {

@@ -76,7 +76,7 @@ inline finish() {
 #endif
 }
 
-// The loop over slices of a resident kernel.
+// The loop over slices of a single-pass kernel.
 proctype block(byte segment; byte launch) {
   byte slice, peer, arrivals_;
   bool is_last;

@@ -1,3 +1,3 @@
 #include "../backward.cuh"
 
-template struct bn_ext::cuda::GeneralBackward<__nv_bfloat16>;
+template struct bn_ext::cuda::MultiKernelBackward<__nv_bfloat16>;

@@ -1,3 +1,3 @@
 #include "../backward.cuh"
 
-template struct bn_ext::cuda::GeneralBackward<double>;
+template struct bn_ext::cuda::MultiKernelBackward<double>;

@@ -1,3 +1,3 @@
 #include "../forward.cuh"
 
-template struct bn_ext::cuda::GeneralForward<__nv_bfloat16>;
+template struct bn_ext::cuda::MultiKernelForward<__nv_bfloat16>;

@@ -1,3 +1,3 @@
 #include "../forward.cuh"
 
-template struct bn_ext::cuda::GeneralForward<__half>;
+template struct bn_ext::cuda::MultiKernelForward<__half>;

@@ -1,3 +1,3 @@
 #include "../forward.cuh"
 
-template struct bn_ext::cuda::GeneralForward<double>;
+template struct bn_ext::cuda::MultiKernelForward<double>;

@@ -19,11 +19,11 @@ constexpr int kTensors = 1;  // in tiles
 // Grid: the teams' blocks. Reads x and z once, and rows of x that are not in tiles twice; writes y once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
-    resident_forward_kernel(const Plan plan, const ForwardParams p, const Workspace workspace) {
+    single_pass_forward_kernel(const Plan plan, const ForwardParams p, const Workspace workspace) {
   pdl_wait();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
-  const ResidentMemory memory(plan, kTensors, sizeof(T));
+  const SinglePassMemory memory(plan, kTensors, sizeof(T));
   const Tile<T, kVector, kTensors> tile(plan, memory.tiles, {p.x});
   Exchange<Moments, Affine<A>> exchange(plan, memory, workspace);
   count_batch(p.num_batches_tracked);
@@ -104,7 +104,7 @@ template <typename T, typename Body>
 cudaError_t with_kernel(const ForwardParams& p, const Plan& plan, const Body& body) {
   const Variant variant = variant_of(p, plan);
   return dispatch_plan<T>(plan, variant, [&](auto vector, auto one_channel, auto chosen) {
-    return body(resident_forward_kernel<T, vector.value, one_channel.value, chosen.value>,
+    return body(single_pass_forward_kernel<T, vector.value, one_channel.value, chosen.value>,
                 grid_of_teams(plan, kTensors, sizeof(T)));
   });
 }
@@ -112,16 +112,16 @@ cudaError_t with_kernel(const ForwardParams& p, const Plan& plan, const Body& bo
 }  // namespace
 
 template <typename T>
-cudaError_t ResidentForward<T>::launch(const ForwardParams& p,
-                                       const Plan& plan,
-                                       const Workspace& workspace,
-                                       cudaStream_t stream) {
+cudaError_t SinglePassForward<T>::launch(const ForwardParams& p,
+                                         const Plan& plan,
+                                         const Workspace& workspace,
+                                         cudaStream_t stream) {
   return with_kernel<T>(
       p, plan, [&](auto* kernel, const Grid& grid) { return cuda::launch(kernel, grid, stream, plan, p, workspace); });
 }
 
 template <typename T>
-cudaError_t ResidentForward<T>::ask_whether_fits(const ForwardParams& p, const Plan& plan, bool& fits) {
+cudaError_t SinglePassForward<T>::ask_whether_fits(const ForwardParams& p, const Plan& plan, bool& fits) {
   return with_kernel<T>(
       p, plan, [&](auto* kernel, const Grid& grid) { return cuda::ask_whether_fits(kernel, grid, fits); });
 }

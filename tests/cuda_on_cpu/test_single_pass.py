@@ -12,7 +12,7 @@ from .batch_norm import Settings
 from .device import POLICIES
 from .fused import check
 from .operators import Call, CudaOnCpu
-from .structs import GENERAL, OF_H200, Machine, Plan
+from .structs import MULTI_KERNEL, OF_H200, Machine, Plan
 from .tiles import awaited_later
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason=build.MISSING)
@@ -243,7 +243,7 @@ def test_mask_and_residual_of_rows_that_do_not_fit(name: str) -> None:
     assert moved.sector_bytes_read <= 1.2 * 2 * 16 * (accesses + again)
 
 
-def test_what_needs_the_general_kernels() -> None:
+def test_passes_without_teams_take_the_multi_kernel_path() -> None:
     """The mean over all batches, eval mode, a dy of one value, a residual behind a smooth activation."""
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
     z = torch.randn(4, 8, 6, 6)
@@ -273,10 +273,10 @@ def test_teams_that_the_device_has_no_room_for(machine: Machine) -> None:
 def test_plans_are_alike_but_for_the_segments() -> None:
     """A slice is the same whether a team holds it or it is read twice."""
     case = testing.Case((16, 64, 14, 14), torch.bfloat16)
-    on_chip, general = (passes(case, Settings(machine))[0].plan for machine in (ONE, GENERAL))
+    on_chip, multi_kernel = (passes(case, Settings(machine))[0].plan for machine in (ONE, MULTI_KERNEL))
     for name in ("slices", "slice_width", "columns", "row_lanes", "vector", "threads"):
-        assert getattr(on_chip, name) == getattr(general, name)
-    assert (on_chip.team_name, general.team_name) == ("block", "none")
+        assert getattr(on_chip, name) == getattr(multi_kernel, name)
+    assert (on_chip.team_name, multi_kernel.team_name) == ("block", "none")
 
 
 @pytest.mark.slow
@@ -300,7 +300,9 @@ def test_bit_equal_whatever_the_order_of_threads_and_blocks(name: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("machine", [GENERAL, ONE, CLUSTERS, GRIDS], ids=["general", "block", "cluster", "grid"])
+@pytest.mark.parametrize(
+    "machine", [MULTI_KERNEL, ONE, CLUSTERS, GRIDS], ids=["multi_kernel", "block", "cluster", "grid"]
+)
 def test_statistics_of_a_large_mean(machine: Machine, layout: str) -> None:
     """Mean 1e4, deviation 0.1: the variance of the values as they are, to float32's rounding, on every path."""
     x = (1e4 + 0.1 * torch.randn(8, 24, 10, 10)).to(memory_format=getattr(torch, LAYOUTS_OF_TORCH[layout]))
@@ -308,6 +310,6 @@ def test_statistics_of_a_large_mean(machine: Machine, layout: str) -> None:
     operator = CudaOnCpu(Settings(machine))
     operator(x, mean, var, None, None, True, 1.0)
     exact = x.double().transpose(0, 1).reshape(24, -1)
-    assert (operator.calls[0].plan.team_name == "none") == (machine is GENERAL)
+    assert (operator.calls[0].plan.team_name == "none") == (machine is MULTI_KERNEL)
     assert torch.allclose(mean.double(), exact.mean(1), rtol=1e-7, atol=0)
     assert torch.allclose(var.double(), exact.var(1), rtol=3e-7, atol=0)

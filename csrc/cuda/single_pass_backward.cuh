@@ -25,11 +25,11 @@ constexpr int rows_to_write(Variant variant) {
 // Grid: the teams' blocks. Reads dy, x and a mask once, and rows that are not in tiles twice; writes each result once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant, bool kMasked>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
-    resident_backward_kernel(const Plan plan, const BackwardParams p, const Workspace workspace) {
+    single_pass_backward_kernel(const Plan plan, const BackwardParams p, const Workspace workspace) {
   pdl_wait();
   using A = acc_t<T>;
   using V = Vector<T, kVector>;
-  const ResidentMemory memory(plan, kTensors, sizeof(T));
+  const SinglePassMemory memory(plan, kTensors, sizeof(T));
   const Tile<T, kVector, kTensors, kMasked> tile(plan, memory.tiles, {p.dy, p.x}, p.mask);
   const Gradient<T, kVector, kVariant, true> g(p, true, kMasked, false);
   Exchange<GradSums, Slope<A>> exchange(plan, memory, workspace);
@@ -144,9 +144,9 @@ cudaError_t with_kernel(const BackwardParams& p, const Plan& plan, const Body& b
   const Variant variant = variant_of(p, plan);
   return dispatch_plan<T>(plan, variant, [&](auto vector, auto one_channel, auto chosen) {
     constexpr Variant kVariant = chosen.value;
-    auto* kernel = resident_backward_kernel<T, vector.value, one_channel.value, kVariant, false>;
+    auto* kernel = single_pass_backward_kernel<T, vector.value, one_channel.value, kVariant, false>;
     if constexpr (kVariant == Variant::kReluLike) {
-      if (p.mask != nullptr) kernel = resident_backward_kernel<T, vector.value, one_channel.value, kVariant, true>;
+      if (p.mask != nullptr) kernel = single_pass_backward_kernel<T, vector.value, one_channel.value, kVariant, true>;
     }
     return body(kernel, grid_of_teams(plan, kTensors, sizeof(T)));
   });
@@ -155,16 +155,16 @@ cudaError_t with_kernel(const BackwardParams& p, const Plan& plan, const Body& b
 }  // namespace
 
 template <typename T>
-cudaError_t ResidentBackward<T>::launch(const BackwardParams& p,
-                                        const Plan& plan,
-                                        const Workspace& workspace,
-                                        cudaStream_t stream) {
+cudaError_t SinglePassBackward<T>::launch(const BackwardParams& p,
+                                          const Plan& plan,
+                                          const Workspace& workspace,
+                                          cudaStream_t stream) {
   return with_kernel<T>(
       p, plan, [&](auto* kernel, const Grid& grid) { return cuda::launch(kernel, grid, stream, plan, p, workspace); });
 }
 
 template <typename T>
-cudaError_t ResidentBackward<T>::ask_whether_fits(const BackwardParams& p, const Plan& plan, bool& fits) {
+cudaError_t SinglePassBackward<T>::ask_whether_fits(const BackwardParams& p, const Plan& plan, bool& fits) {
   return with_kernel<T>(
       p, plan, [&](auto* kernel, const Grid& grid) { return cuda::ask_whether_fits(kernel, grid, fits); });
 }

@@ -1,3 +1,0 @@
-#include "../resident_backward.cuh"
-
-template struct bn_ext::cuda::ResidentBackward<float>;

@@ -1,3 +1,0 @@
-#include "../resident_forward.cuh"
-
-template struct bn_ext::cuda::ResidentForward<__half>;

@@ -1,0 +1,3 @@
+#include "../single_pass_backward.cuh"
+
+template struct bn_ext::cuda::SinglePassBackward<float>;

@@ -1,0 +1,3 @@
+#include "../single_pass_forward.cuh"
+
+template struct bn_ext::cuda::SinglePassForward<double>;
