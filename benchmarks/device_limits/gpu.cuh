@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/launch.cuh"
-#include "words.cuh"
+#include "random_data.cuh"
 
 namespace device_limits {
 

@@ -3,7 +3,7 @@
 
 #include "../../csrc/cuda/launch.cuh"
 #include "../../csrc/cuda/plan.h"
-#include "words.cuh"
+#include "random_data.cuh"
 
 namespace device_limits {
 

@@ -38,7 +38,7 @@ def device(loaded: Device) -> Iterator[Device]:
 
 
 def random_words(vectors: int, first: int = 0) -> Words:
-    """What words.cuh makes, in NumPy's words."""
+    """The data of random_data.cuh, in NumPy."""
     i = np.arange(first + 1, first + vectors + 1, dtype=np.uint32)
     i ^= i >> 16
     i *= np.uint32(0x7FEB352D)
