@@ -1,4 +1,4 @@
-// The planner: from a shape, a type's size and the machine to a Plan. Pure arithmetic.
+// The planner: computes a Plan from a shape, the size of a type and the machine, by arithmetic only.
 #include "plan.h"
 
 #include <algorithm>
@@ -12,14 +12,14 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kByteBits = 8;
-constexpr int kLine = 128;           // bytes of a cache line: slices no narrower, so that few channels share a block
-constexpr int kSector = 32;          // bytes: the least that memory moves
-constexpr int64_t kWidePlane = 512;  // bytes: a warp's 16-byte accesses, so that a plane's end costs little
-constexpr int64_t kRowsOfBlock = 4;  // the time of a block's fixed work, in rows that a thread reads; not measured
+constexpr int kLine = 128;   // bytes of a cache line, the least width of a slice, so that few channels share a block
+constexpr int kSector = 32;  // bytes, the smallest unit that memory moves
+constexpr int64_t kWidePlane = 512;       // bytes: a warp's 16-byte accesses, so that the end of a plane costs little
+constexpr int64_t kRowsOfBlock = 4;       // the fixed cost of a block, in rows that a thread reads; not measured
 constexpr int64_t kKeptResult = 150'000;  // bytes of a result per multiprocessor that L2 keeps: 20 of 50 MB on an H200
 constexpr int64_t kManyRows = int64_t(1) << 30;
 
-// The fewest channels whose values fill whole units of vectors, if they fit side by side into a block; else 0.
+// The fewest channels whose values in an image fill whole units, or 0 if that takes more vectors than threads.
 int64_t adjacent_channels(int64_t plane, int unit, int vector) {
   const int64_t channels = unit / std::gcd<int64_t>(plane, unit);
   return channels * plane / vector <= kMaxThreads ? channels : 0;
@@ -39,8 +39,8 @@ void choose_wide_planes(Plan& plan, int64_t images, int64_t plane) {
 
 void choose_narrow_planes(
     Plan& plan, int64_t images, int64_t plane, int64_t least_channels, int line, int value_bytes) {
-  // Slices of nearly the same width, and wider ones where there are few rows, and where rows begin in the middle of a
-  // sector: so that few sectors belong to two slices, or none.
+  // All slices have nearly the same width. They are wider if there are few rows, and if rows begin in the middle of a
+  // sector, so that few sectors belong to two slices.
   const bool starts_at_sectors = plan.pitch * value_bytes % kSector == 0;
   const int64_t columns_of_line = std::max<int64_t>(1, line / (plan.vector * value_bytes));
   const int64_t columns =
@@ -75,8 +75,8 @@ void choose_vector(Plan& plan, int64_t images, int64_t plane, int line, const Re
   }
 }
 
-// The GPU runs so many blocks at a time; the last wave takes as long as a full one. Of some numbers of waves, chooses
-// the one that is done first, counting time in rows.
+// The GPU runs `at_a_time` blocks at once, and the last wave takes as long as a full one. Chooses, among some numbers
+// of waves, the one that takes the least time, measured in rows.
 void choose_segments(Plan& plan, const Machine& machine) {
   const int64_t at_a_time = int64_t(machine.multiprocessors) * (kBlocksAtATime * kMaxThreads / plan.threads);
   int64_t least_time = INT64_MAX;
@@ -102,15 +102,15 @@ int common_alignment(Variant variant, int value_bytes, std::initializer_list<con
   return static_cast<int>(bits & -bits);
 }
 
-// How the sums of a block's threads become those of its channels.
+// Chooses how the threads of a block merge their sums into sums of channels.
 void choose_partials(Plan& plan) {
   const int values = plan.row_values;
   plan.pieces = plan.one_channel ? 1 : values == 1 ? plan.vector : (plan.vector + values - 2) / values + 1;
-  // Sums of values that are side by side go to different places of each row.
+  // A warp merges rows of threads only if no two sums of a thread belong to the same channel.
   plan.warp_rows = kWarp % plan.columns == 0 && (plan.one_channel || values == 1) ? kWarp / plan.columns : 1;
 }
 
-// Threads that merge a channel's sums: no more of them than there are for all channels at once.
+// Chooses the threads that merge a channel's sums, so few that all channels are merged at the same time.
 void choose_lanes(Plan& plan) {
   const auto lanes_of = [&](int64_t channels, int64_t parts) {
     int lanes = merge_lanes(parts);
@@ -122,7 +122,7 @@ void choose_lanes(Plan& plan) {
   plan.team_lanes = lanes_of(ceil_div(plan.slice_channels, merging_blocks), plan.segments);
 }
 
-// Whether dz, rounded to the activations' type, is g.
+// Whether dz, which is rounded to the type of the activation tensors, equals g to the bit.
 bool dz_is_exact(const BackwardParams& p) {
   return value_bytes(p.dtype) >= 4 || (p.activation.kind == ActivationKind::kReluLike && p.activation.alpha == 0);
 }
@@ -141,7 +141,7 @@ int value_bytes(DType dtype) {
 }
 
 int single_pass_tiles(const ForwardParams& p) {
-  // The mean over all batches needs their number, which one block raises and others read.
+  // The mean over all batches (momentum=None) needs the count that one block of the same kernel would increment.
   const bool reads_count = p.cumulative && p.num_batches_tracked != nullptr;
   return p.training && !p.recompute && !reads_count ? 1 : 0;
 }
@@ -181,8 +181,8 @@ Plan make_plan(const Request& request, const Machine& machine) {
     const bool may_be_narrower = machine.half_chip != HalfChip::kNever || best.spilled_rows() > 0;
     if (narrower.slice_width < multi_kernel.slice_width && may_be_narrower) {
       const Plan other = best_teams(narrower, request, machine);
-      // The model is least certain about rows that are read again from the L2 cache, so a width that keeps all rows is
-      // preferred to one that does not. Between half of the chip and all of it the time decides.
+      // The model is least certain about second reads from the L2 cache, so a slice width without spilled rows is
+      // preferred to one with them. Otherwise the time decides.
       const bool spills = best.spilled_rows() > 0, other_spills = other.spilled_rows() > 0;
       if (spills == other_spills || !best.single_pass() || !other.single_pass()) {
         best = faster_teams(best, other, request, machine);
@@ -203,7 +203,7 @@ Plan make_plan(const Request& request, const Machine& machine) {
 Plan plan_forward(const ForwardParams& p, const Machine& machine) {
   const int bytes = value_bytes(p.dtype);
   const int alignment = common_alignment(variant_of(p), bytes, {p.x, p.z, p.y});
-  // Alike for calls with a mask and without, so that results do not depend on it.
+  // The same plan with and without a mask, so that results do not depend on it.
   const bool for_mask = p.activation.kind == ActivationKind::kReluLike && p.z != nullptr;
   return make_plan({p.shape, bytes, alignment, for_mask, single_pass_tiles(p)}, machine);
 }
@@ -213,7 +213,7 @@ Plan plan_backward(const BackwardParams& p, const Machine& machine) {
   const void* dy = p.dy_is_scalar ? nullptr : p.dy;
   const int alignment = common_alignment(variant_of(p), bytes, {dy, p.x, p.z, p.dx, p.dz});
   Plan plan = make_plan({p.shape, bytes, alignment, false, single_pass_tiles(p), p.mask != nullptr}, machine);
-  plan.evicts_last &= p.dx != nullptr || p.dz != nullptr;  // else nothing is read again
+  plan.evicts_last &= p.dx != nullptr || p.dz != nullptr;  // otherwise nothing is read twice
   return plan;
 }
 

@@ -1,13 +1,13 @@
-// The choice of teams. Times are of a model, in integer nanoseconds, so that every build chooses alike.
+// Chooses teams by a model of their times. Times are integer nanoseconds, so that every build makes the same choice.
 //
-// The model: each multiprocessor has its share of memory's rate. A team reads its slice, does what is done once for a
-// slice, and writes its results. Memory is idle in between unless another team on the same multiprocessors uses it.
+// The model: each multiprocessor has its share of the memory bandwidth. A team reads its slice, does the fixed work of
+// a slice, and writes its results. In between, memory is idle unless another team on the same multiprocessors uses it.
 //
-// None of its numbers is measured. They are of an H200, by arithmetic on machine code; other GPUs are taken for smaller
-// ones of the same kind. A row is 4 KiB in each of 264 blocks: 1.08 MB, or 250 ns at 4.3 TB/s. Not in the model: z,
-// masks and dz, which both ways to do a pass move about as often, and the change of a multiprocessor's split between L1
-// cache and shared memory between a kernel without teams and one with them, which takes some microseconds and may
-// favour three kernels for small tensors.
+// None of the numbers is measured. They follow from arithmetic on machine code for an H200; other GPUs are treated as
+// smaller ones of the same kind. A row is 4 KiB in each of 264 blocks: 1.08 MB, or 250 ns at 4.3 TB/s. The model omits
+// z, masks and dz, which both paths move about equally often. It also omits the change of the split between L1 cache
+// and shared memory when a kernel with teams follows one without; this takes some microseconds and may make the
+// multi-kernel path faster for small tensors.
 #include "plan_teams.h"
 
 #include <algorithm>
@@ -15,36 +15,36 @@
 namespace bn_ext::cuda {
 namespace {
 
-constexpr int kReservedSharedBytes = 1024;  // of every block, for the device's own use
+constexpr int kReservedSharedBytes = 1024;  // per block, used by the device itself
 
-constexpr int64_t kBytesPerUs = 32'600;           // of a multiprocessor's share: 4.3 TB/s / 132
+constexpr int64_t kBytesPerUs = 32'600;           // a multiprocessor's share of the bandwidth: 4.3 TB/s / 132
 constexpr int64_t kMostBytesPerUs = 80'000;       // of a multiprocessor alone
 constexpr int64_t kLaunch = 2'000;                // of a kernel in a stream
-constexpr int64_t kCooperativeLaunch = 1'000;     // more: 4 rows
+constexpr int64_t kCooperativeLaunch = 1'000;     // in addition: 4 rows
 constexpr int64_t kOncePerSlice = 2'000;          // last sums, merges, coefficients of a block: 8 rows
-constexpr int64_t kOncePerBlock = 1'000;          // of a kernel of three: 4 rows
+constexpr int64_t kOncePerBlock = 1'000;          // on the multi-kernel path: 4 rows
 constexpr int64_t kClusterWaits = 750;            // of a team that waits twice per slice: 3 rows
-constexpr int64_t kGridWaits = 1'500;             // the same by counters in the L2 cache: 6 rows
-constexpr int64_t kUnhidden = 4;                  // one part of so many of what another team could hide
-constexpr int64_t kNarrowReads = 20;              // so many reads of less than a cache line cost one more
-constexpr int64_t kNarrowBytes = 128;             // of a cache line
+constexpr int64_t kGridWaits = 1'500;             // the same with counters in the L2 cache: 6 rows
+constexpr int64_t kUnhidden = 4;                  // a quarter of the time that another team could hide is not hidden
+constexpr int64_t kNarrowReads = 20;              // 20 reads narrower than a cache line cost as much as 21
+constexpr int64_t kNarrowBytes = 128;             // per cache line
 constexpr int64_t kCacheOfSecondRead = 265'000;   // bytes per multiprocessor that L2 keeps for a second kernel: 35 MB
-constexpr int64_t kCacheOfSpilledRows = 189'000;  // bytes that it keeps of spilled rows, of 25 MB
-constexpr int64_t kMultiKernelShare = 92;  // per cent of memory's rate that three kernels get, by their last waves
-constexpr int64_t kLeastKept = 8;          // a part of so many must fit: less gains less than the model's error
-constexpr int64_t kAlone = 16;  // a part of so many more for a team of all blocks: they read, then wait, then write
-constexpr int64_t kMostSleep = 3'000;  // for half a read of the largest tile
+constexpr int64_t kCacheOfSpilledRows = 189'000;  // bytes of spilled rows that it keeps: 25 MB
+constexpr int64_t kMultiKernelShare = 92;  // per cent of the bandwidth that the multi-kernel path gets (last waves)
+constexpr int64_t kLeastKept = 8;          // at least 1/8 of the rows must fit: less gains less than the model's error
+constexpr int64_t kAlone = 16;         // a team of all blocks takes 1/16 longer: its blocks read, then wait, then write
+constexpr int64_t kMostSleep = 3'000;  // enough for half a read of the largest tile
 
 int64_t resident_blocks(const Machine& machine) { return int64_t(machine.multiprocessors) * kResidentAtATime; }
 
 int64_t ns_of(int64_t bytes, int64_t bytes_per_us) { return bytes * 1000 / bytes_per_us; }
 
-// Whether teams share multiprocessors, so that the later half can begin later.
+// Whether teams share multiprocessors, so that half of them can start later.
 bool can_stagger(const Plan& plan, const Machine& machine) {
   return plan.teams_at_a_time > 1 && plan.teams_at_a_time * plan.segments > machine.multiprocessors;
 }
 
-// What is read of a slice's tiles by one block.
+// The bytes that one block reads into its tile for a slice, spilled rows included.
 int64_t read_bytes(const Plan& plan, const Request& request) {
   return plan.segment_rows() * plan.columns * plan.vector * request.value_bytes * request.single_pass_tiles;
 }
@@ -58,7 +58,7 @@ int64_t time_of_three_kernels(const Plan& plan, const Request& request, const Ma
          ns_of((read + again + share) * 100 / kMultiKernelShare, kBytesPerUs);
 }
 
-// What a block does once for each slice.
+// The time of a block's fixed work per slice, with its waits.
 int64_t gap_of(const Plan& plan) {
   if (plan.team == Team::kBlock) return kOncePerSlice;
   const int64_t waits = plan.team == Team::kCluster ? kClusterWaits : kGridWaits;
@@ -70,14 +70,14 @@ int64_t time_of_teams(const Plan& plan, const Request& request, const Machine& m
   const int64_t teams = plan.teams_at_a_time, rounds = ceil_div(plan.slices, teams);
   const int64_t row_bytes = int64_t(plan.columns) * plan.vector * request.value_bytes;
 
-  // What all teams move, per multiprocessor. Spilled rows that are on their way at a time come from the L2 cache.
+  // Bytes that all teams move, per multiprocessor. L2 serves the second read of the spilled rows that it can hold.
   const int64_t share = request.shape.numel() * request.value_bytes / multiprocessors;
   const int64_t spilled = plan.spilled_rows() * row_bytes * tiles * teams / multiprocessors;
   const int64_t again = std::max<int64_t>(0, spilled - kCacheOfSpilledRows) * plan.slices / teams;
   int64_t moved = share * (tiles + 1) + again;
   if (row_bytes < kNarrowBytes) moved += (share * tiles + again) / kNarrowReads;
 
-  // What one team takes for its slices, one after the other, with its share of memory.
+  // The time of one team for its consecutive slices, with its share of the bandwidth.
   const bool apart = plan.stagger_ns > 0;
   const int64_t used = std::min(multiprocessors, teams * plan.segments);
   const int64_t rate = std::min(kMostBytesPerUs, kBytesPerUs * multiprocessors / used);
@@ -94,7 +94,7 @@ int64_t time_of_teams(const Plan& plan, const Request& request, const Machine& m
   return start + std::max(ns_of(moved, kBytesPerUs) + (apart ? rounds * gap / kUnhidden : 0), in_turn);
 }
 
-// What teams do so that some of them read while others write.
+// Chooses stagger and prefetch, which let some teams read while others write, and the policy of spilled rows.
 void choose_ahead(Plan& plan, const Request& request, const Machine& machine) {
   if (machine.staggers && can_stagger(plan, machine)) {
     plan.staggered_teams = static_cast<int>(plan.teams_at_a_time / 2);
@@ -107,7 +107,7 @@ void choose_ahead(Plan& plan, const Request& request, const Machine& machine) {
 
 int64_t round_up(int64_t count, int64_t unit) { return ceil_div(count, unit) * unit; }
 
-// The best teams of no more than `most` blocks.
+// Returns the plan with the fastest teams of at most `most` blocks.
 Plan best_of(const Plan& layout, int64_t most, const Request& request, const Machine& machine) {
   Plan best = layout;
   best.team = Team::kNone;
@@ -119,7 +119,7 @@ Plan best_of(const Plan& layout, int64_t most, const Request& request, const Mac
   const int64_t blocks = resident_blocks(machine);
   const int64_t least = std::min(ceil_div(layout.rows, most_rows * layout.row_lanes), most);
 
-  // Clusters of other sizes do not fill a GPC: they are considered only if the rows do not divide into one of these.
+  // Only powers of two fill a GPC. Another size is considered only if the rows do not divide into one of these.
   int64_t most_of_cluster = 1;
   while (2 * most_of_cluster <= std::min<int64_t>(kMaxClusterBlocks, most)) most_of_cluster *= 2;
   for (int64_t size = 1; size <= most_of_cluster; size *= 2) {
@@ -128,7 +128,7 @@ Plan best_of(const Plan& layout, int64_t most, const Request& request, const Mac
   if (!best.single_pass() && least <= kMaxClusterBlocks) consider(Team::kCluster, least);
 
   consider(Team::kGrid, least);
-  const int64_t of_merging = 4 * layout.threads / layout.slice_channels;  // by every_block_merges
+  const int64_t of_merging = 4 * layout.threads / layout.slice_channels;  // the limit of every_block_merges
   if (of_merging > least && of_merging < most) consider(Team::kGrid, of_merging);
   const int64_t least_rounds = ceil_div(layout.slices, std::max<int64_t>(1, blocks / least));
   for (int64_t rounds = least_rounds; rounds < least_rounds + kMostWaves; ++rounds) {
@@ -152,7 +152,7 @@ Plan with_teams(Plan plan, Team team, int64_t segments, const Request& request, 
   const int64_t most_kept = most_kept_rows(plan, request, machine), most_segments = resident_blocks(machine);
   plan.team = Team::kNone;
   if (most_kept == 0) return plan;
-  // Of one column whole bytes of a mask, and cache lines; else the rows of an image are in several segments anyway.
+  // With one column, adjacent rows are adjacent in memory: segments are whole bytes of a mask and whole cache lines.
   const int64_t unit = plan.columns == 1 ? 8 : 1;
   const int64_t least_rows = team == Team::kGrid ? std::min<int64_t>(kMinRowsPerThread, most_kept) : 1;
   const int64_t least = least_rows * plan.row_lanes;
