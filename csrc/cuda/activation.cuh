@@ -1,4 +1,4 @@
-// Activations in kernels: the formulas of ../activation.inl on single numbers, and what kernels are compiled for.
+// Activations in kernels: the formulas of ../activation.inl on single numbers, and their selection by variant.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ inline __device__ float expm1_of(float u) { return expm1f(u); }
 inline __device__ double expm1_of(double u) { return expm1(u); }
 inline __device__ float tanh_of(float u) { return tanhf(u); }
 inline __device__ double tanh_of(double u) { return tanh(u); }
-// By erfc, which keeps its digits where the other way, by 1 + erf, has none left. The factor is -1 / sqrt(2).
+// erfc keeps its digits in the left tail, where 1 + erf cancels. The factor is -1 / sqrt(2).
 inline __device__ float normal_cdf_of(float u) { return 0.5f * erfcf(u * -0.70710678118654752440f); }
 inline __device__ double normal_cdf_of(double u) { return 0.5 * erfc(u * -0.70710678118654752440); }
 
@@ -38,7 +38,7 @@ struct Identity {
   }
 };
 
-// Calls body(formula), of which kAny has a copy for each formula.
+// Calls body(formula). For kAny, the compiler generates a copy of the body per formula.
 template <Variant kVariant, typename A, typename Body>
 __device__ __forceinline__ void with_activation(const Activation& activation, const Body& body) {
   if constexpr (kVariant == Variant::kPlain) {
@@ -54,8 +54,8 @@ __device__ __forceinline__ void with_activation(const Activation& activation, co
   }
 }
 
-// u, the residual not added yet. Rounded as written, whatever the compiler would fuse: so all kernels of both passes
-// get the same bits from the same mean, scale and offset.
+// u, before the residual is added. The explicit fma fixes the rounding, whatever the compiler would fuse, so all
+// kernels of both passes get the same bits from the same mean, scale and offset.
 template <typename A>
 struct Affine {
   A mean;
@@ -65,8 +65,8 @@ struct Affine {
   __device__ A operator()(A x) const { return fma(x - mean, scale, offset); }
 };
 
-// A channel's numbers as the forward pass saved them, zeros in place of what is not wanted. Params: those of either
-// pass.
+// Loads a channel's coefficients from the saved statistics; those that are not wanted are 0. Params: ForwardParams or
+// BackwardParams.
 template <typename A, typename Params>
 __device__ Affine<A> saved_affine(const Params& p, int64_t channel, bool wants_scale = true, bool wants_offset = true) {
   const auto read = [channel](const void* vector) { return load_one(static_cast<const A*>(vector) + channel); };

@@ -1,5 +1,5 @@
-// What teams do so that some of them read while others write. Both rest on a model; lab/ compares them with doing
-// without.
+// Stagger and prefetch, which let some teams read while others write. Their defaults follow a model; lab/ measures
+// passes with and without them.
 #pragma once
 
 #include "launch.cuh"
@@ -8,8 +8,8 @@
 
 namespace bn_ext::cuda {
 
-// At the beginning, by all threads of a block: the second half of the teams that are resident at first begin later. The
-// memory is busy with the others meanwhile.
+// Delays the second half of the initially resident teams, while memory serves the first half. All threads of a block
+// call this at the beginning.
 inline __device__ void stagger(const Plan& plan, int64_t team) {
   if (plan.stagger_ns == 0 || team < plan.staggered_teams || team >= 2 * plan.staggered_teams) return;
 #ifdef __CUDACC__  // the simulated device has no time
@@ -17,7 +17,7 @@ inline __device__ void stagger(const Plan& plan, int64_t team) {
 #endif
 }
 
-// Before a block waits for its team: asks for rows of the team's next slice, if there is one, to come to the L2 cache.
+// Prefetches rows of the team's next slice, if there is one, to the L2 cache. A block calls this before it waits.
 template <typename T, bool kOneChannel>
 __device__ void prefetch_next_slice(const Plan& plan, Block block, const void* tensor) {
   block.slice += plan.teams;

@@ -1,4 +1,4 @@
-// The forward pass's last step: y of rows, and the bits of its mask.
+// The last step of the forward pass: computes y and the bits of its mask, row by row.
 #pragma once
 
 #include "activation.cuh"
@@ -6,15 +6,15 @@
 
 namespace bn_ext::cuda {
 
-// Bytes of each tensor that a thread has in flight: as many as registers allow, of which blocks that hold slices have
-// more.
+// The bytes of each tensor that a thread has in flight: as many as registers allow. Single-pass kernels have more of
+// them.
 constexpr int bytes_of_apply(Variant variant, int access, bool holds_slices = false) {
   if (variant == Variant::kReluLike && holds_slices) return 64;
   if (variant == Variant::kAny && holds_slices) return 16;
   return variant > Variant::kRelu ? 32 : access == kWidestAccess ? 128 : 64;
 }
 
-// A thread's part in y = activation((x - mean) * scale + offset + z).
+// Computes y = activation((x - mean) * scale + offset + z) for the rows of a thread.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 class Apply {
  public:
@@ -34,7 +34,7 @@ class Apply {
         has_z_(kVariant > Variant::kRelu && p.z != nullptr),
         has_mask_(kVariant == Variant::kReluLike && p.mask != nullptr) {}
 
-  // The next row of a walk, with its x.
+  // The current row of a walk: x is given, z is loaded.
   template <typename Walk>
   __device__ Row row(const Walk& walk, const V& x) const {
     return {walk.at, x, has_z_ ? load_last<kVector>(walk.in(p_.z, walk.at)) : V{}};
@@ -62,7 +62,7 @@ class Apply {
   }
 
  private:
-  const ForwardParams& p_;  // not copies of its pointers, which would take registers
+  const ForwardParams& p_;  // a reference: copies of its pointers would take registers
   bool has_z_;
   bool has_mask_;
 };

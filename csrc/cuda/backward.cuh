@@ -1,6 +1,6 @@
-// The backward pass in three kernels: gradient sums, finalise, gradient of the input; each only where it is needed. In
-// eval mode the first one, where it runs, gives the gradient of the input too. The first of them that runs gives dz.
-// Where teams of blocks can hold slices, one kernel does it all (single_pass_backward.cuh).
+// The backward pass on the multi-kernel path: gradient sums, finalise, gradient of the input. A pass skips the kernels
+// that it does not need. In eval mode the first kernel, if it runs, also writes dx. The first of the sums and input
+// kernels that runs writes dz. single_pass_backward.cuh has the single-pass path.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace bn_ext::cuda {
 namespace {
 
-// Bytes of each tensor that a thread has in flight: as many as registers allow.
+// The bytes of each tensor that a thread has in flight: as many as registers allow.
 constexpr int bytes_of_sums(Variant variant, int value_bytes, bool one_channel, bool writes) {
   if (variant == Variant::kAny) return value_bytes == 8 ? 8 : 16;
   if (variant > Variant::kRelu) return 16;
@@ -21,10 +21,9 @@ constexpr int bytes_of_sums(Variant variant, int value_bytes, bool one_channel, 
 }
 constexpr int bytes_of_input(Variant variant) { return variant <= Variant::kRelu ? 32 : 16; }
 
-// sum(g) and sum(g * (x - mean)): each thread over its rows, each block over its threads, into
-// partials[channel * segments + segment]. kWrites: also dz = g, and in eval mode dx = g * scale, which needs no sums.
-// Grid: a block per slice and segment. Reads dy once, the mask or z once, and x once where dweight, in training dx, or
-// u is wanted.
+// sum(g) and sum(g * (x - mean)) of each segment: partials[channel * segments + segment]. Each thread sums its rows,
+// each block its threads. kWrites: also writes dz = g, and in eval mode dx = g * scale, which needs no sums. Grid: one
+// block per slice and segment. Reads dy once, the mask or z once, and x once if dweight, dx in training, or u needs it.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant, bool kWrites>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_sums_kernel(const Plan plan, const BackwardParams p, GradSums* partials) {
@@ -72,8 +71,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   });
 }
 
-// Channel by channel: dweight, dbias, and the slope and shift of grad_input_kernel, in (2, C) coefficients.
-// Grid: a group of `lanes` threads per channel.
+// Merges the sums of each channel, and stores dweight, dbias, and slope and shift of grad_input_kernel as (2, C).
+// Grid: a group of `lanes` threads per channel; its first thread stores.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) finalise_gradients_kernel(
     const Plan plan, int lanes, const BackwardParams p, const GradSums* partials, acc_t<T>* coefficients) {
@@ -95,16 +94,16 @@ template <typename A>
 __device__ GradAffine<A> grad_affine(const BackwardParams& p, const A* coefficients, int64_t channel) {
   Affine<A> affine = saved_affine<A>(p, channel, p.dx != nullptr || p.needs_u(), p.needs_u());
   if (!p.training || p.dx == nullptr) {
-    if (!p.needs_u()) affine.mean = 0;  // as x is, which is not read
+    if (!p.needs_u()) affine.mean = 0;  // like x, which is not read
     return {affine, {-A(0), -A(0)}};
   }
   return {affine, {load_one(coefficients + channel), load_one(coefficients + p.shape.c + channel)}};
 }
 
-// The gradient of the input, and dz = g.
-// Grid: as grad_sums_kernel; blocks and rows go backwards, for what that read last is still in the cache. Reads dy
-// once, the mask or z once, and x once in training or for u (otherwise it is not looked at: an inf in it must not reach
-// dx); writes each result once.
+// dx = g * scale + (x - mean) * slope + shift, and dz = g.
+// Grid: one block per slice and segment. Blocks and rows run backwards, because the L2 cache still holds the data that
+// grad_sums_kernel read last. Reads dy once, the mask or z once, and x once in training or for u. In other cases it
+// must not read x, because an inf in x must not reach dx. Writes each result once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     grad_input_kernel(const Plan plan, const BackwardParams p, const acc_t<T>* coefficients) {
@@ -138,7 +137,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
       if (writes_dz) store_result(walk.in(p.dz, row.at), V::rounded(row_dz), plan.result_policy);
     });
   };
-  if constexpr (kVariant == Variant::kRelu) {  // a loop for each mode: eight choices fewer in each row
+  if constexpr (kVariant == Variant::kRelu) {  // one loop per mode saves eight selections per row
     p.training ? run(std::true_type{}) : run(std::false_type{});
   } else {
     run(kVariant == Variant::kPlain || p.training);
@@ -156,7 +155,7 @@ struct SumsAndCoefficients {
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 void launch_sums(Pass& pass, const BackwardParams& p, const Plan& plan, const SumsAndCoefficients& workspace) {
   using A = acc_t<T>;
-  // The compile-time choice only where it lets a kernel have more rows in flight.
+  // kWrites is false only for variants in which that allows more rows in flight.
   const auto kernel = p.dz != nullptr || (p.dx != nullptr && !p.training)
                           ? grad_sums_kernel<T, kVector, kOneChannel, kVariant, true>
                           : grad_sums_kernel<T, kVector, kOneChannel, kVariant, (kVariant > Variant::kRelu)>;

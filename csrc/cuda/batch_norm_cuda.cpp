@@ -1,4 +1,4 @@
-// The host's side of the CUDA back-end: plan, workspace, stream. The caller has set the device guard.
+// The host side of the CUDA back-end: plan, workspace, stream. The caller has set the device guard.
 #include "batch_norm_cuda.h"
 
 #include <ATen/Functions.h>
@@ -18,18 +18,18 @@
 namespace bn_ext::cuda {
 namespace {
 
-// c10 alone, not ATen's CUDAContext.h: that would ask for the headers of cuBLAS, cuSPARSE and cuSOLVER.
+// Only c10 headers: ATen's CUDAContext.h would require the headers of cuBLAS, cuSPARSE and cuSOLVER.
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
   const cudaError_t error = cudaDeviceGetAttribute(&value, name, device);
   if (error == cudaSuccess) return value;
-  (void)cudaGetLastError();  // so that the next call does not find it
-  TORCH_CHECK(false, "bn_ext: the CUDA device could not be asked: ", cudaGetErrorString(error));
+  (void)cudaGetLastError();  // so that no later check reports it
+  TORCH_CHECK(false, "bn_ext cannot query an attribute of the CUDA device: ", cudaGetErrorString(error));
 }
 
 void check_launched(cudaError_t error, int device) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // so that the next call does not find it
+  (void)cudaGetLastError();  // so that no later check reports it
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
     const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
@@ -38,16 +38,16 @@ void check_launched(cudaError_t error, int device) {
                 major,
                 ".",
                 minor,
-                ": build it again with TORCH_CUDA_ARCH_LIST=",
+                ": rebuild it with TORCH_CUDA_ARCH_LIST=",
                 major,
                 ".",
                 minor);
   }
   TORCH_CHECK_WITH(OutOfMemoryError,
                    error != cudaErrorMemoryAllocation,
-                   "bn_ext: CUDA out of memory, so that a kernel could not be loaded, which is done at its first call: "
-                   "torch.cuda.empty_cache() frees what torch holds in reserve");
-  TORCH_CHECK(false, "bn_ext: a CUDA kernel could not be launched: ", cudaGetErrorString(error));
+                   "bn_ext: CUDA out of memory while loading a kernel before its first launch; "
+                   "torch.cuda.empty_cache() frees the memory that torch caches");
+  TORCH_CHECK(false, "bn_ext cannot launch a CUDA kernel: ", cudaGetErrorString(error));
 }
 
 Machine ask_machine(int device) {
@@ -67,14 +67,14 @@ Machine ask_machine(int device) {
   TORCH_CHECK(pdl == nullptr || choose_pdl(pdl, machine), "BN_EXT_CUDA_PDL must be 0 or 1, got ", pdl);
   const char* tuning = std::getenv("BN_EXT_CUDA_TUNING");
   TORCH_CHECK(tuning == nullptr || tune(tuning, machine),
-              "BN_EXT_CUDA_TUNING must be like stagger=0,prefetch=0.5 (stagger, evict_last, keep_results and "
-              "three_kernels 0 or 1, "
-              "half_chip 0, 1 or always, prefetch 0, 0.25, 0.5, 0.75 or 1), got ",
+              "BN_EXT_CUDA_TUNING must be comma-separated settings such as stagger=0,prefetch=0.5 (stagger, "
+              "evict_last, keep_results and three_kernels: 0 or 1; half_chip: 0, 1 or always; prefetch: 0, 0.25, 0.5, "
+              "0.75 or 1), got ",
               tuning);
   return machine;
 }
 
-// The current device, which is asked once.
+// The machine of a device, which must be the current one. It is queried once.
 Machine machine_of(int device) {
   static std::mutex mutex;
   static std::map<int, Machine> known;
@@ -83,8 +83,8 @@ Machine machine_of(int device) {
   return found != known.end() ? found->second : known[device] = ask_machine(device);
 }
 
-// From torch's caching allocator: it belongs to the current stream, and to the graph that is being captured. Most
-// passes need none, and then no tensor is made.
+// Memory from torch's caching allocator, which belongs to the current stream or to the graph that is being captured.
+// Most passes need none, and then no tensor is allocated.
 class PassMemory {
  public:
   explicit PassMemory(size_t bytes) {
@@ -97,8 +97,8 @@ class PassMemory {
   at::Tensor memory_;
 };
 
-// Zeros for the counters of a grid's teams: those that all passes of the stream share, or else memory of the pass's own
-// that is cleared before its kernel, in a graph each time that it runs.
+// Zeros for the counters of a grid's teams: the memory that all passes of the stream share, or memory of this pass
+// alone, which is cleared before the kernel, and in a graph before each replay of it.
 class Counters {
  public:
   Counters(size_t bytes, int device, cudaStream_t stream) {
@@ -121,7 +121,7 @@ class Counters {
   void* memory_ = nullptr;
 };
 
-// Launches a pass, and says once where CUDA has refused it in one kernel.
+// Launches a pass. Warns once if CUDA refuses to launch it with teams.
 template <typename Params>
 void run(const Params& p,
          int device,
@@ -139,10 +139,11 @@ void run(const Params& p,
   });
   check_launched(error, device);
   if (refusal == cudaSuccess) return;
-  TORCH_WARN_ONCE("bn_ext: CUDA refused to launch teams of blocks (",
-                  cudaGetErrorString(refusal),
-                  "), and kernels without them are used, which move more bytes; BN_EXT_CUDA_TEAMS=none, block or "
-                  "cluster asks for smaller teams or none");
+  TORCH_WARN_ONCE(
+      "bn_ext: CUDA refused to launch teams of blocks (",
+      cudaGetErrorString(refusal),
+      "), so the pass takes the multi-kernel path, which moves more bytes; BN_EXT_CUDA_TEAMS=none, block or "
+      "cluster avoids this with smaller teams or none");
 }
 
 }  // namespace

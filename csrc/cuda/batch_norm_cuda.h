@@ -1,6 +1,6 @@
-// The CUDA back-end: both passes over device memory, on the current stream of the device of this number, which is the
-// current one. Nothing waits for the device.
-// Implemented by unavailable.cpp where no kernel is built.
+// The CUDA back-end: both passes over device memory, on the current stream of `device`, which must be the current
+// device. The host does not wait for the device. In a build without kernels, unavailable.cpp implements these
+// functions.
 #pragma once
 
 #include "../params.h"

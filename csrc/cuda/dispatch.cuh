@@ -1,4 +1,4 @@
-// From a plan and a variant, known at run time, to template parameters.
+// Maps a plan and a variant, which are run-time values, to template parameters.
 #pragma once
 
 #include <type_traits>
@@ -10,7 +10,7 @@
 
 namespace bn_ext::cuda {
 
-// Calls body(Int<kVector>, std::bool_constant<kOneChannel>); plans of T have accesses of 16 bytes or less.
+// Calls body(Int<kVector>, std::bool_constant<kOneChannel>). Plans have accesses of at most 16 bytes.
 template <typename T, int kVector = kWidestAccess / sizeof(T), typename Body>
 cudaError_t dispatch_plan(const Plan& plan, const Body& body) {
   if constexpr (kVector > 1) {
@@ -29,7 +29,7 @@ cudaError_t dispatch_variant(Variant variant, const Body& body) {
   }
   if (variant == Variant::kReluLike) return body(std::integral_constant<Variant, Variant::kReluLike>{});
   if constexpr (kVector <= most_values_of_any(sizeof(T))) return body(std::integral_constant<Variant, Variant::kAny>{});
-  return cudaErrorInvalidValue;  // no plan of ours has so wide accesses
+  return cudaErrorInvalidValue;  // no plan has so wide accesses for kAny
 }
 
 // Calls body(Int<kVector>, std::bool_constant<kOneChannel>, std::integral_constant<Variant, ...>).

@@ -1,4 +1,4 @@
-// How the blocks of a team wait for each other, and exchange the sums and coefficients of their slice's channels.
+// How the blocks of a team wait for each other, and exchange sums and coefficients of the channels of their slice.
 #pragma once
 
 #include "merge.cuh"
@@ -7,12 +7,13 @@
 
 namespace bn_ext::cuda {
 
-// Clusters are of code compiled for sm_90 or newer; a plan has them only where such code is loaded, whatever the
-// device.
+// Clusters need code compiled for sm_90 or newer. A plan has clusters only if such code is loaded, whatever the device
+// supports.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// For all threads of the block, whose writes before their last barrier are not yet known to the cluster.
+// All threads of the block must call this. It does not release their writes; release_to_cluster does.
 inline __device__ void arrive_in_cluster() { __cluster_barrier_arrive_relaxed(); }
-// By one thread, before it arrives: makes them known. A fence in every thread would be one of the whole GPU.
+// One thread calls this before it arrives: releases the block's writes before its last barrier to the cluster. A fence
+// in every thread would be one of the whole GPU.
 inline __device__ void release_to_cluster() {
 #ifdef __CUDACC__
   asm volatile("fence.acq_rel.cluster;" ::: "memory");
@@ -33,7 +34,8 @@ __device__ T load_from_peer(const T* own, int) {
 }
 #endif
 
-// Raises a counter by one. Who sees that sees all that the block wrote before its last barrier.
+// Release-increments the counter: a thread that acquires the new value also sees all writes of the block before its
+// last barrier.
 inline __device__ void add_one_and_release(unsigned* counter) {
 #ifdef __CUDACC__
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
@@ -41,7 +43,7 @@ inline __device__ void add_one_and_release(unsigned* counter) {
   atomicAdd(counter, 1);
 #endif
 }
-// The same, as one step with a look at its value before: who is last sees all that the others saw and wrote.
+// The same, and returns the old value. It also acquires, so the last block sees all that the others saw and wrote.
 inline __device__ unsigned add_one_and_see(unsigned* counter) {
 #ifdef __CUDACC__
   unsigned before;
@@ -61,15 +63,15 @@ inline __device__ unsigned load_and_acquire(const unsigned* counter) {
 #endif
 }
 
-// A team, as one of its blocks sees it. If each block merges the sums of all blocks, they wait for each other once per
-// slice: sums of the next slice are stored beside those that are still read, and those of the one after it when all
-// blocks have arrived with the next slice's, so have read the first one's. Otherwise the sums of a channel go from all
-// blocks to one of them, those of the next channel to the next block, and coefficients from there to all; all wait for
-// each other before either is read. docs/exchange.md has the argument, tests/models/exchange.pml a model.
+// One block's view of its team. If each block merges the sums of all blocks, they wait once per slice. Two buffers make
+// this safe: a block stores sums of slice k + 2 over those of slice k only after all blocks have arrived with slice
+// k + 1, and so have read slice k. Otherwise each block merges its share of the channels, every segments-th one, and
+// all blocks read its coefficients; they wait before sums are read and before coefficients are read. docs/exchange.md
+// argues that this is correct; tests/models/exchange.pml is a model of it.
 template <typename Sums, typename Coefficients, typename Clock = PhaseClock>
 class Exchange {
  public:
-  // The memory of a grid's teams is TeamWorkspace's.
+  // `workspace` has a TeamWorkspace per team of a grid.
   __device__ Exchange(const Plan& plan, const SinglePassMemory& memory, const Workspace& workspace)
       : plan_(plan),
         merges_all_(plan.every_block_merges()),
@@ -84,7 +86,7 @@ class Exchange {
 
   __device__ Block first_block() const { return {first_slice_, segment_}; }
 
-  // By one thread of the block.
+  // Stores the block's sums of a channel for its team. One thread per channel calls this.
   __device__ void publish_sums(int slot, const Sums& sums) const {
     if (plan_.team == Team::kGrid) {
       store_through_l2(sums_in_workspace(slot) + segment_, sums);
@@ -93,10 +95,10 @@ class Exchange {
     }
   }
 
-  // When all blocks have left theirs: calls finish(channel, own, get) for the channels that this block merges, all or
-  // its share, where get(i) are the sums of the i-th block. For the first thread of a channel, own is load(the
-  // channel's index), which does not wait for other blocks if this is the thread's first channel. All threads of the
-  // block must call this, and those of a warp are in finish together.
+  // Waits for the sums of all blocks, and calls finish(channel, own, get) for the channels that this block merges, all
+  // or its share. get(i) returns the sums of the i-th block. For the first thread of a channel, `own` is load(index of
+  // the channel), which is issued before the wait for the thread's first channel. All threads of the block must call
+  // this, and those of a warp are in finish together.
   template <typename Load, typename Finish>
   __device__ void for_assigned_channels(int64_t slice, const Load& load, const Finish& finish) {
     const int begin = merges_all_ ? 0 : segment_, step = merges_all_ ? 1 : static_cast<int>(plan_.segments);
@@ -117,12 +119,12 @@ class Exchange {
     });
   }
 
-  // By one thread of for_assigned_channels's group: what the channel's sums are in all, for for_assigned_totals. All of
-  // the group have read them: __syncwarp() before.
+  // Keeps the total of a channel for for_assigned_totals. One thread of the channel's group calls this, after the whole
+  // group has read the sums, which the total may overwrite: call __syncwarp() first.
   __device__ void keep_total(int slot, const Sums& total) const { totals()[slot] = total; }
 
-  // After gather_coefficients: calls body(channel's index, total, coefficients) for this block's share of channels, by
-  // one thread each: what nobody waits for is done here.
+  // After gather_coefficients: calls body(index of the channel, total, coefficients) by one thread for each channel of
+  // this block's share. Work that no other block waits for belongs here.
   template <typename Body>
   __device__ void for_assigned_totals(int64_t slice, const Body& body) const {
     const int blocks = static_cast<int>(plan_.segments), threads = plan_.threads * blocks;
@@ -132,7 +134,7 @@ class Exchange {
     }
   }
 
-  // By one thread of each block that merges the channel.
+  // Stores a channel's coefficients. One thread of each block that merges the channel calls this.
   __device__ void publish_coefficients(int slot, const Coefficients& coefficients) const {
     if (plan_.team == Team::kGrid && !merges_all_) {
       store_through_l2(coefficients_in_workspace() + slot, coefficients);
@@ -141,21 +143,22 @@ class Exchange {
     }
   }
 
-  // When all blocks have left theirs: those of all channels of the slice. All threads of the block must call this.
+  // Returns the coefficients of all channels of the slice, after a wait if peers merge some of them. All threads of the
+  // block must call this.
   __device__ const Coefficients* gather_coefficients(int64_t slice) {
     if (!merges_all_) copy_coefficients(slice);
     __syncthreads();
-    if (plan_.team == Team::kCluster) arrive_in_cluster();  // only reads are over, so nothing is released
+    if (plan_.team == Team::kCluster) arrive_in_cluster();  // relaxed: only reads precede it
     is_odd_ = !is_odd_;
     return coefficients_;
   }
 
-  // After each slice of a cluster: a block's shared memory stays as it is until its peers have read it.
+  // Keeps a block of a cluster from changing its shared memory, or from exiting, before its peers have read it.
   __device__ void wait_for_readers() const {
     if (plan_.team == Team::kCluster) wait_for_cluster();
   }
 
-  // At the very end. The last block of a team to come here knows that no other one looks at the counters.
+  // Ends the exchange. The last block of a team resets the counters, because no other block reads them any more.
   __device__ void finish() const {
     wait_for_readers();
     if (plan_.team != Team::kGrid || threadIdx.x != 0) return;
@@ -164,11 +167,11 @@ class Exchange {
     __stcg(&counters_->leavers, 0u);
   }
 
-  Clock clock;  // for the kernels' marks
+  Clock clock;  // for the marks of the kernels
 
  private:
-  // Where a cluster's peers read sums_, this block's totals lie where its threads have left partial sums, which are
-  // merged.
+  // If the peers of a cluster read sums_, the totals replace the partial sums of this block's threads, which are
+  // already merged.
   __device__ Sums* totals() const {
     return plan_.team == Team::kCluster && merges_all_ ? shared_memory<Sums>() : sums_;
   }
@@ -179,7 +182,7 @@ class Exchange {
     return reinterpret_cast<Coefficients*>(memory_of_team_ + TeamWorkspace(plan_).coefficients);
   }
 
-  // From the blocks that have merged them, which is not this one alone.
+  // Copies coefficients from the blocks that have merged them, after a wait for these blocks.
   __device__ void copy_coefficients(int64_t slice) {
     wait();
     const int blocks = static_cast<int>(plan_.segments);
@@ -193,7 +196,7 @@ class Exchange {
     }
   }
 
-  // For all threads of the team; what they wrote before is then seen by all.
+  // Waits for all threads of the team. All then see the writes before it.
   __device__ void wait() {
     __syncthreads();
     if (plan_.team == Team::kCluster) {
@@ -219,8 +222,8 @@ class Exchange {
   TeamCounters* counters_;
   int64_t first_slice_;
   int segment_;
-  bool is_odd_ = false;    // the slice, counted by this block
-  unsigned arrivals_ = 0;  // of blocks, that the team's counter is to reach
+  bool is_odd_ = false;    // parity of the slice in this block's order
+  unsigned arrivals_ = 0;  // of blocks, for which the next wait waits
 };
 
 inline Grid grid_of_teams(const Plan& plan, int tensors, size_t value_bytes) {

@@ -1,5 +1,5 @@
-// The forward pass in three kernels: statistics, finalise, apply; in eval mode, or once more, apply alone. Where
-// teams of blocks can hold slices, one kernel does it all (single_pass_forward.cuh).
+// The forward pass on the multi-kernel path: statistics, finalise, apply. Eval mode and recomputation need only apply.
+// single_pass_forward.cuh has the single-pass path.
 #pragma once
 
 #include "apply.cuh"
@@ -21,10 +21,10 @@ __device__ Affine<A> affine_of_running(const ForwardParams& p, int64_t channel, 
   return affine;
 }
 
-// y = activation((x - mean) * scale + offset + z), and where a mask is wanted, which values passed. With the saved
-// numbers, which in eval mode it makes and saves itself, unless it is the pass once more.
-// Grid: as statistics_kernel; blocks and rows go backwards, for what that read last is still in the cache. Reads x and
-// z once, writes y once.
+// y = activation((x - mean) * scale + offset + z), and the mask if it is wanted. The coefficients are the saved
+// statistics; in eval mode, unless y is recomputed, the kernel computes and saves them first. Grid: one block per slice
+// and segment. Blocks and rows run backwards, because the L2 cache still holds the data that statistics_kernel read
+// last. Reads x and z once, writes y and the mask once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime) apply_kernel(const Plan plan, const ForwardParams p) {
   pdl_wait();

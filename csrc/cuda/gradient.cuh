@@ -1,4 +1,4 @@
-// What the backward kernels read, g = dy * activation'(u + z) of it, and what they make of the sums of g.
+// The inputs of the backward kernels, g = dy * activation'(u + z), and the results that follow from the sums of g.
 #pragma once
 
 #include "activation.cuh"
@@ -8,8 +8,8 @@
 
 namespace bn_ext::cuda {
 
-// A thread's rows. kLast: no later kernel of this pass reads them. In a mask's place x and z are not looked at; of dy
-// there may be one value for all.
+// Loads the rows of a thread and computes g. kLast: no later kernel of this pass reads them. With a mask, g needs
+// neither x nor z. dy may be one value for all.
 template <typename T, int kVector, Variant kVariant, bool kLast>
 class Gradient {
  public:
@@ -19,13 +19,13 @@ class Gradient {
   struct Row {
     uint64_t at;
     V dy;
-    V x;  // zeros where not read
+    V x;  // zeros if not read
     V z;
     unsigned passed;  // bits
   };
 
-  // `wants_x`: for something else than u. A caller that knows at compile time whether there is a mask, and whether z is
-  // read, says so: kReluLike's kernels take a third fewer instructions then.
+  // `wants_x`: x is needed for more than u. A caller that knows at compile time whether there is a mask and whether z
+  // is read uses the second constructor, which saves a third of the instructions of kReluLike.
   __device__ Gradient(const BackwardParams& p, bool wants_x)
       : Gradient(p, wants_x, p.mask != nullptr, p.z != nullptr && p.mask == nullptr) {}
   __device__ Gradient(const BackwardParams& p, bool wants_x, bool has_mask, bool reads_z)
@@ -40,7 +40,7 @@ class Gradient {
     all_ = V::of(values);
   }
 
-  // Calls finish(row) for all rows, of which so many bytes of each tensor are read at a time.
+  // Calls finish(row) for all rows. A thread has kBytes bytes of each tensor in flight.
   template <int kBytes, typename Walk, typename Finish>
   __device__ void for_rows(const Plan& plan, Walk& walk, const Finish& finish) const {
     in_chunks<kChunkRows<V, kBytes>>(walk.rows, [&](auto count, int) {
@@ -81,14 +81,14 @@ class Gradient {
  private:
   static __device__ V read(const T* p) { return kLast ? load_last<kVector>(p) : load<kVector>(p); }
 
-  const BackwardParams& p_;  // not copies of its pointers, which would take registers
+  const BackwardParams& p_;  // a reference: copies of its pointers would take registers
   bool reads_x_;
   bool has_mask_;
   bool reads_z_;
-  V all_ = {};  // dy where it is one value
+  V all_ = {};  // dy if it is one value
 };
 
-// Merges the gradient sums of all threads of a block, by channel; finish as of merge_block.
+// Merges the gradient sums of all threads of a block by channel, and calls finish as merge_block does.
 template <int kVector, typename Finish>
 __device__ void merge_gradients(const Plan& plan, const Block& block, const Finish& finish) {
   const auto merge_channel = [](const Group& group, int count, const auto& get, const Parts<kVector>&) {
@@ -103,7 +103,7 @@ struct Slope {
   A shift;
 };
 
-// What is saved of a channel and used for its dweight and dx.
+// The saved statistics of a channel that dweight and dx need.
 struct SavedScale {
   double rstd;
   double scale;
@@ -113,7 +113,7 @@ __device__ SavedScale load_scale(const BackwardParams& p, int64_t channel) {
   return {load_one(static_cast<const A*>(p.rstd) + channel), load_one(static_cast<const A*>(p.scale) + channel)};
 }
 
-// What makes dx.
+// The coefficients of dx that follow from the sums of a channel.
 template <typename A>
 __device__ Slope<A> slope_of(const BackwardParams& p, const SavedScale& saved, const GradSums& total) {
   const double count = double(p.shape.values_per_channel());
@@ -132,7 +132,8 @@ struct GradAffine {
   Affine<A> affine;
   Slope<A> slope;
 
-  // centred: x - mean. In eval mode it is 0, and slope and shift are -0: then dx is g * scale, to the sign of a zero.
+  // `centred` is x - mean. In eval mode it is 0, and slope and shift are -0, so dx equals g * scale even in the sign of
+  // a zero.
   __device__ A dx(A g, A centred) const { return g * affine.scale + (centred * slope.slope + slope.shift); }
 };
 

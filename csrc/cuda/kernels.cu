@@ -1,4 +1,4 @@
-// Chooses the kernels of a pass: of the single-pass or the multi-kernel path, compiled for its type.
+// Selects the kernels of a pass by its path, single-pass or multi-kernel, and by its type.
 #include "kernels.h"
 #include "launches.h"
 #include "merge.cuh"
@@ -6,7 +6,7 @@
 namespace bn_ext::cuda {
 namespace {
 
-// Calls body(T{}).
+// Calls body(T{}) with the type T of `dtype`.
 template <typename Body>
 cudaError_t with_type(DType dtype, const Body& body) {
   switch (dtype) {
@@ -27,13 +27,13 @@ cudaError_t launch(const Params& p, const Plan& plan, const Workspace& workspace
   return with_type(p.dtype, [&](auto value) { return Kernels<decltype(value)>::launch(p, plan, workspace, stream); });
 }
 
-// Whether the device has room for a plan's teams at a time; not where it does not say.
+// Whether the teams of a plan fit on the device at the same time; false if CUDA cannot tell.
 template <template <typename> class Kernels, typename Params>
 bool fits(const Params& p, const Plan& plan) {
   bool yes = false;
   const auto ask = [&](auto value) { return Kernels<decltype(value)>::ask_whether_fits(p, plan, yes); };
   if (with_type(p.dtype, ask) == cudaSuccess) return yes;
-  (void)cudaGetLastError();  // so that no one else finds it
+  (void)cudaGetLastError();  // so that no later check reports it
   return false;
 }
 

@@ -20,12 +20,12 @@ __device__ T* shared_memory() {
 #ifdef __CUDACC__
   extern __shared__ uint4 memory[];
   return reinterpret_cast<T*>(memory);
-#else  // tests/cuda_on_cpu, where every resident block has its own
+#else  // tests/cuda_on_cpu: every resident block has its own
   return reinterpret_cast<T*>(cuda_on_cpu_shared_memory());
 #endif
 }
 
-// What lies so many bytes further on.
+// The dynamic shared memory from byte `begin` on.
 template <typename T>
 __device__ T* shared_memory_at(size_t begin) {
   return reinterpret_cast<T*>(shared_memory<unsigned char>() + begin);
@@ -33,25 +33,25 @@ __device__ T* shared_memory_at(size_t begin) {
 
 constexpr size_t kUnaskedSharedBytes = 48 * 1024;
 
-// A kernel that is launched to start early must call this before it touches global memory: it may run while the kernel
-// before it on the stream is at its end.
+// Waits for the previous kernel on the stream, which may still be ending. A kernel that is launched with PDL must call
+// this before it accesses global memory.
 inline __device__ void pdl_wait() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-// What a kernel is launched as. Only grid.x is used: it may be 2^31 - 1, y and z no more than 65535.
+// The configuration of a launch. Only grid.x is used, because it may be 2^31 - 1; y and z may be at most 65535.
 struct Grid {
   int64_t blocks;
-  int threads;  // of a block
+  int threads;  // per block
   size_t shared_bytes = 0;
   int cluster_blocks = 1;
   bool cooperative = false;
   bool uses_pdl = false;
 };
 
-// Whether kernels may start early in graphs too: from CUDA 12.3 on, of the toolkit and of the driver.
+// Whether kernels can use PDL in CUDA graphs too: both the toolkit and the driver must be CUDA 12.3 or newer.
 inline bool graphs_use_pdl() {
   thread_local const bool they_do = [] {
     constexpr int kFirst = 12030;
@@ -61,7 +61,7 @@ inline bool graphs_use_pdl() {
   return they_do;
 }
 
-// CUDA's description of it, which holds a pointer to its own attributes.
+// CUDA's form of a Grid. It is not copyable, because it points to its own attributes.
 class LaunchConfig {
  public:
   LaunchConfig(const Grid& grid, cudaStream_t stream) {
@@ -95,7 +95,7 @@ class LaunchConfig {
   static bool is_captured(cudaStream_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
-    (void)cudaGetLastError();  // so that no one else finds it
+    (void)cudaGetLastError();  // so that no later check reports it
     return true;
   }
 
@@ -103,7 +103,7 @@ class LaunchConfig {
   cudaLaunchConfig_t config_ = {};
 };
 
-// Calls ask(device) for the current device, unless it has succeeded for this kernel before; `asked` remembers that.
+// Calls ask(device) for the current device unless it has succeeded for this kernel before, which `asked` records.
 using KernelsOfDevices = std::set<std::pair<int, const void*>>;
 template <typename Kernel, typename Ask>
 cudaError_t ask_once(KernelsOfDevices& asked, Kernel* kernel, const Ask& ask) {
@@ -116,8 +116,8 @@ cudaError_t ask_once(KernelsOfDevices& asked, Kernel* kernel, const Ask& ask) {
   return error;
 }
 
-// A kernel that is to have more shared memory must ask for it: for as much as there is, which holds for all threads'
-// launches. A thread asks once, because to set an attribute may wait for copies that are on their way.
+// Lets a kernel use more than 48 KiB of shared memory: as much as the device has, which is valid for the launches of
+// all threads. A thread sets the attribute once, because setting it may wait for copies in progress.
 template <typename Kernel>
 cudaError_t ask_for_shared_memory(Kernel* kernel) {
   thread_local KernelsOfDevices asked;
@@ -127,13 +127,13 @@ cudaError_t ask_for_shared_memory(Kernel* kernel) {
     if (error != cudaSuccess) return error;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
-    // Or a multiprocessor may be set to less, on which one block fits in place of kResidentAtATime.
+    // Otherwise a multiprocessor may have a smaller carve-out, in which fewer than kResidentAtATime blocks fit.
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   });
 }
 
-// Loads a kernel's code, which CUDA otherwise does at its first launch: that takes device memory, and fails where there
-// is none left. A thread asks once.
+// Loads a kernel's code, which CUDA otherwise does at its first launch. Loading takes device memory and fails if none
+// is available. A thread loads a kernel once.
 template <typename Kernel>
 cudaError_t load(Kernel* kernel) {
   thread_local KernelsOfDevices loaded;
@@ -143,7 +143,7 @@ cudaError_t load(Kernel* kernel) {
   });
 }
 
-// The one way to launch.
+// Launches a kernel. All launches go through this function.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, Arguments&&... arguments) {
   if (grid.blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
@@ -155,7 +155,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   return cudaLaunchKernelEx(config.get(), kernel, std::forward<Arguments>(arguments)...);
 }
 
-// Whether the device can have the blocks of a cluster, or of a cooperative grid, at a time.
+// Whether a cluster, or all blocks of a cooperative grid, can be resident at the same time.
 template <typename... Parameters>
 cudaError_t ask_whether_fits(void (*kernel)(Parameters...), const Grid& grid, bool& fits) {
   cudaError_t error = grid.shared_bytes > kUnaskedSharedBytes ? ask_for_shared_memory(kernel) : cudaSuccess;

@@ -1,10 +1,10 @@
-// Whether a thread knows of the kernels that it launches that CUDA has been asked for all that they need.
+// Whether the kernels of the current launch are known to be loaded and to have their attributes.
 #pragma once
 
 namespace bn_ext::cuda {
 
-// While one of these is alive that holds, its thread launches a pass like one that it has launched on this device
-// before (plan_cache.h): the kernels are loaded and have their attributes, so that only launches are asked of CUDA.
+// While an object with `holds` is alive, its thread launches a pass like one that it has launched on this device before
+// (plan_cache.h). The kernels are loaded and have their attributes, so CUDA is called only for the launches.
 class LaunchedBefore {
  public:
   explicit LaunchedBefore(bool holds) { value() = holds; }

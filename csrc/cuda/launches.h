@@ -1,6 +1,6 @@
-// Launches of the kernels of one type T of activations. Each file of instantiations/ compiles one of these for one T,
-// so that a build's processors share the work; no other file includes the headers that define them. kernels.cu chooses
-// among them; kernels.h describes workspaces and errors.
+// Launches of the kernels for activation tensors of one type T. Each file of instantiations/ compiles one of these
+// structs for one T, so that a build can compile them in parallel; no other file includes the headers that define them.
+// kernels.cu selects one of them; kernels.h describes workspaces and errors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@
 
 namespace bn_ext::cuda {
 
-// Up to three kernels: those that the pass needs.
+// The multi-kernel path: up to three kernels.
 template <typename T>
 struct MultiKernelForward {
   static cudaError_t launch(const ForwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream);
@@ -21,7 +21,7 @@ struct MultiKernelBackward {
   static cudaError_t launch(const BackwardParams& p, const Plan& plan, const Workspace& workspace, cudaStream_t stream);
 };
 
-// One kernel: each team of blocks keeps a slice on chip and reads every tensor once. Rows that do not fit are read
+// The single-pass path: one kernel. Each team keeps a slice on chip and reads every tensor once; spilled rows are read
 // twice.
 template <typename T>
 struct SinglePassForward {

@@ -1,4 +1,4 @@
-// Choices of a user about a machine, by variables of the environment: see docs/install.md.
+// The user's choices about a machine, from environment variables (docs/install.md).
 #include <string_view>
 
 #include "plan.h"

@@ -1,4 +1,4 @@
-// Masks: a bit for each value, in the order in which values lie in memory.
+// Masks: one bit per value, in memory order.
 #pragma once
 
 #include "launch.cuh"
@@ -7,14 +7,14 @@
 
 namespace bn_ext::cuda {
 
-// The bits of a vector of up to eight values, the first one's lowest, and others above them. A vector's offset is a
-// multiple of its size, so its bits lie in one byte.
+// Returns the bits of a vector of up to eight values, the first value's bit lowest; higher bits are undefined. The
+// offset of a vector is a multiple of its size, so its bits lie in one byte.
 inline __device__ unsigned load_bits(const uint8_t* mask, int64_t offset) {
   return unsigned{load<1>(mask + (offset >> 3)).value(0)} >> (offset & 7);
 }
 
-// The word that has them, whatever address the mask begins at, and where they begin in it. A mask's tensor goes on to
-// the end of its last word: mask_bytes of params.h.
+// The aligned word that contains these bits, for any address of the mask, and the index of the first bit in it. The
+// memory of a mask extends to the end of its last word (mask_bytes in params.h).
 inline __device__ const unsigned* word_of_bits(const uint8_t* mask, int64_t offset) {
   return reinterpret_cast<const unsigned*>(reinterpret_cast<uint64_t>(mask + (offset >> 3)) & ~uint64_t{3});
 }
@@ -22,15 +22,15 @@ inline __device__ unsigned bit_in_word(const uint8_t* mask, int64_t offset) {
   return static_cast<unsigned>(reinterpret_cast<uint64_t>(mask) * 8 + offset) % 32;
 }
 
-// Stores the bits of a vector; other bits are zero. All threads of a block's slice must call it with each of their
-// rows.
+// Stores the bits of a vector; higher bits of `bits` must be zero. Every thread of the block that has rows must call
+// this for each of its rows.
 //
-// Where no two slices share a byte, adjacent lanes put it together. They are kLanes that begin at a multiple of kLanes,
-// so in one warp, and come here together, for they have equally many rows: where columns are several they are in one
-// row of threads, whose columns are a multiple of kLanes; where there is one column their rows are adjacent, and a
-// segment's rows and row_lanes are multiples of kLanes, as those of an image are.
+// If no two slices share a byte, kLanes adjacent lanes assemble it. The first lane is a multiple of kLanes, so they are
+// in one warp. They call this together because they have equally many rows. With several columns, they are in one row
+// of threads, and `columns` is a multiple of kLanes. With one column, their rows are adjacent, and row_lanes and the
+// numbers of rows of a segment and of an image are multiples of kLanes.
 //
-// Elsewhere words of several threads are OR-ed together, in any order, in a mask that was zero before.
+// Otherwise atomics OR the bits into the mask, which must be zero before, in any order.
 template <int kVector>
 __device__ void store_bits(const Plan& plan, uint8_t* mask, int64_t offset, unsigned bits) {
   static_assert(kVector <= 8);

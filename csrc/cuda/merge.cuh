@@ -1,4 +1,4 @@
-// Partial sums: what they are, and how groups of threads merge them, in a fixed order.
+// Partial sums, and how groups of threads merge them in a fixed order.
 #pragma once
 
 #include "vector.cuh"
@@ -6,7 +6,7 @@
 
 namespace bn_ext::cuda {
 
-// Mean and sum of squared deviations from it, of a number of values that the plan tells.
+// The mean and the sum of squared deviations from it. The plan determines the number of values.
 struct Moments {
   double mean;
   double m2;
@@ -17,11 +17,11 @@ struct GradSums {
   double dy_centred;  // sum(dy * (x - mean))
 };
 
-// Sums in global memory, which an earlier kernel or another block wrote.
+// Loads sums that an earlier kernel wrote to global memory.
 template <typename Sums>
 __device__ Sums load_sums(const Sums* p) {
   using V = Vector<double, 2>;
-  static_assert(sizeof(Sums) == sizeof(V), "two doubles, moved at once");
+  static_assert(sizeof(Sums) == sizeof(V), "Sums must be two doubles, which one access moves");
   const V pair = load<2>(reinterpret_cast<const double*>(p));
   return {pair.value(0), pair.value(1)};
 }
@@ -33,7 +33,7 @@ inline __device__ void store_sums(GradSums* p, const GradSums& s) {
   store_pair(reinterpret_cast<double*>(p), s.dy, s.dy_centred);
 }
 
-// Adjacent threads of a warp that merge together: `lanes` of them, a power of two. All threads of the warp must call
+// A group of `lanes` adjacent threads of a warp, a power of two, that merge together. All threads of the warp must call
 // these functions together; every lane of a group gets the result.
 struct Group {
   int lanes;
@@ -45,15 +45,15 @@ struct Group {
     for (int distance = lanes / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
     return value;
   }
-  // The first lane's.
+  // The first lane's value.
   __device__ double first(double value) const {
     return __shfl_sync(kAllLanes, value, static_cast<int>(threadIdx.x) % kWarpThreads - lane);
   }
 };
 
-// Partial sums on their way to one total, by additions only: means are taken from a pivot, one of them, and squares
-// about it (Chan, Golub and LeVeque 1979). A second addition, about the resulting mean, avoids cancellation in the
-// squares; it uses the parts that are still in registers.
+// Merges partial sums into one total by additions only: means are relative to a pivot, the mean of one part, and
+// squares are about it (Chan, Golub and LeVeque 1979). A second pass over the parts, about the resulting mean, avoids
+// cancellation in the squares; it reuses parts that are still in registers.
 template <typename Sums>
 class Merging;
 
@@ -65,7 +65,7 @@ class Merging<Moments> {
   explicit __device__ Merging(double pivot) : pivot_(pivot) {}
   static __device__ double pivot_of(const Moments& part) { return part.mean; }
 
-  // `count`: of the part's values, which is not zero.
+  // `count`: the number of the part's values, not zero.
   __device__ void add(const Moments& part, double count) {
     const double delta = part.mean - pivot_;
     sum_ = fma(count, delta, sum_);
@@ -76,7 +76,7 @@ class Merging<Moments> {
     sum_ = sum(sum_);
     squares_ = sum(squares_);
   }
-  // `share`: of one value in all of them.
+  // `share`: 1 / the number of all values.
   __device__ Moments total(double share) const {
     return {fma(sum_, share, pivot_), fma(-sum_, sum_ * share, squares_)};
   }
@@ -109,8 +109,8 @@ class Merging<GradSums> {
   GradSums total_ = {0, 0};
 };
 
-// Merges get(0) ... get(parts - 1), of count_of(i) values each; `share` of one value in all of them. kAtATime parts are
-// asked for before the first one is waited for.
+// Merges get(0) ... get(parts - 1), which have count_of(i) values; `share` is 1 / the number of all values. A thread
+// loads kAtATime parts before it uses the first one. Every lane of the group gets the result.
 template <int kAtATime = 4, typename Get, typename CountOf>
 __device__ auto merge(const Group& group, int64_t parts, const Get& get, const CountOf& count_of, double share) {
   using Sums = decltype(get(0));
@@ -137,7 +137,7 @@ __device__ auto merge(const Group& group, int64_t parts, const Get& get, const C
   Sums total = merging.total(share);
   if constexpr (Merging<Sums>::kTwice) {
     merging = Merging<Sums>(total.mean);
-    if (parts > kAtATime * group.lanes) load_from(group.lane);  // else they are still here
+    if (parts > kAtATime * group.lanes) load_from(group.lane);  // otherwise registers still hold them
     add_all();
     total.m2 = merging.total(share).m2;
   }
@@ -149,7 +149,7 @@ __device__ GradSums merge(const Group& group, int64_t parts, const Get& get) {
   return merge<kAtATime>(group, parts, get, [](int64_t) { return 1.0; }, 1.0);
 }
 
-// The sums of a thread's values, of equally many each, `count`, in one.
+// Merges sums of one thread, each of `count` values.
 template <int kCount>
 __device__ Moments merge_own(const Moments (&parts)[kCount], double count) {
   Moments total = {0, 0};
@@ -173,8 +173,8 @@ __device__ GradSums merge_own(const GradSums (&parts)[kCount], double) {
   return total;
 }
 
-// Merges the sums of a warp's threads that stand behind each other, of `count` values each, of which the first one has
-// some if any has; all get the result. All threads of the warp must call this.
+// Merges the sums of those threads of a warp that share a column; each thread's sums have `count` values. If any thread
+// has values, the first one does. All threads of the warp must call this, and all get the result.
 template <typename Sums, int kCount>
 __device__ void merge_in_warp(const Plan& plan, Sums (&sums)[kCount], int count) {
   if (plan.warp_rows == 1) return;
@@ -203,8 +203,8 @@ __device__ void merge_in_warp(const Plan& plan, Sums (&sums)[kCount], int count)
   }
 }
 
-// Leaves a thread's sums, one for each value of its vectors or for all of them, where merge_block looks for them: those
-// of adjacent values of a channel as one. All threads of the block must call this.
+// Stores a thread's sums, one per value of its vectors, in shared memory for merge_block. Sums of adjacent values of
+// one channel are merged first. All threads of the block must call this.
 template <int kVector, bool kOneChannel, typename Walk, typename Sums, int kCount>
 __device__ void store_partials(const Plan& plan, const Walk& walk, Sums (&sums)[kCount]) {
   const auto slot = [&] {
@@ -252,8 +252,8 @@ __device__ void store_partials(const Plan& plan, const Walk& walk, Sums (&sums)[
   }
 }
 
-// What threads have left of a channel of the block's slice: of some adjacent vectors in each row, those of their values
-// that are the channel's.
+// The partial sums of one channel that the threads of a block have stored: for each row of partial sums, those of the
+// adjacent vectors that contain values of the channel.
 template <int kVector>
 class Parts {
  public:
@@ -265,7 +265,7 @@ class Parts {
         vectors_((first_value_ + plan.row_values - 1) / kVector - first_vector_ + 1) {}
 
   __device__ int count() const { return plan_.partial_rows() * vectors_; }
-  // The i-th part: the row of threads it begins with, where it is, how many values of each row it is of.
+  // For the i-th part: its first row of threads, its index in shared memory, and its number of values per row.
   __device__ int row_lane(int i) const { return row(i) * plan_.warp_rows; }
   __device__ int index(int i) const {
     const int piece = plan_.row_values == 1 ? slot_ % kVector : slot_ - vector(i) * kVector / plan_.row_values;
@@ -278,7 +278,7 @@ class Parts {
   }
 
  private:
-  // Most often a channel has one vector of a row: integer divisions take long.
+  // Usually a channel has one vector per row, which saves slow integer divisions.
   __device__ int row(int i) const { return vectors_ == 1 ? i : i / vectors_; }
   __device__ int vector(int i) const { return vectors_ == 1 ? first_vector_ : first_vector_ + i % vectors_; }
 
@@ -289,18 +289,18 @@ class Parts {
   int vectors_;
 };
 
-// A channel of a slice, which a group of threads merges the sums of; there may be none.
+// A channel of a slice whose sums a group of threads merges. It may not exist.
 struct Channel {
   Group group;
-  int slot;  // in the slice
+  int slot;  // its index in the slice
   int64_t index;
   bool exists;
 
   __device__ bool is_first() const { return exists && group.lane == 0; }
 };
 
-// Calls body(channel), by groups of `lanes` threads, for the slice's channels at first, first + step ... All threads of
-// the block must call this, and stay in the body until its end: the warps merge together.
+// Calls body(channel) by groups of `lanes` threads for the channels of the slice in slots first, first + step ... All
+// threads of the block must call this, and no thread may leave the body before a merge, which takes whole warps.
 template <typename Body>
 __device__ void for_channels(const Plan& plan, int64_t slice, int lanes, int first, int step, const Body& body) {
   const Group group(lanes);
@@ -312,9 +312,9 @@ __device__ void for_channels(const Plan& plan, int64_t slice, int lanes, int fir
   }
 }
 
-// Merges by channel what all threads have left, and calls finish(total, channel, its place in the slice), by one thread
-// per channel. merge_channel(group, count, get, parts) merges get(0) ... get(count - 1); a group may have no channel,
-// and then a count of 0.
+// Merges the partial sums of the block by channel. One thread per channel calls finish(total, channel, its slot in the
+// slice). merge_channel(group, count, get, parts) merges get(0) ... get(count - 1); `count` is 0 for a group without a
+// channel. All threads of the block must call this.
 template <int kVector, typename Sums, typename MergeChannel, typename Finish>
 __device__ void merge_block(const Plan& plan,
                             const Block& block,
@@ -330,7 +330,7 @@ __device__ void merge_block(const Plan& plan,
   });
 }
 
-// Where a block stores its sums of a channel for another kernel.
+// The address at which a block stores its sums of a channel for another kernel.
 template <typename Sums>
 __device__ Sums* partial_slot(const Plan& plan, const Block& block, Sums* partials, int64_t channel) {
   return partials + channel * plan.segments + block.segment;

@@ -1,4 +1,4 @@
-// What the forward and the backward pass have in common: their launches, and how a kernel finds the sums of a channel.
+// Code that both passes share: launches of the multi-kernel path, and access to the partial sums of a channel.
 #pragma once
 
 #include "launch.cuh"
@@ -7,8 +7,9 @@
 
 namespace bn_ext::cuda {
 
-// The kernels of a pass on a stream, one after another, until one is refused. What the first one changes would be lost
-// if a later one could not be had, for want of memory for its code; so all are loaded before, if that is not known.
+// Launches the kernels of a pass in turn, until CUDA refuses one. If a later kernel failed to load for lack of memory,
+// the first one would already have updated its outputs, so all kernels are loaded first unless they are known to be
+// loaded.
 class Pass {
  public:
   // Calls body(pass) to load the kernels, unless they are loaded already, and then to launch them.
@@ -19,13 +20,13 @@ class Pass {
     return error == cudaSuccess ? body(launching) : error;
   }
 
-  // kernel(plan, arguments...), a block per slice and segment.
+  // Launches kernel(plan, arguments...) with one block per slice and segment.
   template <typename... Parameters, typename... Arguments>
   void on_segments(void (*kernel)(Plan, Parameters...), size_t shared_bytes, const Arguments&... arguments) {
     next(kernel, plan_.blocks(), plan_.threads, shared_bytes, plan_, arguments...);
   }
 
-  // kernel(plan, lanes, arguments...), `lanes` threads per channel: see ChannelSums.
+  // Launches kernel(plan, lanes, arguments...) with `lanes` threads per channel, as ChannelSums expects.
   template <typename... Parameters, typename... Arguments>
   void on_channels(void (*kernel)(Plan, int, Parameters...), const Arguments&... arguments) {
     const int lanes = merge_lanes(plan_.segments);
@@ -50,15 +51,15 @@ class Pass {
   cudaError_t error_ = cudaSuccess;
 };
 
-constexpr int kFinalisedAtATime = 6;  // partial sums of a thread: nothing else hides the memory's latency
+constexpr int kFinalisedAtATime = 6;  // partial sums per thread: nothing else hides memory latency
 
-// The partial sums of the channel that a thread's group merges, one for each segment. Groups without a channel, and
-// threads that are not `first`, must stay until all have merged.
+// The partial sums of the channel that a thread's group merges, one per segment. Groups without a channel, and threads
+// for which is_first() is false, must not exit before all threads of the warp have merged.
 template <typename Sums>
 struct ChannelSums {
   Group group;
   int64_t channel;
-  int64_t parts;  // none where there is no such channel
+  int64_t parts;  // 0 if there is no such channel
   const Sums* partials;
 
   __device__ ChannelSums(const Plan& plan, int lanes, const Sums* all)

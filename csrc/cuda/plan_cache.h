@@ -1,5 +1,5 @@
-// The plans of passes that a thread has launched: for the next pass like one of them, CUDA is asked for nothing but the
-// launches. Includes no torch header.
+// A cache of the plans of passes that a thread has launched. For the next pass of the same kind, CUDA is called only
+// for the launches. Includes no torch header.
 #pragma once
 
 #include <array>
@@ -13,7 +13,8 @@
 
 namespace bn_ext::cuda {
 
-// A number as it is; of an address, whether there is one, and its alignment as far as the widest access needs it.
+// Returns a number unchanged; of an address, whether it is null and its alignment, as far as the widest access needs
+// it.
 template <typename T>
 uint64_t key_word(const T& value) {
   uint64_t word = 0;
@@ -31,8 +32,8 @@ std::array<uint64_t, sizeof...(Values)> key_words(const Values&... values) {
   return {key_word(values)...};
 }
 
-// All that the plan and the kernels of a pass depend on: everything but the numbers that only kernels look at. Each
-// struct's members are all named here, so that with one more this does not compile until it has been thought of.
+// The key contains everything on which the plan and the choice of kernels depend, so not the numbers that only kernels
+// read. Each function names all members of its struct, so a new member does not compile until it is considered here.
 inline auto key_of(const Shape& shape) {
   const auto& [n, c, s, channels_last] = shape;
   return key_words(c, s, n, channels_last);
@@ -80,7 +81,7 @@ inline auto key_of(const ForwardParams& p) {
                scale,
                offset,
                mask] = p;
-  (void)momentum, (void)eps;  // a schedule's numbers would fill the cache
+  (void)momentum, (void)eps;  // values that a schedule changes would fill the cache
   return std::make_tuple(key_of(shape),
                          key_of(activation),
                          key_words(dtype, params_dtype, training, recompute, cumulative, skip_nonfinite),
@@ -117,14 +118,13 @@ auto key_of(const Params& p, const Machine& machine, int device) {
   return std::make_tuple(key_of(p), key_of(machine), device);
 }
 
-// As launch_or_do_without_teams, with the plan of the last pass like this one that this thread has launched on this
-// device, if there is one; else with one that is chosen now, and remembered unless CUDA refuses it. `device` is the
-// current one.
+// Like launch_or_do_without_teams, with the plan of this thread's last pass of the same kind on this device. If there
+// is none, it chooses a plan, and caches it unless CUDA refuses it. `device` must be the current device.
 template <typename Params, typename Launch>
 cudaError_t launch_by_known_plan(
     const Params& p, const Machine& machine, int device, Plan& plan, const Launch& launch) {
   using Key = decltype(key_of(p, machine, device));
-  constexpr size_t kMostPlans = 128;  // more than most networks have of different layers
+  constexpr size_t kMostPlans = 128;  // more than most networks have different layers
   thread_local std::map<Key, Plan> plans;
   const Key key = key_of(p, machine, device);
   const auto found = plans.find(key);

@@ -1,4 +1,4 @@
-// Statistics of a batch: partial moments, and what is made of them.
+// Statistics of a batch: partial moments, their merge, and the coefficients and running statistics from them.
 #pragma once
 
 #include "activation.cuh"
@@ -7,7 +7,7 @@
 
 namespace bn_ext::cuda {
 
-// 1 / b, to one unit in the last place.
+// 1 / b, with an error of at most one unit in the last place.
 inline __device__ float reciprocal_of(float b) {
 #ifdef __CUDACC__
   float reciprocal;
@@ -18,15 +18,15 @@ inline __device__ float reciprocal_of(float b) {
 #endif
 }
 
-// a / b of small whole numbers, in fewer instructions than a division. As far off as its parts, a share would cost the
-// variance digits if the first values are unlike the rest.
+// a / b of small whole numbers, in fewer instructions than a division. The fused multiply-adds correct the error of the
+// reciprocal: with that error in a share, the variance would lose digits if the first values are unlike the rest.
 inline __device__ float quotient_of(float a, float b) {
   const float reciprocal = reciprocal_of(b), quotient = a * reciprocal;
   return fmaf(fmaf(-quotient, b, a), reciprocal, quotient);
 }
 inline __device__ double quotient_of(double a, double b) { return a / b; }
 
-// term(0) + ... + term(kCount - 1), by additions of which some need not wait for each other.
+// term(0) + ... + term(kCount - 1), in several independent chains of additions.
 template <int kCount, typename Term>
 __device__ auto sum_of(const Term& term) {
   constexpr int kChains = std::max(1, kCount / 8);
@@ -40,20 +40,21 @@ __device__ auto sum_of(const Term& term) {
   return sums[0];
 }
 
-// Moments of a thread's values of one channel, chunk by chunk. The mean is kept in two parts: values are taken as
-// deviations from the greater part, so that a large mean does not cancel, and what that part cannot hold is not lost.
+// Moments of a thread's values of one channel, updated chunk by chunk. The mean is the sum of two parts: deviations are
+// taken from the larger part, which avoids cancellation if the mean is large, and `rest` holds its rounding error.
 template <typename A>
 struct StreamingMoments {
   A mean;
-  A rest;  // of the mean
+  A rest;  // rounding error of `mean`
   A m2;
 
-  // `before`: number of values so far; `share`: the chunk's share in all values, the chunk included. Squares are about
-  // the mean so far. What cancels in the chunk's own is of the size of what the distance of the means adds to m2; only
-  // in the first chunk, whose mean so far is its first value, is it more: 2e-6 of m2 where that value alone is far off.
+  // `before`: the number of earlier values; `share`: the chunk's share of all values so far, the chunk included.
+  // Squares are about the mean so far. The cancellation in the chunk's m2 is of the size of the term that the distance
+  // of the means adds. It is larger only in the first chunk, whose pivot is its first value: 2e-6 of m2 if that is an
+  // outlier.
   template <int kCount>
   __device__ void add(const A (&values)[kCount], A before, A share) {
-    // A kCount-th of each deviation, exactly, because kCount is a power of two: their sum does not overflow.
+    // Deviations are divided by kCount so that their sum does not overflow; this is exact for a power of two.
     const A shift = mean / kCount;
     const auto part = [&](int i) { return values[i] * (A(1) / kCount) - shift; };
     const A chunk_mean = sum_of<kCount>(part);
@@ -68,15 +69,15 @@ struct StreamingMoments {
   }
 };
 
-// Bytes of the rows that are added at a time, and their number. What is done once for them is done for each state. Of
-// doubles, registers allow no more.
+// The bytes and the number of the rows that are added at once. The fixed work of an addition is done for each state, so
+// more rows are added at once if states are many. float64 has no registers for that.
 template <typename T, int kStates>
 constexpr int kAddedBytes = kStates * sizeof(T) == kWidestAccess && sizeof(T) < 8 ? 128 : 64;
 template <typename T, int kVector, int kStates>
 constexpr int kAddedRows = kChunkRows<Vector<T, kVector>, kAddedBytes<T, kStates>>;
 
-// Of the values of a thread's vectors, until there are `rows`: next() gives one after the other. Of all values of a row
-// where they belong to one channel, else of each.
+// Adds a thread's rows, which next() returns in turn, to its moments until there are `rows`. There is one state for all
+// values of a row if they belong to one channel, and one per value otherwise.
 template <typename T, int kVector, typename Next, int kStates>
 __device__ void add_rows(int rows,
                          const Next& next,
@@ -104,7 +105,7 @@ __device__ void add_rows(int rows,
       rows_before);
 }
 
-// Merges the moments of all threads of a block, by channel; finish as of merge_block.
+// Merges the moments of all threads of a block by channel, and calls finish as merge_block does.
 template <int kVector, bool kOneChannel, typename Walk, typename A, int kStates, typename Finish>
 __device__ void merge_moments(const Plan& plan,
                               const Block& block,
@@ -129,14 +130,14 @@ __device__ void merge_moments(const Plan& plan,
   merge_block<kVector, Moments>(plan, block, merge_channel, finish);
 }
 
-// By one thread of the grid.
+// One thread of the grid increments the count.
 inline __device__ void count_batch(int64_t* num_batches_tracked) {
   if (num_batches_tracked == nullptr || blockIdx.x != 0 || threadIdx.x != 0) return;
   store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
 }
 
-// Each thread sums over its rows, each block over its threads: partials[channel * segments + segment].
-// Grid: a block per slice and segment. Reads x once. Counts the batch, for finalise_statistics_kernel to see.
+// Moments of each segment: partials[channel * segments + segment]. Each thread sums its rows, each block its threads.
+// Grid: one block per slice and segment. Reads x once. Increments the count, which finalise_statistics_kernel reads.
 template <typename T, int kVector, bool kOneChannel>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
     statistics_kernel(const Plan plan, const T* x, Moments* partials, int64_t* num_batches_tracked) {
@@ -151,20 +152,20 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtATime)
   };
   StreamingMoments<acc_t<T>> moments[kOneChannel ? 1 : kVector] = {};
   add_rows<T, kVector>(walk.rows, next, moments);
-  walk = Walk<T, false, kOneChannel>(plan, block, x);  // so that it takes no registers meanwhile
+  walk = Walk<T, false, kOneChannel>(plan, block, x);  // computed again, which saves registers in the loop
   merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t channel, int) {
     store_sums(partial_slot(plan, block, partials, channel), total);
   });
 }
 
-// A channel's moments in double throughout: for values whose squares are beyond float32. Few threads go through the
-// whole channel, so each asks for several values before it waits, and finds the next one by additions.
+// A channel's moments in double throughout, for values whose squares exceed the range of float32. Few threads read the
+// whole channel, so each loads several values before it uses one, and finds the next one by additions.
 template <typename T>
 __device__ Moments moments_in_double(const Group& group, const Shape& shape, const T* x, int64_t channel) {
   constexpr int kAtATime = 8;
   const int64_t count = shape.values_per_channel();
   const int64_t plane = shape.channels_last ? 1 : shape.s;                      // adjacent values of the channel
-  const int64_t images = group.lanes / plane, positions = group.lanes % plane;  // from a thread's value to its next one
+  const int64_t images = group.lanes / plane, positions = group.lanes % plane;  // from a thread's value to its next
   const auto sum_of = [&](const auto& term) {
     int64_t position = group.lane % plane;
     int64_t at = (group.lane / plane * shape.c + channel) * plane + position;
@@ -193,7 +194,7 @@ __device__ Moments moments_in_double(const Group& group, const Shape& shape, con
   return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
 }
 
-// Moments whose squares were beyond float32 once more; all threads of a warp must call this together.
+// Computes moments again in double if their squares overflowed float32. All threads of a warp must call this together.
 template <typename T>
 __device__ Moments
 mend_overflow(const Group& group, const ForwardParams& p, int64_t channel, bool exists, const Moments& moments) {
@@ -203,7 +204,7 @@ mend_overflow(const Group& group, const ForwardParams& p, int64_t channel, bool 
   return overflowed ? exact : moments;
 }
 
-// What later kernels and the backward pass normalise with.
+// Stores the saved statistics, for later kernels and the backward pass.
 template <typename A>
 __device__ void save(const ForwardParams& p, int64_t channel, A rstd, const Affine<A>& affine) {
   store_one(static_cast<A*>(p.mean) + channel, affine.mean);
@@ -212,7 +213,7 @@ __device__ void save(const ForwardParams& p, int64_t channel, A rstd, const Affi
   store_one(static_cast<A*>(p.offset) + channel, affine.offset);
 }
 
-// A channel's own numbers.
+// The weight and the bias of a channel.
 struct WeightAndBias {
   double weight;
   double bias;
@@ -228,17 +229,17 @@ __device__ A rstd_of(const ForwardParams& p, const Moments& total) {
   return static_cast<A>(1 / sqrt(total.m2 / double(p.shape.values_per_channel()) + p.eps));
 }
 
-// What a channel is normalised with.
+// The coefficients of a channel, from the moments of the batch.
 template <typename A>
 __device__ Affine<A> affine_of_batch(const ForwardParams& p, const WeightAndBias& own, const Moments& total) {
   const A mean = static_cast<A>(total.mean);
   const A scale = rstd_of<A>(p, total) * static_cast<A>(own.weight);
-  // Makes up for the mean's rounding.
+  // Corrects for the rounding of the mean.
   const A offset = static_cast<A>(own.bias - (total.mean - double(mean)) * double(scale));
   return {mean, scale, offset};
 }
 
-// Running statistics, and what is saved.
+// Stores the saved statistics and updates the running statistics of a channel.
 template <typename A>
 __device__ void store_statistics(const ForwardParams& p,
                                  int64_t channel,
@@ -258,8 +259,8 @@ __device__ void store_statistics(const ForwardParams& p,
   write_param(p.running_var, p.params_dtype, channel, var);
 }
 
-// Channel by channel, from the partial moments.
-// Grid: a group of `lanes` threads per channel.
+// Merges the partial moments of each channel, and stores its saved and running statistics.
+// Grid: a group of `lanes` threads per channel; its first thread stores.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     finalise_statistics_kernel(const Plan plan, int lanes, const ForwardParams p, const Moments* partials) {

@@ -1,18 +1,18 @@
-// What a pass moves: the tensors and masks that each of its kernels reads and writes. See forward.cuh, backward.cuh
-// and gradient.cuh, single_pass_forward.cuh and single_pass_backward.cuh; tests/cuda_on_cpu compares with what they
-// count.
+// Counts the tensors and masks that the kernels of a pass read and write, as forward.cuh, backward.cuh, gradient.cuh,
+// single_pass_forward.cuh and single_pass_backward.cuh do it. tests/cuda_on_cpu compares the bytes with those that the
+// kernels move.
 #include "traffic.h"
 
 namespace bn_ext::cuda {
 namespace {
 
-// How often a whole one is moved.
+// How often a whole tensor or mask is moved.
 struct Counts {
   int read;           // tensors
-  int read_again;     // tensors: only their rows that are not in tiles
+  int read_again;     // tensors: only their spilled rows
   int written;        // tensors
   int masks_read;     // masks
-  int masks_again;    // masks: only their bits of such rows
+  int masks_again;    // masks: only the bits of spilled rows
   int masks_written;  // masks
   int launches;
 };
@@ -31,7 +31,7 @@ Traffic in_bytes(const Counts& counts, const Shape& shape, DType dtype, const Pl
 
 bool reads_mask(const BackwardParams& p) { return p.mask != nullptr && variant_of(p) == Variant::kReluLike; }
 
-// What Gradient reads, once; `wants_x`: for something else than u.
+// Adds one read of the inputs of Gradient. `wants_x`: x is needed for more than u.
 void add_gradient(Counts& counts, const BackwardParams& p, bool wants_x) {
   const bool reads_z = p.z != nullptr && p.mask == nullptr;
   counts.read += !p.dy_is_scalar + (wants_x || p.needs_u()) + reads_z;
@@ -77,7 +77,7 @@ Traffic expected_traffic(const ForwardParams& p, const Plan& plan) {
   if (has_sums) (plan.single_pass() ? counts.read_again : counts.read) += 1;
   counts.written = 1;
   if (p.mask != nullptr && !p.recompute) {
-    // Where slices share bytes of it, it is cleared first, and then changed in place.
+    // If slices share bytes of the mask, it is cleared first and then changed in place.
     counts.masks_read = plan.whole_bytes ? 0 : 1;
     counts.masks_written = plan.whole_bytes ? 1 : 2;
   }

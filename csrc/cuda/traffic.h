@@ -1,4 +1,4 @@
-// What a pass moves to and from memory, told from its plan: by the kernels' own rules, without running them.
+// The bytes that a pass moves to and from memory, computed from its plan without running it.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace bn_ext::cuda {
 
-// Bytes of activation tensors and masks. Not counted: vectors of channels and workspace, a few per cent; a dy of one
-// value; and channels that are done again in double, which depends on their values.
+// Bytes of activation tensors and masks. Not counted are per-channel vectors and workspace (a few per cent), a dy of
+// one value, and second reads of channels whose moments are computed again in double, which depend on the values.
 struct Traffic {
   int64_t read;
   int64_t written;
@@ -19,7 +19,7 @@ struct Traffic {
   constexpr int64_t bytes() const { return read + written; }
 };
 
-// `plan` is that of the same params, or of params that are alike but for the machine.
+// `plan` must be a plan for the same params, for any machine.
 Traffic expected_traffic(const ForwardParams& p, const Plan& plan);
 Traffic expected_traffic(const BackwardParams& p, const Plan& plan);
 

@@ -1,10 +1,10 @@
-// The CUDA back-end of a build without CUDA kernels: says so.
+// The CUDA back-end of a build without CUDA kernels: raises an error with the reason.
 #include <c10/util/Exception.h>
 
 #include "batch_norm_cuda.h"
 
 #ifndef BN_EXT_CUDA_REASON
-#error "setup.py defines BN_EXT_CUDA_REASON: why there are no CUDA kernels, and what would mend it"
+#error "BN_EXT_CUDA_REASON must say why there are no CUDA kernels and how to get them; setup.py defines it"
 #endif
 
 namespace bn_ext::cuda {

@@ -1,4 +1,4 @@
-// Numbers in memory and in registers, and accesses to global memory: several adjacent values at once.
+// Numbers in memory and in registers, and accesses to global memory, which move several adjacent values at once.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 
 namespace bn_ext::cuda {
 
-// The type that values are computed in, and that mean, rstd and coefficients have.
+// The type of computations and of mean, rstd and coefficients for activation tensors of T.
 template <typename T>
 struct AccumulateType {
   using type = float;
@@ -43,7 +43,7 @@ inline __device__ __nv_bfloat16 from_accumulate<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
-// relu, which leaves NaN.
+// relu, which passes NaN on.
 inline __device__ double clipped(double value) { return value <= 0 ? 0 : value; }
 inline __device__ float clipped(float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -54,7 +54,7 @@ inline __device__ float clipped(float value) {
 #endif
 }
 
-// Two values of 16 bits at once, clipped or not: one instruction from sm_80 on.
+// Rounds two values to 16 bits, with relu if kClips; one instruction on sm_80 and newer.
 template <typename T, bool kClips>
 __device__ unsigned round_pair(float first, float second) {
   unsigned pair = 0;
@@ -78,7 +78,7 @@ __device__ unsigned round_pair(float first, float second) {
   return pair;
 }
 
-// What the memory instructions move.
+// The type that a memory instruction of kBytes bytes moves.
 template <int kBytes>
 struct AccessType;
 template <>
@@ -102,8 +102,9 @@ struct AccessType<16> {
   using type = uint4;
 };
 
-// kCount adjacent values, read and written in one access; their address is a multiple of their size. Kept as the words
-// that are moved: as values of 16 bits the compiler gives each a register where it chooses between two vectors.
+// kCount adjacent values, read and written in one access; the address is a multiple of their total size. They are
+// stored as words, because the compiler needs a register per 16-bit value when it selects between two vectors of
+// values.
 template <typename T, int kCount>
 struct Vector {
   using Access = typename AccessType<sizeof(T) * kCount>::type;
@@ -114,7 +115,7 @@ struct Vector {
     memcpy(&vector.words, values, sizeof(values));
     return vector;
   }
-  // kClips: of relu.
+  // kClips: applies relu.
   template <bool kClips = false>
   static __device__ Vector rounded(const acc_t<T> (&from)[kCount]) {
     T values[kCount];
@@ -134,7 +135,7 @@ struct Vector {
   __device__ T value(int i) const { return part<T>(i); }
   __device__ acc_t<T> operator[](int i) const {
     if constexpr (std::is_same_v<T, __nv_bfloat16> && kCount > 1) {
-      // The upper half of a float: one instruction on the word that two of them share.
+      // A bfloat16 is the upper half of a float: one instruction on the word that two of them share.
       const unsigned pair = part<unsigned>(i / 2);
       return __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
     } else {
@@ -157,7 +158,7 @@ __device__ Vector<T, kCount> load(const T* p) {
   return {__ldg(reinterpret_cast<const typename V::Access*>(p))};
 }
 
-// For values that no later kernel of this pass reads: they are the first to leave the cache.
+// Evict-first, for values that no later kernel of this pass reads.
 template <int kCount, typename T>
 __device__ Vector<T, kCount> load_last(const T* p) {
   using V = Vector<T, kCount>;
@@ -169,14 +170,14 @@ __device__ void store(T* p, const Vector<T, kCount>& vector) {
   __stwb(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.words);
 }
 
-// For what no later kernel of this pass reads.
+// Streaming store, for values that no later kernel of this pass reads.
 template <int kCount, typename T>
 __device__ void store_last(T* p, const Vector<T, kCount>& vector) {
   __stcs(reinterpret_cast<typename Vector<T, kCount>::Access*>(p), vector.words);
 }
 
-// For results, by a Plan's result_policy; those of narrow accesses are always the first to leave. The policy comes from
-// a uniform register, so it takes no instruction. No kernel reads a result that it has written.
+// For results, with the plan's result_policy; narrow accesses are always evict-first. The policy comes from a uniform
+// register, so it costs no instruction. No kernel reads a result that it has written.
 template <int kCount, typename T>
 __device__ void store_result(T* p, const Vector<T, kCount>& vector, uint64_t policy) {
   constexpr size_t kBytes = sizeof(vector.words);
@@ -202,7 +203,7 @@ __device__ void store_result(T* p, const Vector<T, kCount>& vector, uint64_t pol
 #endif
 }
 
-// Asks for a value to come to the L2 cache, while the thread goes on.
+// Prefetches a value to the L2 cache; the thread does not wait.
 inline __device__ void prefetch(const void* p) {
 #ifdef __CUDACC__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
@@ -211,7 +212,7 @@ inline __device__ void prefetch(const void* p) {
 #endif
 }
 
-// A single value, which this kernel may write too.
+// A single value that this kernel may also write, so the load does not use the read-only cache.
 template <typename T>
 __device__ T load_one(const T* p) {
   using V = Vector<T, 1>;
@@ -222,14 +223,14 @@ __device__ void store_one(T* p, T value) {
   __stwb(reinterpret_cast<typename AccessType<sizeof(T)>::type*>(p), Vector<T, 1>::of({value}).words);
 }
 
-// Two doubles for a later kernel, at an address that is a multiple of 16.
+// Stores two doubles for a later kernel. The address must be a multiple of 16.
 inline __device__ void store_pair(double* p, double first, double second) {
   using V = Vector<double, 2>;
   __stwb(reinterpret_cast<V::Access*>(p), V::of({first, second}).words);
 }
 
-// What blocks that run at the same time write for each other: past the caches that they do not share. Structs of
-// numbers of one size.
+// Accesses to values that concurrent blocks exchange: through the L2 cache, past the L1 caches, which are not coherent.
+// T is a struct of numbers of one size.
 template <typename T>
 using PeerWord = typename AccessType<sizeof(T) % 16 == 0  ? 16
                                      : sizeof(T) % 8 == 0 ? 8
@@ -255,7 +256,7 @@ __device__ void store_through_l2(T* p, const T& value) {
   for (const Word& word : words) __stcg(to++, word);
 }
 
-// Calls body(T{}) with the type of parameters.
+// Calls body(T{}) with the parameters' type T.
 template <typename Body>
 __device__ void with_param_type(DType dtype, const Body& body) {
   switch (dtype) {
@@ -270,8 +271,8 @@ __device__ void with_param_type(DType dtype, const Body& body) {
   }
 }
 
-// a[i] and b[i] of (C,) vectors of any type, the same; of one that there is not, what was there. Both are asked for
-// before either is waited for.
+// Loads a[i] and b[i] of (C,) vectors of type `dtype`. If a vector is null, its value stays as it is. Both loads are
+// issued before either result is used.
 template <typename A>
 __device__ void read_params(const void* a, const void* b, DType dtype, int64_t i, A& a_value, A& b_value) {
   with_param_type(dtype, [&](auto type) {
@@ -284,7 +285,7 @@ __device__ void read_params(const void* a, const void* b, DType dtype, int64_t i
   });
 }
 
-// p[i] of a (C,) vector of any type, if there is one.
+// Stores p[i] of a (C,) vector of type `dtype`, unless p is null.
 inline __device__ void write_param(void* p, DType dtype, int64_t i, double value) {
   if (p == nullptr) return;
   with_param_type(dtype, [&](auto type) {

@@ -1,4 +1,4 @@
-// A thread's way through the tensor, as the plan lays it out.
+// A thread's path through the tensor, by the plan, and the coefficients of its channels.
 #pragma once
 
 #include <algorithm>
@@ -13,15 +13,15 @@ namespace bn_ext::cuda {
 template <int kValue>
 using Int = std::integral_constant<int, kValue>;
 
-// Calls body(number of rows, rows done before) until none is left: kChunk at a time, which a thread reads before it
-// uses the first one, so that the memory's latency is hidden; then half as many, until there is one left or none.
+// Calls body(number of rows, rows done before) for `left` rows in chunks of kChunk, and for the rest in chunks of half
+// that size, and so on. A thread loads a whole chunk before it uses the first row, which hides memory latency.
 template <int kChunk, typename Body>
 __device__ void in_chunks(int left, const Body& body, int done = 0) {
   for (; left >= kChunk; left -= kChunk, done += kChunk) body(Int<kChunk>{}, done);
   if constexpr (kChunk > 1) in_chunks<kChunk / 2>(left, body, done);
 }
 
-// Rows in a chunk of so many bytes of each tensor: fewer where they are narrow, and one at least.
+// The rows of a chunk with kBytes bytes of each tensor: at least one, and fewer than fit if accesses are under 4 bytes.
 template <typename Vector, int kBytes>
 constexpr int kChunkRows = std::max(1, kBytes / std::max(4, static_cast<int>(sizeof(Vector))));
 
@@ -31,21 +31,21 @@ struct Block {
   int64_t segment;
 };
 
-// Where no blocks work together, neighbours in the grid are neighbours in memory.
+// On the multi-kernel path, adjacent blocks of the grid process adjacent memory.
 inline __device__ Block block_of(const Plan& plan, unsigned index) {
   const unsigned slices = static_cast<unsigned>(plan.slices);
   return {index % slices, index / slices};
 }
 
-// How many of a segment's rows fall to the `row_lane`-th row of threads.
+// The number of a segment's rows that the threads of row `row_lane` process.
 inline __device__ int rows_of_lane(const Plan& plan, int segment_rows, int row_lane) {
   return (segment_rows - row_lane + plan.row_lanes - 1) / plan.row_lanes;
 }
 
-// The same for plan.warp_rows rows of threads, or what is left of them, from that one on.
+// The same, in total, for the up to plan.warp_rows rows of threads that begin with `row_lane`.
 inline __device__ int rows_of_warp_lanes(const Plan& plan, int segment_rows, int row_lane) {
   const int lanes = min(plan.warp_rows, plan.row_lanes - row_lane);
-  // Only the last segment takes a division.
+  // Only the last segment needs a division.
   const bool is_full = segment_rows == plan.segment_rows();
   const int most = plan.rows_per_thread, rounds_of_full = most - (most * plan.row_lanes > segment_rows);
   const int rounds = is_full ? rounds_of_full : segment_rows / plan.row_lanes;
@@ -53,8 +53,8 @@ inline __device__ int rows_of_warp_lanes(const Plan& plan, int segment_rows, int
   return lanes * rounds + min(max(rest - row_lane, 0), lanes);
 }
 
-// The rows of one thread: `rows` of them, and where the vector of the current one is: its address in the tensor that
-// the walk goes through, by which it is found in the others too. Backwards, the last row is first.
+// Iterates over the `rows` rows of one thread. `at` is the address of the thread's vector in the current row of
+// `tensor`; in() converts it for other tensors. A backward walk starts with the last row.
 template <typename T, bool kBackwards, bool kOneChannel>
 class Walk {
  public:
@@ -74,12 +74,12 @@ class Walk {
     const int64_t row = kBackwards && rows > 0 ? first_row + int64_t(rows - 1) * plan.row_lanes : first_row;
     const int64_t position = row % plan.image_rows;
     at = begin_ + (row / plan.image_rows * plan.pitch + in_image + position * plan.vector) * sizeof(T);
-    // A thread takes few steps: an image's end that is further off than they reach need not be exact.
+    // A thread takes few steps, so a distance to the end of the image that exceeds them all need not be exact.
     left_ = static_cast<int>(min(kBackwards ? position + 1 : plan.image_rows - position, kFar));
     image_rows_ = static_cast<int>(min(plan.image_rows, kFar));
   }
 
-  // The address of that row in another tensor, and its number of values from the beginning of each.
+  // The address of a row in another tensor, and the row's offset in values from the beginning of any tensor.
   __device__ T* in(void* tensor, uint64_t row) const { return reinterpret_cast<T*>(row + (address(tensor) - begin_)); }
   __device__ const T* in(const void* tensor, uint64_t row) const {
     return reinterpret_cast<const T*>(row + (address(tensor) - begin_));
@@ -88,7 +88,7 @@ class Walk {
 
   __device__ void next(const Plan& plan) {
     at += (kBackwards ? -plan.step_offset : plan.step_offset) * int(sizeof(T));
-    if constexpr (kOneChannel) {  // else an image has one row, by choose_narrow_planes
+    if constexpr (kOneChannel) {  // otherwise an image has one row (choose_narrow_planes)
       left_ -= plan.step_rows;
       if (left_ <= 0) {
         left_ += image_rows_;
@@ -101,12 +101,12 @@ class Walk {
   static __device__ uint64_t address(const void* tensor) { return reinterpret_cast<uint64_t>(tensor); }
 
   static constexpr int64_t kFar = 1 << 30;
-  uint64_t begin_;  // the tensor's address
-  int left_;        // rows until the image's end, or its beginning
+  uint64_t begin_;  // the address of the tensor
+  int left_;        // rows up to the end of the image, or backwards up to its beginning
   int image_rows_;
 };
 
-// Asks for a walk's next rows of another tensor.
+// Prefetches the next `rows` rows of a walk in another tensor to the L2 cache.
 template <typename Walk>
 __device__ void prefetch_rows(const Plan& plan, Walk walk, const void* tensor, int rows) {
   for (; rows > 0; --rows) {
@@ -115,8 +115,7 @@ __device__ void prefetch_rows(const Plan& plan, Walk walk, const void* tensor, i
   }
 }
 
-// Fills `coefficients` with those of the channel of each value of a thread's vectors, or of all, out of those of its
-// slice.
+// Selects from the coefficients of a slice those for each value of a thread's vectors, or the one for all values.
 template <int kVector, bool kOneChannel, typename Walk, typename Coefficients, int kCount>
 __device__ void pick_coefficients(const Plan& plan,
                                   const Walk& walk,
@@ -136,9 +135,9 @@ __device__ void pick_coefficients(const Plan& plan,
   }
 }
 
-// Fills `coefficients` with make(channel, is_first) for the channel of each value of a thread's vectors, or of all.
-// Where they are several the block's threads make them together, by way of shared memory, so all must call this.
-// is_first: for one of the calls for a channel in the whole grid, or for several that are alike.
+// Sets `coefficients` to make(channel, is_first) for each value of a thread's vectors, or for all values. If a slice
+// has several channels, the threads of the block compute them together and share them in shared memory, so all threads
+// must call this. is_first is true in one call per channel and grid, or in several calls with equal results.
 template <int kVector, bool kOneChannel, typename Walk, typename Coefficients, int kCount, typename Make>
 __device__ void make_coefficients(
     const Plan& plan, const Block& block, const Walk& walk, Coefficients (&coefficients)[kCount], const Make& make) {
@@ -155,7 +154,7 @@ __device__ void make_coefficients(
     }
     __syncthreads();
     pick_coefficients<kVector, kOneChannel>(plan, walk, of_slice, coefficients);
-    __syncthreads();  // before anything else is put there
+    __syncthreads();  // before this memory is reused
   }
 }
 
