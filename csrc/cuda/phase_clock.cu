@@ -1,4 +1,4 @@
-// For lab/ and the tests: reads and clears the times, in a build with BN_EXT_PHASE_CLOCK. Empty in any other.
+// Reads and clears the phase times, for lab/ and the tests, in a build with BN_EXT_PHASE_CLOCK; otherwise empty.
 #ifdef BN_EXT_PHASE_CLOCK
 
 #include "phase_clock.cuh"
@@ -8,8 +8,8 @@ using bn_ext::cuda::PhaseTimes;
 
 extern "C" {
 
-// What the kernels have noted since the last clearing: kClocks x kClockedSlices x kPhases numbers. If several kernels
-// of different files of instantiations/ ran, their maxima. Returns CUDA's error; the device must be idle.
+// Writes the times since the last clearing to `to`: kClocks x kClockedSlices x kPhases numbers. If kernels from several
+// files of instantiations/ ran, it writes the maxima. Returns CUDA's error. The device must be idle.
 __attribute__((visibility("default"))) int bn_ext_read_phase_times(uint64_t* to) {
   constexpr int kNumbers = sizeof(PhaseTimes) / sizeof(uint64_t);
   for (int i = 0; i < kNumbers; ++i) to[i] = 0;

@@ -1,4 +1,4 @@
-// Notes when a block comes to a phase of a slice. Without BN_EXT_PHASE_CLOCK no instruction comes of it.
+// Records when a block reaches a phase of a slice. Without BN_EXT_PHASE_CLOCK, it compiles to no instruction.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@ namespace bn_ext::cuda {
 
 #ifdef BN_EXT_PHASE_CLOCK
 
-// The times of each file of instantiations/, which has its own.
+// The times of all files of instantiations/; each file has its own.
 inline std::vector<const PhaseTimes*>& all_phase_times() {
   static std::vector<const PhaseTimes*> all;
   return all;
@@ -29,14 +29,14 @@ inline __device__ uint64_t nanoseconds() {
   uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
   return now;
-#else  // tests/cuda_on_cpu: a step for each mark
+#else  // tests/cuda_on_cpu: one step per mark
   static uint64_t now = 0;
   return ++now;
 #endif
 }
 
-// A thread's. Only the first of a block that is clocked has something to write to, as long as it is at its first
-// slices.
+// The clock of one thread. Only the first thread of a clocked block records times, and only for the block's first
+// kClockedSlices slices.
 class PhaseClock {
  public:
   __device__ PhaseClock() {
@@ -46,7 +46,7 @@ class PhaseClock {
     }
   }
 
-  // Of a slice's marks for a phase, the first one counts.
+  // Only the first mark of a phase in a slice counts.
   __device__ void mark(Phase phase) {
     if (phase == Phase::kStart) {
       last_ = -1;

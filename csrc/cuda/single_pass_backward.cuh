@@ -1,5 +1,5 @@
-// The backward pass in training, where a team of blocks can hold a slice of dy and of x, or a part of it: each is read
-// once, and what does not fit twice.
+// The backward pass in training on the single-pass path: teams hold slices of dy and x on chip, so both are read once,
+// apart from spilled rows.
 #pragma once
 
 #include "ahead.cuh"
@@ -13,16 +13,19 @@ namespace bn_ext::cuda {
 namespace {
 
 constexpr int kTensors = 2;    // in tiles
-constexpr int kGroupRows = 4;  // of copies into them
+constexpr int kGroupRows = 4;  // rows per group of asynchronous copies
 
-// Rows of a thread at a time, as many as registers allow.
+// Rows per thread in one chunk, as many as registers allow.
 constexpr int rows_to_sum(Variant variant) { return variant == Variant::kAny ? 1 : kGroupRows; }
 constexpr int rows_to_write(Variant variant) {
   return variant == Variant::kAny ? 1 : variant == Variant::kReluLike ? 2 : 4;
 }
 
-// Sums of g and g * (x - mean) of a slice from its tiles, then, backwards, dx and dz, as they are wanted.
-// Grid: the teams' blocks. Reads dy, x and a mask once, and rows that are not in tiles twice; writes each result once.
+// sum(g) and sum(g * (x - mean)) of each slice; then dx = g * scale + (x - mean) * slope + shift and dz = g, if they
+// are wanted, with rows in reverse order. Grid: one block per segment of a team. A block processes its segment of slice
+// after slice, and all blocks of a team merge their sums; one block per channel stores dweight and dbias. Requires
+// single_pass_tiles(p) > 0 and, for clusters and grids, that the teams fit. Reads dy, x and the mask once, and spilled
+// rows twice; writes each result once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant, bool kMasked>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     single_pass_backward_kernel(const Plan plan, const BackwardParams p, const Workspace workspace) {
@@ -36,6 +39,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   stagger(plan, exchange.first_block().slice);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     exchange.clock.mark(Phase::kStart);
+    // Fetch.
     Walk<T, false, kOneChannel> walk(plan, block, p.dy);
     Walk<T, false, kOneChannel> ahead = walk;
     const Stages stages = tile.template stages<kGroupRows>(walk.rows);
@@ -45,6 +49,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     make_coefficients<kVector, kOneChannel>(plan, block, walk, affine, [&](int64_t channel, bool) {
       return saved_affine<A>(p, channel, true, p.needs_u());
     });
+
+    // Sums.
     A sum_dy[kVector] = {};
     A sum_dy_centred[kVector] = {};
     const auto add = [&](const auto& row) {
@@ -73,6 +79,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       });
       tile.template fetch_in_groups<kGroupRows>(ahead, stages, stage + 2);
     }
+
+    // Publish.
     GradSums sums[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) sums[i] = {double(sum_dy[i]), double(sum_dy_centred[i])};
@@ -82,7 +90,9 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     exchange.clock.mark(Phase::kSummed);
     prefetch_next_slice<T, kOneChannel>(plan, block, p.dy);
     prefetch_next_slice<T, kOneChannel>(plan, block, p.x);
-    Walk<T, true, kOneChannel> back(plan, block, p.dx != nullptr ? p.dx : p.dz);  // as in forward
+    Walk<T, true, kOneChannel> back(plan, block, p.dx != nullptr ? p.dx : p.dz);  // as in single_pass_forward.cuh
+
+    // Coefficients.
     const auto load = [&](int64_t channel) { return load_scale<A>(p, channel); };
     exchange.for_assigned_channels(block.slice, load, [&](const Channel& channel, const auto& saved, const auto& get) {
       const GradSums total = merge(channel.group, channel.exists ? plan.segments : 0, get);
@@ -98,6 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       store_gradients(p, channel, load_one(static_cast<const A*>(p.rstd) + channel), total);
     });
 
+    // Apply.
     Slope<A> slope[kOneChannel ? 1 : kVector] = {};
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, slope);
     const auto finish = [&](const auto& row) {
@@ -138,7 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   exchange.finish();
 }
 
-// Calls body(kernel, grid) with the plan's.
+// Calls body(kernel, grid) with the kernel and the grid of the plan.
 template <typename T, typename Body>
 cudaError_t with_kernel(const BackwardParams& p, const Plan& plan, const Body& body) {
   const Variant variant = variant_of(p, plan);

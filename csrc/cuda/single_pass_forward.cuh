@@ -1,5 +1,5 @@
-// The forward pass in training, where a team of blocks can hold a slice of x, or a part of it: it is read once, and
-// what does not fit twice.
+// The forward pass in training on the single-pass path: teams hold slices of x on chip, so x is read once, apart from
+// spilled rows.
 #pragma once
 
 #include "ahead.cuh"
@@ -15,8 +15,11 @@ namespace {
 
 constexpr int kTensors = 1;  // in tiles
 
-// Statistics of a slice from its tiles, then y, backwards. Counts the batch, which no thread of this kernel looks at.
-// Grid: the teams' blocks. Reads x and z once, and rows of x that are not in tiles twice; writes y once.
+// Statistics of each slice; then y = activation((x - mean) * scale + offset + z), with rows in reverse order.
+// Grid: one block per segment of a team. A block processes its segment of slice after slice, and all blocks of a team
+// merge their sums; one block per channel stores its statistics. Requires single_pass_tiles(p) > 0 and, for clusters
+// and grids, that the teams fit. Increments the count, which no thread of this kernel reads. Reads x and z once, and
+// spilled rows of x twice; writes y and the mask once.
 template <typename T, int kVector, bool kOneChannel, Variant kVariant>
 __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
     single_pass_forward_kernel(const Plan plan, const ForwardParams p, const Workspace workspace) {
@@ -30,12 +33,15 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   stagger(plan, exchange.first_block().slice);
   for (Block block = exchange.first_block(); block.slice < plan.slices; block.slice += plan.teams) {
     exchange.clock.mark(Phase::kStart);
+    // Fetch.
     Walk<T, false, kOneChannel> walk(plan, block, p.x);
     constexpr int kStates = kOneChannel ? 1 : kVector;
     constexpr int kGroupRows = kAddedRows<T, kVector, kStates>;
     const Stages stages = tile.template stages<kGroupRows>(walk.rows);
     tile.template fetch_first<kGroupRows>(walk, stages);
     exchange.clock.mark(Phase::kFetchIssued);
+
+    // Statistics.
     StreamingMoments<A> moments[kStates] = {};
     for (int stage = 0, done = 0; stage < stages.count; ++stage) {
       const int begin = stages[stage].begin;
@@ -49,15 +55,19 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       done += stages[stage].rows;
       tile.template fetch_in_groups<kGroupRows>(walk, stages, stage + 2);
     }
+
+    // Publish.
     merge_moments<kVector, kOneChannel>(plan, block, walk, moments, [&](const Moments& total, int64_t, int slot) {
       exchange.publish_sums(slot, total);
     });
     exchange.clock.mark(Phase::kSummed);
     prefetch_next_slice<T, kOneChannel>(plan, block, p.x);
-    Walk<T, true, kOneChannel> back(plan, block, p.y);  // here, where other blocks are waited for anyway
+    Walk<T, true, kOneChannel> back(plan, block, p.y);  // computed here, before a wait for other blocks
     if constexpr (kVariant > Variant::kRelu) {
       if (p.z != nullptr) prefetch_rows(plan, back, p.z, min(back.rows, plan.kept_rows));
     }
+
+    // Coefficients.
     const double share = 1 / double(p.shape.values_per_channel());
     const auto load = [&](int64_t channel) { return load_weight_and_bias(p, channel); };
     exchange.for_assigned_channels(block.slice, load, [&](const Channel& channel, const auto& own, const auto& get) {
@@ -77,6 +87,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
       store_statistics(p, channel, total, affine);
     });
 
+    // Apply.
     Apply<T, kVector, kOneChannel, kVariant> apply(p);
     pick_coefficients<kVector, kOneChannel>(plan, back, of_slice, apply.affine);
     for (int stage = stages.count - 1; stage >= 0; --stage) {
@@ -99,7 +110,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentAtATime)
   exchange.finish();
 }
 
-// Calls body(kernel, grid) with the plan's.
+// Calls body(kernel, grid) with the kernel and the grid of the plan.
 template <typename T, typename Body>
 cudaError_t with_kernel(const ForwardParams& p, const Plan& plan, const Body& body) {
   const Variant variant = variant_of(p, plan);

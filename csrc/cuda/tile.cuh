@@ -1,5 +1,5 @@
-// A block's values of a slice in shared memory. Every thread puts its own rows there and reads no others', so there are
-// no barriers for it.
+// The kept rows of a block's segment in shared memory. Every thread copies its own rows there and reads no others, so
+// no barriers are needed.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -12,7 +12,7 @@
 
 namespace bn_ext::cuda {
 
-// 16 bytes to shared memory while the thread goes on.
+// Copies 16 bytes to shared memory asynchronously.
 inline __device__ void copy_async(void* shared, const void* global, uint64_t policy) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -23,15 +23,16 @@ inline __device__ void copy_async(void* shared, const void* global, uint64_t pol
 #endif
 }
 
-// Rows of a thread that are read from the tile one after the other: their places, and how many they are.
+// Consecutive rows of a thread: the index of the first one in the tile, and their number.
 struct Stage {
   int begin;
   int rows;
 };
 
-// A thread's rows in stages, in memory's order. If all fit, one stage has them all. Otherwise every two stages are
-// kept_rows rows, a part of whole groups and the rest, and the first two are those that remain. Two stages at a time
-// are in the tile: one is on its way while the other one is read. The last two stay. A stage may be empty.
+// The stages of a thread's rows, in memory order. If all rows fit, one stage has them all and the other one is empty.
+// Otherwise each pair of stages has kept_rows rows: whole groups in the first one, the rest in the second one. The
+// first pair has the remaining rows. The tile holds two stages: one is in flight while the other one is read. The last
+// two stages stay. A stage may be empty.
 class Stages {
  public:
   int count;  // even
@@ -52,19 +53,19 @@ class Stages {
 
  private:
   int kept_rows_;
-  int first_rows_;  // of the first two
-  int part_;        // at most, of the first one of two
+  int first_rows_;  // of the first two stages
+  int part_;        // the most rows of the first stage of a pair
 };
 
-// Rows of some tensors, and their bits of a mask. A thread's rows go through it in stages, of which the last two stay,
-// until all have been there once and they come again from the end. When a stage has been read the one after the next is
-// fetched to its place.
+// Holds rows of kTensors tensors and their bits of a mask. A thread's rows pass through the tile in stages, first
+// forwards and then, beginning with the last two stages, which have stayed, backwards. When a stage has been read, the
+// second stage after it is fetched to its place.
 //
-// Copies are committed in groups, so that rows are read while later ones are still on their way. An instruction that
-// waits names, as a constant, how many groups may be left. A stage has kGroups at least, if need be without copies; the
-// next stage is fetched before the first of them is awaited; and each wait commits one more. So kLeft may be left at
-// each wait. If a stage has more groups, as with narrow accesses, or if waits for the stage before have committed some,
-// groups are awaited earlier than they need be.
+// Copies are committed in groups, so that a thread can read rows while later rows are in flight. A wait instruction
+// takes the number of groups that may still be pending as a constant. Each stage has at least kGroups groups, some
+// without copies if necessary; the next stage is fetched before the first group of a stage is awaited; and each wait
+// commits one more group. So kLeft groups may be pending at each wait. If a stage has more groups, as with narrow
+// accesses, or if waits for the stage before have committed some, groups are awaited earlier than necessary.
 template <typename T, int kVector, int kTensors, bool kMasked = false>
 class Tile {
  public:
@@ -81,7 +82,7 @@ class Tile {
     return Stages(rows, plan_.kept_rows, kGroupRows);
   }
 
-  // The first two stages, or a later one, of which each kGroupRows rows are there after one wait_for_group() more.
+  // Fetch the first two stages, or stage i. Each wait_for_group() makes the next kGroupRows rows available.
   template <int kGroupRows, bool kOneChannel>
   __device__ void fetch_first(Walk<T, false, kOneChannel>& walk, const Stages& stages) const {
 #pragma unroll 1
@@ -98,8 +99,8 @@ class Tile {
     __pipeline_commit();
   }
 
-  // On the way back, after stage i, at whose end the walk is: stage i - 2 is to come to its place. A stage is there
-  // after wait_for_stage(), while the next one is on its way.
+  // On the way back, after stage i, where the walk has arrived: fetches stage i - 2 to the place of stage i.
+  // wait_for_stage() makes a stage available while the next one is in flight.
   template <bool kOneChannel>
   __device__ void fetch_again(Walk<T, true, kOneChannel> walk, const Stages& stages, int i) const {
     const Stage stage = stages[i - 2];
@@ -112,7 +113,7 @@ class Tile {
   }
   static __device__ void wait_for_stage() { wait_until_left<1>(); }
 
-  // Where a row is; the next one is row_bytes() further.
+  // The address of the thread's row i; the next row is row_bytes() further.
   __device__ const unsigned char* row_address(int i) const { return own_ + i * row_bytes(); }
   __device__ int row_bytes() const {
     return plan_.threads * (kTensors * kVectorBytes + (kMasked ? kMaskWordBytes : 0));
@@ -120,7 +121,7 @@ class Tile {
   __device__ const V& row(int tensor, const unsigned char* address) const {
     return *reinterpret_cast<const V*>(address + tensor * plan_.threads * kVectorBytes);
   }
-  // Bits of the mask for that row, which the walk is at; none if there is no mask.
+  // The mask bits of the row at `address`, which must be the walk's current row; 0 if there is no mask.
   template <typename Walk>
   __device__ unsigned passed(const Walk& walk, const unsigned char* address) const {
     if (!kMasked) return 0;
@@ -131,9 +132,9 @@ class Tile {
   static constexpr int kGroups = 8;
   static constexpr int kLeft = 2 * kGroups - 1;
   static constexpr int kVectorBytes = sizeof(V);
-  static constexpr int kAllRows = 0;  // in one group, which is not committed
+  static constexpr int kAllRows = 0;  // one group, which the caller commits
 
-  // From a thread's values of a row to its word of the mask, which lies behind all threads' values.
+  // The distance from a thread's values of a row to its word of the mask; the words follow the values of all threads.
   __device__ int bits_begin() const {
     return plan_.threads * kTensors * kVectorBytes - static_cast<int>(threadIdx.x) * (kVectorBytes - kMaskWordBytes);
   }
@@ -160,7 +161,7 @@ class Tile {
   template <int kCount>
   static __device__ void wait_until_left() {
     __pipeline_wait_prior(kCount);
-    asm volatile("" ::: "memory");  // nothing is read before: CUDA's own wait does not say so to the compiler
+    asm volatile("" ::: "memory");  // CUDA's wait does not keep the compiler from moving reads before it
   }
   static __device__ void copy(unsigned char* to, const T* from, uint64_t policy) {
     if constexpr (sizeof(V) == 16) {
