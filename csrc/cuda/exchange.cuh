@@ -86,7 +86,7 @@ class Exchange {
 
   __device__ Block first_block() const { return {first_slice_, segment_}; }
 
-  // Stores the block's sums of a channel for its team. One thread per channel calls this.
+  // Publishes the block's sums of a channel for its team. One thread per channel calls this.
   __device__ void publish_sums(int slot, const Sums& sums) const {
     if (plan_.team == Team::kGrid) {
       store_through_l2(sums_in_workspace(slot) + segment_, sums);
@@ -96,9 +96,9 @@ class Exchange {
   }
 
   // Waits for the sums of all blocks, and calls finish(channel, own, get) for the channels that this block merges, all
-  // or its share. get(i) returns the sums of the i-th block. For the first thread of a channel, `own` is load(index of
-  // the channel), which is issued before the wait for the thread's first channel. All threads of the block must call
-  // this, and those of a warp are in finish together.
+  // or its share. get(i) returns the sums of the i-th block. In the first thread of a channel's group, `own` is
+  // load(index of the channel); for a thread's first channel, it loads before the wait. All threads of the block must
+  // call this, and those of a warp are in finish together.
   template <typename Load, typename Finish>
   __device__ void for_assigned_channels(int64_t slice, const Load& load, const Finish& finish) {
     const int begin = merges_all_ ? 0 : segment_, step = merges_all_ ? 1 : static_cast<int>(plan_.segments);
@@ -134,7 +134,7 @@ class Exchange {
     }
   }
 
-  // Stores a channel's coefficients. One thread of each block that merges the channel calls this.
+  // Publishes a channel's coefficients. One thread of each block that merges the channel calls this.
   __device__ void publish_coefficients(int slot, const Coefficients& coefficients) const {
     if (plan_.team == Team::kGrid && !merges_all_) {
       store_through_l2(coefficients_in_workspace() + slot, coefficients);

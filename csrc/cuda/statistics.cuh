@@ -48,10 +48,10 @@ struct StreamingMoments {
   A rest;  // rounding error of `mean`
   A m2;
 
-  // `before`: the number of earlier values; `share`: the chunk's share of all values so far, the chunk included.
-  // Squares are about the mean so far. The cancellation in the chunk's m2 is of the size of the term that the distance
-  // of the means adds. It is larger only in the first chunk, whose pivot is its first value: 2e-6 of m2 if that is an
-  // outlier.
+  // `before`: the number of earlier values; `share`: the chunk's share of all values so far, itself included. Squares
+  // are about the mean so far. The part that cancels in the chunk's own m2 is about as large as the term for the
+  // distance of the means. It is larger only in the first chunk, about its first value: 2e-6 of m2 if only that value
+  // is far off.
   template <int kCount>
   __device__ void add(const A (&values)[kCount], A before, A share) {
     // Deviations are divided by kCount so that their sum does not overflow; this is exact for a power of two.
