@@ -1,4 +1,4 @@
-// Activations by name.
+// Finds activations by name.
 #include "activation.h"
 
 #include <c10/util/Exception.h>
@@ -14,7 +14,7 @@ constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
 struct Entry {
   std::string_view name;
   ActivationKind kind;
-  double alpha;  // NaN: the operator's parameter
+  double alpha;  // NaN: the operator's parameter is used
   double upper;
 };
 

@@ -1,4 +1,4 @@
-// Activations by name; the kernels' formulas are in activation.inl.
+// Activations by name. The kernels' formulas are in activation.inl.
 #pragma once
 
 #include <optional>
@@ -8,8 +8,8 @@
 
 namespace bn_ext {
 
-// As operators are given it: a name of torch.nn.functional, gelu_tanh, or nothing; negative_slope of leaky_relu, alpha
-// of elu, and unused by the others.
+// An activation as the operators take it. The name is one of torch.nn.functional or gelu_tanh, or absent. The parameter
+// is negative_slope for leaky_relu and alpha for elu; the others do not use it.
 struct NamedActivation {
   std::optional<std::string_view> name;
   double parameter;

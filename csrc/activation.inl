@@ -1,13 +1,13 @@
-// The activations' formulas, once for every back-end: value and derivative at u, what is before the activation.
-// u is a V: a number (CUDA) or a vector of numbers (CPU); A is the numbers' type. Included inside a back-end's
-// namespace, which provides BN_EXT_INLINE and, for its Vs: exp_of, expm1_of, tanh_of, normal_cdf_of. At a kink the
-// derivative is what torch's is. Forward and backward passes share `blocked`, so that masks agree.
+// The activations' formulas for all back-ends: value and derivative at u, the input of the activation. u has type V, a
+// number (CUDA) or a vector of numbers (CPU); A is the type of the numbers. A back-end includes this file inside its
+// namespace and provides BN_EXT_INLINE and, for its Vs, exp_of, expm1_of, tanh_of and normal_cdf_of. At a kink the
+// derivative is torch's. Forward and backward passes share `blocked`, so their masks agree.
 
-// relu, leaky_relu and relu6: one where they let u pass, `slope` where they do not.
+// relu, leaky_relu and relu6. The derivative is 1 if u passes, otherwise `slope`.
 template <typename A>
 struct ReluLike {
   A slope;
-  A upper;  // where u does not pass either; NaN: nowhere
+  A upper;  // u >= upper does not pass either; NaN: no upper limit
 
   template <typename V>
   BN_EXT_INLINE auto blocked(V u) const {
@@ -16,7 +16,7 @@ struct ReluLike {
   template <typename V>
   BN_EXT_INLINE V value(V u) const {
     const V zero = V{} + A(0);
-    const V low = slope == A(0) ? zero : u * slope;  // not -inf * 0
+    const V low = slope == A(0) ? zero : u * slope;  // avoids -inf * 0
     const V high = u >= upper ? zero + upper : u;
     return u <= A(0) ? low : high;
   }
@@ -24,17 +24,17 @@ struct ReluLike {
   BN_EXT_INLINE V derivative(V u) const {
     return blocked(u) ? V{} + slope : V{} + A(1);
   }
-  // g * derivative(u), by the comparisons of `blocked`, each with a choice of its own: vectors want it so.
+  // g * derivative(u), with a selection per comparison of `blocked`: compilers make better vector code of it.
   template <typename V>
   BN_EXT_INLINE V gradient(V u, V g) const {
     const V low = held_back(g);
     const V high = u >= upper ? low : g;
     return u <= A(0) ? low : high;
   }
-  // What comes through of the gradient of a value that does not pass.
+  // The gradient of a blocked value.
   template <typename V>
   BN_EXT_INLINE V held_back(V g) const {
-    return slope == A(0) ? V{} + A(0) : g * slope;  // not inf * 0
+    return slope == A(0) ? V{} + A(0) : g * slope;  // avoids inf * 0
   }
 };
 
@@ -85,7 +85,7 @@ struct Gelu {
   }
 };
 
-// u * (1 + tanh(inner)) / 2, which is u * sigmoid(2 * inner).
+// u * (1 + tanh(inner)) / 2 = u * sigmoid(2 * inner).
 template <typename A>
 struct GeluTanh {
   static constexpr A kTwice = A(1.5957691216057307118);  // 2 sqrt(2 / pi)
@@ -146,8 +146,8 @@ struct Tanh {
   }
 };
 
-// u * tanh(log(1 + e)) with e = exp(u): tanh(log(a)) = (a * a - 1) / (a * a + 1), which needs no logarithm. Above kOne
-// it is one to the last place, and e would overflow.
+// u * tanh(log(1 + e)) with e = exp(u). tanh(log(a)) = (a * a - 1) / (a * a + 1) needs no logarithm. If u > kOne, tanh
+// rounds to 1, and e might overflow.
 template <typename A>
 struct Mish {
   static constexpr A kOne = sizeof(A) == 4 ? A(20) : A(40);
@@ -168,7 +168,7 @@ struct Mish {
   }
 };
 
-// Calls body(formula) for an activation's kind, which is not kNone.
+// Calls body(formula) with the formula of the activation, which must not be kNone.
 template <typename A, typename Body>
 BN_EXT_INLINE auto with_formula(const Activation& activation, const Body& body) {
   switch (activation.kind) {

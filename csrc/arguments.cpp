@@ -7,7 +7,7 @@
 namespace bn_ext {
 
 at::MemoryFormat memory_format_of(const at::Tensor& input) {
-  // Of sizes of one, strides say nothing: suggest_memory_format() alone does not see all channels_last tensors.
+  // A dimension of size 1 may have any stride, so suggest_memory_format() alone misses some channels_last tensors.
   for (const auto format :
        {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast3d, at::MemoryFormat::ChannelsLast}) {
     if (input.is_contiguous(format)) return format;

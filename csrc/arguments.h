@@ -1,4 +1,4 @@
-// What a call of batch_norm is given.
+// The arguments of batch_norm.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,21 +12,21 @@ namespace bn_ext {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalFormat = std::optional<at::MemoryFormat>;
 
-// Torch returns such an input, whatever the other arguments are.
+// Torch returns an empty input without checking the other arguments.
 bool is_empty(const at::Tensor& input);
 
 inline bool is_defined(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// The memory format of the result: of several that input is dense in, the first; torch.nn's choice on the CPU.
+// Returns the memory format of the result: the first one in which input is dense, as torch.nn chooses it on the CPU.
 at::MemoryFormat memory_format_of(const at::Tensor& input);
 
-// Throws for a type that the kernels do not have.
+// Throws if the kernels do not support the type.
 DType dtype_of(at::ScalarType type);
 
-// Training forward passes that leave running statistics as they are; off unless asked for.
+// Which training forward passes do not update running statistics. Both are off by default.
 struct Skip {
-  bool nonfinite;   // of a channel, what would make its running statistics inf or NaN
-  bool recomputed;  // all of a forward pass within a backward pass, as the second one of torch.utils.checkpoint is
+  bool nonfinite;   // skip a channel if its running statistics would become inf or NaN
+  bool recomputed;  // skip a forward pass that runs within a backward pass, as torch.utils.checkpoint's second one does
 };
 
 struct BatchNormArguments {
@@ -38,13 +38,13 @@ struct BatchNormArguments {
   bool training;
   std::optional<double> momentum;
   double eps;
-  const OptionalTensor& num_batches_tracked;  // one value, int64 as a rule
-  const OptionalTensor& residual;             // as input
+  const OptionalTensor& num_batches_tracked;  // one value, usually int64
+  const OptionalTensor& residual;             // shape and dtype of input
   NamedActivation activation;
   Skip skip;
 };
 
-// The same with other vectors, which must live on; and for a training forward pass that updates no statistics.
+// Variants of `args`. They refer to the given vectors, which must outlive them. without_updates updates no statistics.
 BatchNormArguments with_parameters(const BatchNormArguments& args,
                                    const OptionalTensor& weight,
                                    const OptionalTensor& bias);
@@ -52,14 +52,14 @@ BatchNormArguments with_statistics(const BatchNormArguments& args,
                                    const OptionalTensor& running_mean,
                                    const OptionalTensor& running_var);
 BatchNormArguments without_updates(const BatchNormArguments& args);
-// With this momentum, and no count to raise.
+// With this momentum and without num_batches_tracked.
 BatchNormArguments without_count(const BatchNormArguments& args, double momentum);
 
-// The momentum of a mean over all batches, of which `count` have been seen before this one. Throws for -1, as Python's
+// Returns the momentum for a mean over all batches, if `count` batches came before this one. Throws for -1, as Python's
 // division in torch.nn does.
 double cumulative_momentum(const at::Tensor& count);
 
-// Whether this is a forward pass that leaves running statistics and num_batches_tracked alone.
+// Whether the current forward pass must not update running statistics and num_batches_tracked.
 bool skips_this_pass(const Skip& skip);
 
 }  // namespace bn_ext

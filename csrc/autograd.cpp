@@ -1,5 +1,5 @@
-// torch::autograd::Function around the inner operators. Torch's header for it is the largest to compile: here is only
-// what needs it.
+// torch::autograd::Function around the inner operators. Torch's header for it takes the longest to compile, so this
+// file contains only code that needs it.
 #include "autograd.h"
 
 #include <ATen/TensorOperators.h>
@@ -21,15 +21,15 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Zero, as a function of every input of the node that runs. What relu and its kin pass on does not depend on how far a
-// value is from the kink: torch has gradients of zero there, not none.
+// Returns zero as a function of every input of the node that runs. The gradient of relu-like activations depends only
+// on whether a value passes. Torch returns zero for its derivative, not an undefined tensor.
 at::Tensor zero_of_inputs(const at::TensorOptions& options) {
   at::Tensor zero = at::zeros({}, options);
   for (const auto& edge : torch::autograd::get_current_node()->next_edges()) {
     if (!edge.is_valid()) continue;
     const auto& input = edge.function->input_metadata(edge.input_nr);
     const auto sizes = input.shape_as_dim_vector();
-    // Stands for the input in the graph, and has no memory.
+    // Represents the input in the graph, without memory.
     const at::Tensor stand_in =
         at::empty_strided_symint(sizes, std::vector<c10::SymInt>(sizes.size()), input.options());
     torch::autograd::impl::set_gradient_edge(stand_in, edge);
@@ -44,8 +44,8 @@ bool is_traced() {
          TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
 }
 
-// Whether a compiler that traces this is likely to give the operators an input with channels last instead. Inductor
-// does so to what is between convolutions; on a GPU, where no size is open.
+// Whether a compiler traces this call and is likely to make the input channels_last. Inductor does so between
+// convolutions; on a GPU, only if no size is symbolic.
 bool may_become_channels_last(const at::Tensor& input) {
   if (!is_traced() || input.dim() < 4) return false;
   const auto sizes = input.sym_sizes();
@@ -54,16 +54,16 @@ bool may_become_channels_last(const at::Tensor& input) {
   return !(input.is_cuda() && is_open) && memory_format_of(input) == at::MemoryFormat::Contiguous;
 }
 
-// With a residual, one bit per value is all that relu, leaky_relu and relu6 need of it. The bits hold to the memory
-// format of the moment, for which the operators would copy what comes in another one; then the residual is kept.
+// With a residual, relu, leaky_relu and relu6 need only one bit per value in backward. The order of the bits is that of
+// the current memory format, to which the operators copy an input in another one. If that is likely, save the residual.
 OptionalFormat mask_format_of(const BatchNormArguments& args) {
   if (!is_defined(args.residual) || parse(args.activation).kind != ActivationKind::kReluLike) return std::nullopt;
   if (may_become_channels_last(args.input)) return std::nullopt;
   return memory_format_of(args.input);
 }
 
-// What is saved beside tensors and activation, as one number: every entry of saved_data takes time to make and to find.
-// Saved-tensor hooks may bring input back in another memory format.
+// Saved as one number, because each entry of saved_data takes time to create and to find. mask_format is saved because
+// saved-tensor hooks may return input in another memory format.
 struct Flags {
   bool training;
   bool has_bias;
@@ -81,8 +81,8 @@ struct Flags {
   }
 };
 
-// Saved for backward: input, weight and vectors of statistics; behind an activation, bias, for derivatives of higher
-// order; and of a residual the mask, or else the residual itself.
+// Saves for backward: input, weight and saved statistics. With an activation, also the mask or, without a mask, bias
+// (for derivatives of higher order) and the residual.
 void save(AutogradContext* ctx,
           const BatchNormArguments& args,
           const at::Tensor& saved,
@@ -110,7 +110,7 @@ void save(AutogradContext* ctx,
   ctx->set_materialize_grads(false);
 }
 
-// Gradients of input, weight, bias and residual, followed by undefined ones: `arguments` in all.
+// Returns the gradients of input, weight, bias and residual, followed by undefined ones: `arguments` in total.
 variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size_t arguments) {
   variable_list result(arguments);
   if (!dy.defined()) return result;
@@ -122,7 +122,7 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
     name = ctx->saved_data["activation"].toStringRef();
     activation = {name, ctx->saved_data["activation_parameter"].toDouble()};
   }
-  saved.resize(6);  // without an activation the last three are not there
+  saved.resize(6);  // without an activation there are only three
   const SavedForBackward s{std::move(saved[0]),
                            std::move(saved[1]),
                            std::move(saved[3]),
@@ -133,7 +133,7 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
                            flags.training,
                            flags.training ? ctx->saved_data["eps"].toDouble() : 0,
                            activation};
-  // Absent tensors have no edge.
+  // An absent tensor has no edge.
   size_t edge = 0;
   const auto is_wanted = [&](bool exists) { return exists && ctx->needs_input_grad(edge++); };
   std::array<bool, 4> wanted{};
@@ -142,7 +142,7 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
   wanted[2] = is_wanted(flags.has_bias);
   wanted[3] = is_wanted(flags.has_residual);
   std::array<bool, 4> computed = wanted;
-  if (!activation.name.has_value()) computed[3] = false;  // it is dy
+  if (!activation.name.has_value()) computed[3] = false;  // dresidual = dy
   if (computed != std::array<bool, 4>{}) {
     const bool is_differentiated = at::GradMode::is_enabled() || has_forward_gradient(dy);
     const bool has_kinks = at::GradMode::is_enabled() && parse(activation).kind == ActivationKind::kReluLike;
@@ -158,9 +158,9 @@ variable_list backward_of_saved(AutogradContext* ctx, const at::Tensor& dy, size
   return result;
 }
 
-// Returns y. What else there is goes to `saved_out`, what batch_norm_repeat needs: outputs marked as not differentiable
-// are more than compiled autograd takes. The tensors that may have gradients are arguments of their own, which the
-// Function looks for; its records of each argument cost time.
+// Returns y. The tensor for batch_norm_repeat goes to `saved_out`, because compiled autograd does not support outputs
+// that are marked as not differentiable. Only tensors that may have gradients are separate arguments: the Function must
+// find these, and each argument that it records costs time.
 struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
   static at::Tensor forward(AutogradContext* ctx,
                             const at::Tensor& /*input*/,
@@ -182,7 +182,7 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
   }
 };
 
-// The inner operator of eval, where it is called as such: in an exported and decomposed model.
+// The inner operator of eval, for direct calls, as in an exported and decomposed model.
 struct InferenceFunction : torch::autograd::Function<InferenceFunction> {
   static at::Tensor forward(AutogradContext* ctx,
                             const at::Tensor& /*input*/,

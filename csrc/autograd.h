@@ -10,13 +10,13 @@
 
 namespace bn_ext {
 
-// Whether backward needs what is before the activation, u + z, and so bias and residual: not where a mask tells all.
+// Whether backward computes the activation's input u + z and so needs bias and residual. With a mask it does not.
 bool saves_u(const BatchNormArguments& args);
 
-// y, with its backward pass.
+// Returns y, differentiable, and saved.
 TensorAndSaved differentiable_batch_norm(const BatchNormArguments& args);
 
-// The inner operator of eval, where it is called as such and differentiated.
+// The inner operator of eval, for direct calls that autograd records.
 ThreeTensors differentiable_inference(const at::Tensor& input,
                                       const OptionalTensor& weight,
                                       const OptionalTensor& bias,

@@ -1,4 +1,4 @@
-// From tensors to plain memory: memory formats, outputs, choice of back-end.
+// Turns tensors into plain memory: memory formats, outputs, choice of back-end.
 #include "batch_norm.h"
 
 #include <ATen/EmptyTensor.h>
@@ -18,7 +18,7 @@ namespace {
 
 at::ScalarType accumulate_type_of(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Shape of a tensor that is contiguous in `format`.
+// Returns the shape of a tensor that is contiguous in `format`.
 Shape shape_of(const at::Tensor& x, at::MemoryFormat format) {
   const int64_t n = x.size(0);
   const int64_t c = x.size(1);
@@ -34,13 +34,13 @@ bool is_expanded_scalar(const at::Tensor& t) {
   return true;
 }
 
-// at::empty asks the dispatcher for what is known here, unless a mode looks on: beside a small tensor that takes time.
+// at::empty goes through the dispatcher, which is slow for small tensors. On the CPU only modes need that.
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   const bool is_known = options.device().is_cpu() && c10::impl::TorchDispatchModeTLS::stack_len() == 0;
   return is_known ? at::Tensor(at::detail::empty_cpu(sizes, options)) : at::empty(sizes, options);
 }
 
-// A (C,) vector as the kernels read it. Contiguous copies live as long as this.
+// A (C,) vector in contiguous memory for the kernels. It owns the copy, if one is needed.
 class ChannelVector {
  public:
   explicit ChannelVector(const OptionalTensor& tensor) {
@@ -52,7 +52,7 @@ class ChannelVector {
   at::ScalarType scalar_type() const { return contiguous_.scalar_type(); }
   const void* data() const { return defined() ? contiguous_.const_data_ptr() : nullptr; }
   void* mutable_data() const { return defined() ? contiguous_.mutable_data_ptr() : nullptr; }
-  // After the kernels wrote to mutable_data().
+  // Call this after the kernels have written to mutable_data().
   void write_back() const {
     if (defined() && !contiguous_.is_same(original_)) original_.copy_(contiguous_);
   }
@@ -77,12 +77,12 @@ void run_backward(const at::Tensor& x, const BackwardParams& params) {
   x.is_cuda() ? cuda::backward(params, x.get_device()) : cpu::backward(params);
 }
 
-// The kernels count in an int64 on their own device; a count of another kind is raised by torch.
+// The kernels can increment an int64 on their own device. Torch increments any other count.
 bool kernels_can_count(const at::Tensor& count, const at::Tensor& x) {
   return count.scalar_type() == at::kLong && count.numel() == 1 && count.device() == x.device();
 }
 
-// (4, C) of the accumulate type, see batch_norm.h.
+// Saved statistics, (4, C) in the accumulate type; see batch_norm.h.
 struct Saved {
   at::Tensor tensor;
 
@@ -91,7 +91,7 @@ struct Saved {
   }
 };
 
-// Shape, types, and the tensors that every forward pass reads and writes.
+// Sets the shape, the types, and the tensors that every forward pass reads and writes.
 ForwardParams forward_params(const at::Tensor& x,
                              at::MemoryFormat format,
                              const at::Tensor& z,
@@ -116,12 +116,12 @@ at::Tensor contiguous_or_none(const OptionalTensor& tensor, at::MemoryFormat for
   return tensor.has_value() && tensor->defined() ? tensor->contiguous(format) : at::Tensor();
 }
 
-// Both forward passes, of checked arguments. A mask that is not asked for is empty if kAllDefined, as operators return
-// it, and undefined otherwise, which saves a call of the allocator. What can fail comes before the back-end writes
-// anything.
+// The forward pass of both modes, for checked arguments. If no mask is requested, the returned mask is empty if
+// kAllDefined, as operators must return it, otherwise undefined, which saves an allocation. All steps that can fail
+// come before the back-end writes anything.
 template <bool kAllDefined>
 ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
-  const c10::DeviceGuard guard(a.input.device());  // kernels are launched on the current device
+  const c10::DeviceGuard guard(a.input.device());  // kernels run on the current device
   const bool saves_mask = mask_format.has_value();
   const at::MemoryFormat format = mask_format.value_or(memory_format_of(a.input));
   const at::Tensor x = a.input.contiguous(format);
@@ -139,7 +139,7 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
       a.training && is_tracked && (x.numel() == 0 || !kernels_can_count(*a.num_batches_tracked, x));
   std::optional<double> momentum = a.momentum;
   if (a.training && is_tracked && !momentum.has_value() && (counted_by_torch || a.num_batches_tracked->is_cpu())) {
-    const double cumulative = cumulative_momentum(*a.num_batches_tracked);  // throws; on a GPU, kernels read the count
+    const double cumulative = cumulative_momentum(*a.num_batches_tracked);  // may throw; kernels read a count on a GPU
     if (counted_by_torch) momentum = cumulative;
   }
   if (x.numel() == 0) {
@@ -153,7 +153,7 @@ ThreeTensors forward(const BatchNormArguments& a, OptionalFormat mask_format) {
   p.training = a.training;
   p.weight = weight.data();
   p.bias = bias.data();
-  // Memory that is only read stays shared with lazy copies of it.
+  // Requesting a mutable pointer would end the sharing of memory with lazy copies.
   const auto updated = [&](const ChannelVector& vector) {
     return a.training ? vector.mutable_data() : const_cast<void*>(vector.data());
   };
@@ -248,7 +248,7 @@ at::Tensor batch_norm_repeat(const at::Tensor& input,
   const at::Tensor z = contiguous_or_none(residual, format);
   const at::Tensor y = empty(x.sizes(), x.options().memory_format(format));
   if (x.numel() == 0) return y;
-  const Saved s{saved.contiguous()};  // kept until the kernels have read it
+  const Saved s{saved.contiguous()};  // keeps the copy until the kernels have read it
   ForwardParams p = forward_params(x, format, z, parse({activation, activation_parameter}), y, s);
   p.recompute = true;
   run_forward(x, p);
@@ -271,7 +271,7 @@ FourTensors batch_norm_backward(const at::Tensor& dy,
   check_backward(dy, input, weight, saved, residual, mask, mask_format);
   const bool has_mask = is_defined(mask);
   TORCH_CHECK(!has_mask || activation.kind == ActivationKind::kNone || activation.kind == ActivationKind::kReluLike,
-              "a mask goes with the activations relu, leaky_relu and relu6, got ",
+              "mask requires the activation relu, leaky_relu or relu6, got ",
               activation_name.value_or("None"));
   const c10::DeviceGuard guard(input.device());
   const at::MemoryFormat format = has_mask ? *mask_format : memory_format_of(input);

@@ -1,4 +1,4 @@
-// The inner operators: tensors in, tensors out, no autograd. Arguments have been checked (checks.h).
+// The inner operators, from tensors to tensors, without autograd. They check their arguments (checks.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,19 +13,19 @@
 namespace bn_ext {
 
 using OptionalName = std::optional<std::string_view>;
-// y, and what batch_norm_repeat needs to compute it again; undefined where it cannot.
+// y, and the saved statistics from which batch_norm_repeat recomputes it; undefined if it cannot.
 using TensorAndSaved = std::tuple<at::Tensor, at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Activations are given by name and parameter; see activation.h. `saved` is (4, C), float64 for float64 input, else
-// float32: mean and rstd of what input was normalised with, and scale and offset, with which
+// Activations are specified by name and parameter; see activation.h. `saved` is (4, C), in float64 for float64 input,
+// otherwise in float32: the mean and rstd that normalise input, and scale and offset, so that
 // y = activation((input - mean) * scale + offset + residual).
 
-// Training: y, saved, mask. Updates the running statistics and num_batches_tracked in place. An empty batch only raises
-// num_batches_tracked. The last two arguments are those of Skip in arguments.h. With a mask_format, y is of that memory
-// format, and mask tells where relu, leaky_relu or relu6 let values pass, one bit each in y's order (params.h);
-// without, y has input's and mask is empty.
+// Training: returns y, saved, mask. Updates the running statistics and num_batches_tracked in place. An empty batch
+// only increments num_batches_tracked. The last two arguments are those of Skip in arguments.h. With a mask_format, y
+// has that memory format, and mask has one bit per value, in y's order, that is 1 if relu, leaky_relu or relu6 let the
+// value pass (params.h). Without mask_format, y has input's memory format and mask is empty.
 ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 const OptionalTensor& weight,
                                 const OptionalTensor& bias,
@@ -41,7 +41,7 @@ ThreeTensors batch_norm_forward(const at::Tensor& input,
                                 bool skip_nonfinite,
                                 bool skip_recomputed);
 
-// Eval: the same of the running statistics; writes nothing else.
+// Eval: returns the same, computed with the running statistics. Changes no argument.
 ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   const OptionalTensor& weight,
                                   const OptionalTensor& bias,
@@ -53,21 +53,21 @@ ThreeTensors batch_norm_inference(const at::Tensor& input,
                                   double activation_parameter,
                                   OptionalFormat mask_format);
 
-// The forward pass of the mode that `args` asks for, without the operators' checks. Without a mask_format, mask is
+// The forward pass in the mode of `args`, without the operators' checks. Without mask_format, the returned mask is
 // undefined.
 ThreeTensors batch_norm_of_checked(const BatchNormArguments& args, OptionalFormat mask_format);
 
-// y of either once more, bit-equal, from what it saved.
+// Recomputes y of either forward pass, bit-equal, from its saved statistics.
 at::Tensor batch_norm_repeat(const at::Tensor& input,
                              const at::Tensor& saved,
                              const OptionalTensor& residual,
                              OptionalName activation,
                              double activation_parameter);
 
-// dx, dweight, dbias, dresidual where `output_mask` says so, else an empty tensor, or an undefined one where not all
-// are to be defined, as an operator's must be. dweight and dbias have weight's dtype; without a weight, that of saved.
-// With a mask the residual is not needed, and dx and dresidual are of the format in which forward was asked for it: of
-// whatever layout input has become, as compilers choose layouts of their own for the forward and the backward graph.
+// Returns those of dx, dweight, dbias and dresidual that `output_mask` requests. The others are empty if kAllDefined,
+// as an operator must return them, otherwise undefined. dweight and dbias have weight's dtype, or else saved's.
+// With a mask the residual is not needed, and dx and dresidual have the memory format mask_format, whatever input's is:
+// compilers choose memory formats separately for the forward and the backward graph.
 template <bool kAllDefined>
 FourTensors batch_norm_backward(const at::Tensor& dy,
                                 const at::Tensor& input,

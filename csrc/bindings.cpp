@@ -1,4 +1,4 @@
-// Everything that depends on Python: the module, its arguments and one of Python's errors.
+// Everything that depends on Python: the module, its arguments, and one Python exception.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/tensor_numpy.h>
@@ -8,7 +8,7 @@
 #include "explain.h"
 #include "operator.h"
 
-// What torch's own functions take for a float: of tensors those of no dimension and no gradient.
+// Accepts the same values as torch's own float arguments; tensors must have no dimension and require no gradient.
 template <>
 struct pybind11::detail::type_caster<bn_ext::Number> {
   PYBIND11_TYPE_CASTER(bn_ext::Number, const_name("float"));
@@ -33,7 +33,7 @@ struct pybind11::detail::type_caster<bn_ext::Number> {
            isinstance(source, class_of("SymInt"));
   }
 
-  // By name: torch's header for these classes takes longer to compile than all that is here.
+  // By name, because torch's header for these classes takes longer to compile than this whole file.
   static handle class_of(const char* name) { return module_::import("torch").attr(name).ptr(); }
 };
 
@@ -44,7 +44,7 @@ double cumulative_momentum(const at::Tensor& count) {
   if (raised == 0) {
     const pybind11::gil_scoped_acquire gil;
     PyErr_SetString(PyExc_ZeroDivisionError,
-                    "float division by zero: momentum=None needs num_batches_tracked >= 0, got -1");
+                    "float division by zero: momentum=None requires num_batches_tracked >= 0, got -1");
     python_error error;
     error.persist();
     throw error;
@@ -56,7 +56,7 @@ double cumulative_momentum(const at::Tensor& count) {
 
 namespace {
 
-// The two functions of one signature, called without the dispatcher's search for an overload.
+// Defines one of the two functions with this signature. They skip the dispatcher's search for an overload.
 template <typename Function>
 void define(py::module_& m, const char* name, Function function) {
   m.def(name,

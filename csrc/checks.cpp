@@ -1,4 +1,4 @@
-// Every error a user can cause; see checks.h.
+// Every error that a user can cause; see checks.h.
 #include "checks.h"
 
 #include <c10/core/SymBool.h>
@@ -24,7 +24,7 @@ void check_values_per_channel(const at::Tensor& input) {
                     ")");
 }
 
-// A float as Python prints it.
+// Formats a float as Python prints it.
 std::string printed(double value) {
   const double size = std::abs(value);
   const bool has_exponent = size != 0 && (size < 1e-4 || size >= 1e16);
@@ -56,7 +56,7 @@ void check_is_vector(const OptionalTensor& tensor, const char* name) {
       tensor->dim() == 1, name, " must have one dimension, got shape ", tensor->sym_sizes(), ": call flatten() on it");
 }
 
-// In torch's order: all sizes before all else.
+// Follows torch's order: first all sizes, then all other checks.
 void check_sizes(const BatchNormArguments& args) {
   TORCH_CHECK(args.training || is_defined(args.running_mean), "running_mean must be defined in evaluation mode");
   check_elements(args.input, args.running_mean, "running_mean");
@@ -73,7 +73,7 @@ void check_running_statistics(const BatchNormArguments& args) {
   check_is_vector(args.running_mean, "running_mean");
   check_is_vector(args.running_var, "running_var");
   TORCH_CHECK_VALUE(!args.training || !mean || args.momentum.has_value() || is_defined(args.num_batches_tracked),
-                    "momentum=None (the mean over all batches) needs num_batches_tracked, got None");
+                    "momentum=None (the mean over all batches) requires num_batches_tracked, got None");
   TORCH_CHECK(!args.training || !mean || !(args.running_mean->is_neg() || args.running_var->is_neg()),
               "running_mean and running_var cannot be updated as lazily negated views: call resolve_neg() on them");
 }
@@ -99,7 +99,7 @@ void check_same_device(const at::Tensor& input, const at::Tensor& tensor, const 
               tensor.device());
 }
 
-// One per-channel vector. All of them share one dtype: the input's, or float32 beside a 16-bit input.
+// Checks one per-channel vector. All of them share one dtype: the input's, or float32 for 16-bit input.
 void check_channel_vector(const at::Tensor& input,
                           const OptionalTensor& tensor,
                           const char* name,
@@ -192,8 +192,9 @@ void check_mask_format(at::MemoryFormat format, int64_t dimensions) {
   TORCH_CHECK(format == at::MemoryFormat::Contiguous || (format == at::MemoryFormat::ChannelsLast && dimensions == 4) ||
                   (format == at::MemoryFormat::ChannelsLast3d && dimensions == 5),
               "mask_format must be torch.contiguous_format, torch.channels_last for 4 dimensions or "
-              "torch.channels_last_3d for 5, got another one for an input of ",
-              dimensions);
+              "torch.channels_last_3d for 5, got another memory format for an input with ",
+              dimensions,
+              " dimensions");
 }
 
 }  // namespace
@@ -201,7 +202,7 @@ void check_mask_format(at::MemoryFormat format, int64_t dimensions) {
 void check_mask(const BatchNormArguments& args, OptionalFormat mask_format) {
   if (mask_format.has_value()) check_mask_format(*mask_format, args.input.dim());
   TORCH_CHECK(!mask_format.has_value() || parse(args.activation).kind == ActivationKind::kReluLike,
-              "mask_format goes with the activations relu, leaky_relu and relu6, got ",
+              "mask_format requires the activation relu, leaky_relu or relu6, got ",
               args.activation.name.value_or("None"));
 }
 
@@ -211,7 +212,7 @@ void check_saved(const at::Tensor& input, const at::Tensor& saved) {
   const at::ScalarType type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK(saved.dim() == 2 && saved.size(0) == 4 && saved.size(1) == input.size(1) && saved.scalar_type() == type &&
                   saved.device() == input.device(),
-              "saved must be what the forward pass returned, (4, ",
+              "saved must be the tensor that the forward pass returned, (4, ",
               input.size(1),
               ") of ",
               type,
@@ -239,7 +240,7 @@ void check_backward(const at::Tensor& dy,
   check_residual(input, residual);
   TORCH_CHECK(!is_defined(mask) || (mask->scalar_type() == at::kByte && mask->is_contiguous() &&
                                     mask->numel() == mask_bytes(input.numel()) && mask->device() == input.device()),
-              "mask must be what the forward pass returned, ",
+              "mask must be the tensor that the forward pass returned, ",
               mask_bytes(input.numel()),
               " bytes on ",
               input.device(),
@@ -248,7 +249,7 @@ void check_backward(const at::Tensor& dy,
               " of ",
               is_defined(mask) ? mask->scalar_type() : at::kByte);
   TORCH_CHECK(!is_defined(mask) || mask_format.has_value(),
-              "a mask needs the mask_format with which the forward pass was called, got None");
+              "mask requires the mask_format that the forward pass was called with, got None");
   if (is_defined(mask)) check_mask_format(*mask_format, input.dim());
   TORCH_CHECK(
       dy.sizes() == input.sizes(), "grad_output must have the shape of input ", input.sizes(), ", got ", dy.sizes());

@@ -1,32 +1,32 @@
-// Every error a user can cause, in one place: torch's exception type and torch's words where torch raises.
+// Every error that a user can cause. If torch raises for the same mistake, exception type and text are torch's.
 #pragma once
 
 #include "arguments.h"
 
 namespace bn_ext {
 
-// Throws before anything is written. Works on symbolic sizes too.
+// Checks the arguments before anything is written. Also works with symbolic sizes.
 void check_arguments(const BatchNormArguments& args);
 
-// Throws for a running statistic that requires a gradient: there is none.
+// Throws if a running statistic requires a gradient, because it has none.
 void check_not_differentiable(const OptionalTensor& tensor, const char* name);
 
-// Throws for a num_batches_tracked that cannot be changed in place.
+// Throws if num_batches_tracked cannot be incremented in place.
 void check_can_be_raised(const OptionalTensor& count);
 
-// Throws for a tensor made in inference mode where autograd would have to save it.
+// Throws if the tensor was created in inference mode, so that autograd cannot save it.
 void check_can_be_saved(const OptionalTensor& tensor, const char* name);
 
-// Throws for a residual unlike input.
+// Throws if the residual differs from input in shape, device or dtype.
 void check_residual(const at::Tensor& input, const OptionalTensor& residual);
 
-// Throws where a mask is asked for that this activation does not have, or in an order that input cannot have.
+// Throws if mask_format is given for an activation without a mask, or if input cannot have this memory format.
 void check_mask(const BatchNormArguments& args, OptionalFormat mask_format);
 
-// Throws for what no forward pass of `input` saved.
+// Throws if no forward pass of `input` can have returned `saved`.
 void check_saved(const at::Tensor& input, const at::Tensor& saved);
 
-// The arguments of batch_norm_backward.
+// Checks the arguments of batch_norm_backward.
 void check_backward(const at::Tensor& dy,
                     const at::Tensor& input,
                     const OptionalTensor& weight,

@@ -35,7 +35,7 @@ bool has_forward_gradient(const OptionalTensor& tensor) {
 bool needs_composed(const BatchNormArguments& args) {
   const auto device = args.input.device().type();
   if (device != at::kCPU && device != at::kCUDA && device != at::kMeta) return true;
-  if (args.input.layout() != at::kStrided) return true;  // mkldnn; sparse gets torch's error
+  if (args.input.layout() != at::kStrided) return true;  // mkldnn works; sparse raises torch's error
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return true;
   return has_forward_gradient(args.input) || has_forward_gradient(args.weight) || has_forward_gradient(args.bias) ||
          has_forward_gradient(args.residual);
@@ -49,12 +49,12 @@ at::Tensor blocked(const at::Tensor& u, const Activation& activation) {
 }
 
 at::Tensor relu_like_backward(const at::Tensor& g, const at::Tensor& is_blocked, const Activation& activation) {
-  // Not inf * 0.
+  // Avoids inf * 0.
   const at::Tensor low = activation.alpha == 0 ? at::zeros_like(g) : g * activation.alpha;
   return at::where(is_blocked, low, g);
 }
 
-// Of the smooth kinds.
+// Of the smooth activations.
 at::Tensor derivative(const at::Tensor& u, const Activation& activation) {
   switch (activation.kind) {
     case ActivationKind::kElu:
@@ -98,7 +98,7 @@ at::Tensor composed_activation_backward(const at::Tensor& g, const at::Tensor& u
   return g * derivative(u, activation);
 }
 
-// The same for kReluLike, from the mask of a forward pass whose y had g's sizes and this memory format.
+// The same for kReluLike, from the mask of a forward pass. Its y had g's sizes and this memory format.
 at::Tensor composed_mask_backward(const at::Tensor& g,
                                   const at::Tensor& mask,
                                   at::MemoryFormat format,
@@ -127,7 +127,7 @@ at::Tensor aten_batch_norm(const BatchNormArguments& args, double momentum) {
                         at::globalContext().userEnabledCuDNN());
 }
 
-// ATen updates copies, which it may save for backward; of these the finite channels are taken.
+// ATen updates copies, because it may save them for backward. Only their finite channels are copied back.
 at::Tensor aten_batch_norm_skipping_nonfinite(const BatchNormArguments& args, double momentum) {
   at::Tensor mean = *args.running_mean, var = *args.running_var;
   const OptionalTensor new_mean = mean.clone(), new_var = var.clone();
@@ -170,7 +170,7 @@ at::Tensor composed_activation(const at::Tensor& u, const Activation& activation
 at::Tensor composed_batch_norm(const BatchNormArguments& given) {
   const BatchNormArguments args = given.training && skips_this_pass(given.skip) ? without_updates(given) : given;
   const bool is_counted = args.training && is_defined(args.num_batches_tracked);
-  // Says so where a transform forbids changes in place, before anything has changed.
+  // Throws if a transform forbids in-place changes, before anything has changed.
   if (is_counted) args.num_batches_tracked->add_(0);
   const bool is_cumulative = is_counted && !args.momentum.has_value();
   const double momentum = is_cumulative ? cumulative_momentum(*args.num_batches_tracked) : args.momentum.value_or(0);

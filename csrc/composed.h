@@ -1,4 +1,4 @@
-// Batch normalisation composed from ATen's operators: slower, but differentiable in every way torch knows.
+// Batch normalisation composed of ATen's operators: slower, but differentiable in every way that torch supports.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,18 +10,18 @@
 
 namespace bn_ext {
 
-// Whether forward-mode AD carries a tangent with it.
+// Whether the tensor carries a tangent of forward-mode AD.
 bool has_forward_gradient(const OptionalTensor& tensor);
 
-// For what the fused operators cannot see through: torch.func transforms, forward-mode AD, devices other than CPU and
-// CUDA.
+// Whether the fused operators cannot compute the call: torch.func transforms, forward-mode AD, devices other than CPU
+// and CUDA, and layouts other than strided.
 bool needs_composed(const BatchNormArguments& args);
 at::Tensor composed_batch_norm(const BatchNormArguments& args);
 
-// An activation, differentiable to any order.
+// Computes an activation, differentiable to any order.
 at::Tensor composed_activation(const at::Tensor& u, const Activation& activation);
 
-// What a backward pass knows of its forward pass: undefined where there is none, or it is not needed.
+// What a forward pass saves for its backward pass. Tensors that are absent or not needed are undefined.
 struct SavedForBackward {
   at::Tensor input;
   at::Tensor weight;
@@ -35,8 +35,8 @@ struct SavedForBackward {
   NamedActivation activation;
 };
 
-// The backward pass in differentiable operators, for create_graph=True: derivatives of any order follow from it.
-// Statistics are computed from input again, so that they are differentiated too; eval's are the saved ones.
+// The backward pass in differentiable operators, for create_graph=True and derivatives of any order. In training it
+// computes the statistics from input again, so that they are differentiated too. In eval it uses the saved ones.
 FourTensors composed_backward(const at::Tensor& dy, const SavedForBackward& saved, std::array<bool, 4> output_mask);
 
 }  // namespace bn_ext

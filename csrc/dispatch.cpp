@@ -1,4 +1,4 @@
-// Calls through the dispatcher, so that compilers, fake tensors and other modes see the operators.
+// Calls operators through the dispatcher, so that compilers, fake tensors and other modes see them.
 #include "dispatch.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -17,8 +17,8 @@ c10::TypedOperatorHandle<Signature> operator_handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Whether the dispatcher would do no more than run the kernels: no mode, subclass, lazy bit or profiler is concerned.
-// Then they are called directly, because on a small tensor its work takes as long as theirs.
+// Whether the dispatcher would only run the kernels, because no mode, subclass, lazy bit or profiler is involved. Then
+// they are called directly, because dispatch takes as long as the kernels for a small tensor.
 template <typename... Tensors>
 bool goes_to_kernels(const Tensors&... tensors) {
   static const c10::DispatchKeySet minded = c10::DispatchKeySet(c10::DispatchKeySet::FULL) -
@@ -35,7 +35,7 @@ OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? Op
 }  // namespace
 
 FourTensors dispatch_backward(const at::Tensor& dy, const SavedForBackward& s, std::array<bool, 4> output_mask) {
-  at::AutoDispatchBelowADInplaceOrView guard;  // or torch's boxed fallback looks for gradients, in vain
+  at::AutoDispatchBelowADInplaceOrView guard;  // keeps torch's boxed fallback from searching for gradients
   const auto call = [&](const auto& function) {
     return function(dy,
                     s.input,

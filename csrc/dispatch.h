@@ -1,4 +1,4 @@
-// The operators, called through the dispatcher.
+// Calls of the operators, through the dispatcher or past it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@
 
 namespace bn_ext {
 
-// The forward pass of the mode that `args` asks for; see batch_norm.h.
+// The forward pass in the mode of `args`; see batch_norm.h.
 ThreeTensors dispatch_forward(const BatchNormArguments& args, OptionalFormat mask_format);
 
 // Its backward pass.

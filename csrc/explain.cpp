@@ -9,7 +9,7 @@
 namespace bn_ext {
 namespace {
 
-// In place of a tensor: the planner looks whether there is one, and how it is aligned.
+// Stands for a tensor: the planner only tests whether there is one, and its alignment.
 void* some_tensor(bool exists) { return exists ? reinterpret_cast<void*>(uintptr_t{256}) : nullptr; }
 
 const char* name_of(cuda::Team team) {
@@ -77,7 +77,7 @@ std::pair<Facts, Facts> explain(int64_t n,
   f.z = some_tensor(residual);
   f.mask = static_cast<uint8_t*>(some_tensor(has_mask));
 
-  // As batch_norm_backward has it: without an activation the residual's gradient is dy, and no kernel's.
+  // As in batch_norm_backward: without an activation the residual's gradient is dy, and no kernel writes it.
   const bool has_dz = residual && f.activation.kind != ActivationKind::kNone;
   BackwardParams b{};
   b.shape = f.shape;

@@ -1,4 +1,4 @@
-// What bn_ext.explain tells of a batch norm on a CUDA device, in names and numbers. In every build.
+// The data behind bn_ext.explain: the launch plans of a batch norm on a CUDA device. Every build has it.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -12,11 +12,11 @@
 
 namespace bn_ext {
 
-// Of one pass; bn_ext/explain.py says what each of them is.
+// Facts of one pass; bn_ext/explain.py describes each of them.
 using Facts = std::map<std::string, std::variant<int64_t, std::string>>;
 
-// Forward and backward of an activation tensor (n, c, s) aligned to 16 bytes, which is not empty, with gradients of all
-// that there is. Throws for an unknown activation or dtype.
+// Returns the facts of the forward and the backward pass for a non-empty activation tensor (n, c, s) that is aligned to
+// 16 bytes. Backward computes all gradients. Throws if the activation or dtype is unknown.
 std::pair<Facts, Facts> explain(int64_t n,
                                 int64_t c,
                                 int64_t s,

@@ -1,4 +1,4 @@
-// The operators: their schemas, and the function for each dispatch key.
+// Registers the operators: their schemas, and the function for each dispatch key.
 #include <torch/library.h>
 
 #include "autograd.h"
@@ -7,9 +7,9 @@
 
 namespace {
 
-// flexible_layout: Inductor gives convolutions their input with channels last, whatever the model's memory format. To
-// be called with the strides that were traced, as operators are by default, costs a copy before each batch norm and
-// one behind it, forward and backward. The price: strides of large contiguous tensors may come padded, on a GPU, and
+// flexible_layout: Inductor makes the inputs of convolutions channels_last, whatever the model's memory format. By
+// default it calls operators with the strides that were traced, which would take a copy before and after each batch
+// norm, forward and backward. The price of the tag: on a GPU, large contiguous tensors may have padded strides, and
 // then the operators make the copy.
 const std::vector<at::Tag> kTags{at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
 
@@ -52,7 +52,7 @@ TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
   m.impl("activate", &activate);
 }
 
-// vmap and functionalize do not decompose operators that write to their arguments, unless told to.
+// By default vmap and functionalize do not decompose operators that write to their arguments.
 TORCH_LIBRARY_IMPL(bn_ext, FuncTorchBatchedDecomposition, m) { m.impl("batch_norm", &batch_norm); }
 TORCH_LIBRARY_IMPL(bn_ext, Functionalize, m) { m.impl("batch_norm", &batch_norm); }
 

@@ -1,4 +1,4 @@
-// The public operator: checks, then whichever way there is to compute it; see operator.h.
+// The public operator: checks its arguments, then chooses how to compute the result; see operator.h.
 #include "operator.h"
 
 #include <ATen/TracerMode.h>
@@ -17,15 +17,15 @@ namespace {
 
 bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
 
-// num_batches_tracked.add_(1) in torch.nn counts as a change in place; the running statistics' update there does not.
+// In torch.nn, num_batches_tracked.add_(1) is an in-place change for autograd; the running statistics' update is not.
 void count_as_changed(const OptionalTensor& tensor) {
   if (tensor.has_value() && tensor->defined() && !tensor->is_inference()) {
     tensor->unsafeGetTensorImpl()->bump_version();
   }
 }
 
-// Whether the count lies on a device that has no part in the operator, as on meta beside real tensors. An inner
-// operator must not get it: the dispatcher would run that device's kernel.
+// Whether the count is on a device on which the operator does not run, such as meta if input is real. An inner operator
+// must not get it, because the dispatcher would run that device's kernel.
 bool is_counted_apart(const BatchNormArguments& a) {
   if (!a.training || !is_defined(a.num_batches_tracked)) return false;
   const auto of_count = a.num_batches_tracked->device().type(), of_input = a.input.device().type();
@@ -33,7 +33,7 @@ bool is_counted_apart(const BatchNormArguments& a) {
   return of_count != of_input && !(has_kernels(of_count) && has_kernels(of_input));
 }
 
-// Whether torch's operator does all of it, which alone torch.jit.freeze folds and other passes of TorchScript know.
+// Whether torch's operator computes the same. torch.jit.freeze and other TorchScript passes know no other batch norm.
 bool is_torchs(const BatchNormArguments& a) {
   const bool is_plain = !a.activation.name.has_value() && !is_defined(a.residual);
   return is_plain && !(a.training && (!a.momentum.has_value() || a.skip.nonfinite || a.skip.recomputed));
@@ -41,7 +41,7 @@ bool is_torchs(const BatchNormArguments& a) {
 
 TensorAndSaved run_alike(const BatchNormArguments& a);
 
-// torch.nn's way: the count is raised by an operator of its own, and momentum=None reads it.
+// As torch.nn does: a separate operator increments the count, and momentum=None reads it.
 TensorAndSaved run_counted_apart(const BatchNormArguments& a) {
   const at::Tensor& count = *a.num_batches_tracked;
   if (skips_this_pass(a.skip)) return run_alike(without_count(a, 0));
@@ -51,7 +51,7 @@ TensorAndSaved run_counted_apart(const BatchNormArguments& a) {
   return result;
 }
 
-// y, and what batch_norm_repeat needs to compute it again, where that is at hand.
+// Returns y and, if available, the saved statistics for batch_norm_repeat.
 TensorAndSaved run_alike(const BatchNormArguments& a) {
   check_arguments(a);
   const bool is_recorded = at::tracer::impl::is_dispatch_enabled() && is_torchs(a);
@@ -87,8 +87,8 @@ bool is_of(at::ScalarType type, const OptionalTensor& tensor) {
 
 bool has_another_shape(const OptionalTensor& parameter) { return is_defined(parameter) && parameter->dim() > 1; }
 
-// The kernels' (C,) vectors share one dtype. FSDP's mixed precision makes parameters 16-bit, but not buffers: then it
-// is that of the statistics, float32. Weight and bias of several dimensions become vectors, their gradients theirs.
+// The kernels need (C,) vectors of one dtype. FSDP's mixed precision makes parameters 16-bit but not buffers, so such
+// parameters are converted to float32. Weight and bias of several dimensions are flattened, but not their gradients.
 TensorAndSaved run(const BatchNormArguments& a) {
   if (has_another_shape(a.weight) || has_another_shape(a.bias)) {
     const auto flat = [](const OptionalTensor& parameter) {
@@ -171,7 +171,7 @@ Result batch_norm_from_python(const at::Tensor& input,
   TensorAndSaved result;
   if (!at::tracer::impl::is_dispatch_enabled() || is_torchs(args)) {
     result = run(args);
-  } else {  // it records what the dispatcher sees
+  } else {  // the tracer records calls of the dispatcher
     std::get<0>(result) = dispatch_batch_norm(args);
   }
   if constexpr (std::is_same_v<Result, at::Tensor>) {

@@ -1,4 +1,4 @@
-// The public operator, as torch and Python call it.
+// The public operator, for calls from torch and from Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,8 @@
 
 namespace bn_ext {
 
-// torch.nn.functional.batch_norm, which in training also raises num_batches_tracked, takes momentum=None for the mean
-// over all batches, adds a residual, applies an activation, and may skip updates (arguments.h).
+// torch.nn.functional.batch_norm with additions: training also increments num_batches_tracked, accepts momentum=None
+// for the mean over all batches, and may skip updates (arguments.h). It can add a residual and apply an activation.
 at::Tensor batch_norm(const at::Tensor& input,
                       const OptionalTensor& running_mean,
                       const OptionalTensor& running_var,
@@ -27,16 +27,16 @@ at::Tensor batch_norm(const at::Tensor& input,
                       bool skip_nonfinite,
                       bool skip_recomputed);
 
-// The activation alone, as TorchScript calls it behind torch's own batch norm.
+// The activation alone, which TorchScript calls after torch's own batch norm.
 at::Tensor activate(const at::Tensor& input, std::string_view activation, double activation_parameter);
 
-// A double that bindings.cpp takes from Python as torch does.
+// A double that bindings.cpp converts from Python as torch does.
 struct Number {
   double value;
   operator double() const { return value; }
 };
 
-// The same for calls from Python that do not come through the dispatcher. Result: at::Tensor, or TensorAndSaved.
+// The same for calls from Python that do not use the dispatcher. Result is at::Tensor or TensorAndSaved.
 template <typename Result>
 Result batch_norm_from_python(const at::Tensor& input,
                               const OptionalTensor& running_mean,

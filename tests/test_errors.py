@@ -117,7 +117,7 @@ def test_runtime_errors_with_torchs_type(device: str, arguments: tuple, words: s
 
 
 def test_momentum_none_needs_the_count(device: str) -> None:
-    with pytest.raises(ValueError, match=r"momentum=None .* needs num_batches_tracked"):
+    with pytest.raises(ValueError, match=r"momentum=None .* requires num_batches_tracked"):
         bn_ext.batch_norm(*on(device, (X, vector(), vector())), training=True, momentum=None)
 
 
@@ -206,13 +206,13 @@ SAVED = torch.ones(4, 3)
         ({"dy": X.double()}, "grad_output must have the dtype and device of input"),
         (
             {"saved": torch.ones(4, 1)},
-            r"saved must be what the forward pass returned, \(4, 3\) of Float on DEVICE, got \[4, 1\] of Float",
+            r"saved must be the tensor that the forward .*, \(4, 3\) of Float on DEVICE, got \[4, 1\] of Float",
         ),
-        ({"saved": SAVED.double()}, "saved must be what .* of Double"),
+        ({"saved": SAVED.double()}, "saved must be the tensor that .* of Double"),
         ({"weight": vector(2)}, "weight should contain 3 elements not 2"),
         ({"residual": X[:2]}, "residual must have the shape of input"),
-        ({"mask": torch.zeros(3, dtype=torch.uint8)}, "mask must be what the forward pass returned, .* got 3 of Byte"),
-        ({"mask": torch.zeros(10, dtype=torch.uint8)}, "a mask needs the mask_format with which the forward pass was"),
+        ({"mask": torch.zeros(3, dtype=torch.uint8)}, "mask must be the tensor that the forward .* got 3 of Byte"),
+        ({"mask": torch.zeros(10, dtype=torch.uint8)}, "mask requires the mask_format that the forward pass was"),
         *(
             (
                 {"mask": torch.zeros(10, dtype=torch.uint8), "mask_format": wrong},
@@ -226,7 +226,7 @@ SAVED = torch.ones(4, 3)
                 "mask_format": torch.contiguous_format,
                 "activation": "silu",
             },
-            "a mask goes with the activations relu, leaky_relu and relu6, got silu",
+            "mask requires the activation relu, leaky_relu or relu6, got silu",
         ),
         ({"activation": "foo"}, "activation must be relu, .*, got foo"),
     ],
