@@ -1,8 +1,8 @@
-"""Builds the extension bn_ext._C against the torch that is installed; metadata is in pyproject.toml.
+"""Builds the extension bn_ext._C against the installed torch. Metadata is in pyproject.toml.
 
-Environment: BN_EXT_CUDA=0|1 leaves the CUDA kernels out or insists on them; TORCH_CUDA_ARCH_LIST, MAX_JOBS and
-CUDA_HOME as for every torch extension. BN_EXT_PHASE_CLOCK=1 makes the build of lab/README.md, whose kernels note when
-they come to which phase.
+Environment variables: BN_EXT_CUDA=0 builds without CUDA kernels, and BN_EXT_CUDA=1 fails if they cannot be built.
+TORCH_CUDA_ARCH_LIST, MAX_JOBS and CUDA_HOME work as for every torch extension. BN_EXT_PHASE_CLOCK=1 makes a build for
+lab/, whose kernels record when they reach each phase.
 """
 
 import os
@@ -20,16 +20,16 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     sys.exit(
-        f"bn_ext: torch cannot be imported ({error}). Install torch first, then build with "
-        "`pip install --no-build-isolation .`: an isolated build does not see the installed torch."
+        f"bn_ext: torch cannot be imported ({error}). Install torch, then build with "
+        "`pip install --no-build-isolation .`, because an isolated build does not see the installed torch."
     )
 
-# The newest architecture gets PTX too, so that later GPUs can run it.
+# PTX of the newest architecture lets newer GPUs run the kernels.
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
 def find_toolkit() -> Path | None:
-    """The CUDA toolkit's folder. Torch takes it from CUDA_HOME or the nvcc on PATH, which may be a mere wrapper."""
+    """Return the CUDA toolkit's folder. The nvcc on PATH, from which torch derives it, may be only a wrapper."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     for folder in [named] if named else [cpp_extension.CUDA_HOME, "/usr/local/cuda"]:
         if folder and Path(folder, "bin", "nvcc").exists() and Path(folder, "include", "cuda_runtime.h").exists():
@@ -38,19 +38,17 @@ def find_toolkit() -> Path | None:
 
 
 def choose_cuda() -> tuple[Path | None, str]:
-    """The toolkit to build the CUDA kernels with or None, and the reason. Never asks whether a GPU is there."""
+    """Return the toolkit for the CUDA kernels, or None, and the reason. It does not matter whether there is a GPU."""
     wanted = os.environ.get("BN_EXT_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"bn_ext: BN_EXT_CUDA must be 0 or 1, got {wanted!r}")
     if wanted == "0":
-        return None, "it was built with BN_EXT_CUDA=0, build it again without that"
+        return None, "it was built with BN_EXT_CUDA=0, rebuild bn_ext without this setting"
     toolkit = find_toolkit()
     if torch.version.cuda is None:
-        reason = (
-            f"torch {torch.__version__} was built without CUDA, install a CUDA build of torch and build bn_ext again"
-        )
+        reason = f"torch {torch.__version__} was built without CUDA, install a CUDA build of torch and rebuild bn_ext"
     elif toolkit is None:
-        reason = "no CUDA toolkit was found at build time, set CUDA_HOME to one and build bn_ext again"
+        reason = "no CUDA toolkit was found at build time, set CUDA_HOME to its folder and rebuild bn_ext"
     else:
         return toolkit, f"torch has CUDA {torch.version.cuda}, and a toolkit was found"
     if wanted == "1":
@@ -59,19 +57,19 @@ def choose_cuda() -> tuple[Path | None, str]:
 
 
 def wants_phase_clock(cuda: bool) -> bool:
-    """Whether BN_EXT_PHASE_CLOCK asks for kernels that note the times of their phases: for lab/, not to be released."""
+    """Whether BN_EXT_PHASE_CLOCK requests kernels that record the times of their phases, for lab/, not for releases."""
     wanted = os.environ.get("BN_EXT_PHASE_CLOCK", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"bn_ext: BN_EXT_PHASE_CLOCK must be 0 or 1, got {wanted!r}")
     if wanted == "1" and not cuda:
-        sys.exit("bn_ext: BN_EXT_PHASE_CLOCK=1 is for CUDA kernels, and there are to be none; see BN_EXT_CUDA=1")
+        sys.exit("bn_ext: BN_EXT_PHASE_CLOCK=1 requires CUDA kernels, but this build has none; set BN_EXT_CUDA=1 too")
     return wanted == "1"
 
 
 def build_config(cuda: bool, reason: str, phase_clock: bool) -> str:
-    """What bn_ext.build_info() tells of the build; a module beside the extension, readable when that cannot load."""
+    """Return the module that bn_ext.build_info() reads. It can be read even if the extension cannot be loaded."""
     lines = [
-        '"""Written by setup.py when it has built the extension."""',
+        '"""Written by setup.py after it has built the extension."""',
         "",
         f"TORCH = {torch.__version__!r}",
         f"CUDA = {cuda!r}",
@@ -83,7 +81,7 @@ def build_config(cuda: bool, reason: str, phase_clock: bool) -> str:
 
 
 def build_command(config: str) -> type:
-    """Torch's build_ext, which also leaves the build config where it leaves the extension."""
+    """Return torch's build_ext, extended to write the build config next to the extension."""
 
     class BuildExtension(cpp_extension.BuildExtension):
         def run(self) -> None:
@@ -95,35 +93,35 @@ def build_command(config: str) -> type:
 
 
 def paths(*patterns: str) -> list[str]:
-    """Files of the source folder, as setuptools wants them named."""
+    """Return files of the source folder, named as setuptools requires."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
 def optimisation() -> list[str]:
-    """Flags that only GCC takes: -O3's vectorizer, and to collect garbage sooner.
+    """Return flags that only GCC accepts: for -O3's vectoriser, and for earlier garbage collection.
 
-    The rest of -O3 takes a quarter of the compile time and makes nothing faster. The garbage is 100 MB with torch's
-    header for autograd.
+    The rest of -O3 takes a quarter of the compile time and makes nothing faster. Garbage collection frees 100 MB while
+    torch's header for autograd is compiled.
     """
     command = [*shlex.split(os.environ.get("CXX") or "c++"), "--version"]
     try:
         version = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    except OSError:  # no compiler: the build says so, and metadata needs none
+    except OSError:  # no compiler: the build will report it, and metadata does not need one
         return []
     is_gcc = "Free Software Foundation" in version
     return ["-ftree-vectorize", "-fvect-cost-model=dynamic", "--param=ggc-min-expand=30"] if is_gcc else []
 
 
 def extension(cuda: bool, reason: str, phase_clock: bool) -> "cpp_extension.CppExtension":
-    """The one extension module, with the CUDA back-end or what stands in for it."""
-    # The planner is in every build; of the host's side of CUDA there is one or the other.
-    left_out = "csrc/cuda/unavailable.cpp" if cuda else "csrc/cuda/batch_norm_cuda.cpp"
-    sources = [path for path in paths("csrc/*.cpp", "csrc/cpu/**/*.cpp", "csrc/cuda/*.cpp") if path != left_out]
-    # OpenMP: without it at::parallel_for in an extension is serial, without a word.
+    """Return the extension module, with the CUDA back-end or its replacement."""
+    # Every build has the planner and one of these two files.
+    excluded = "csrc/cuda/unavailable.cpp" if cuda else "csrc/cuda/batch_norm_cuda.cpp"
+    sources = [path for path in paths("csrc/*.cpp", "csrc/cpu/**/*.cpp", "csrc/cuda/*.cpp") if path != excluded]
+    # Without OpenMP, at::parallel_for in an extension is silently serial.
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    # errno: nobody reads it, and loops with a square root become vectors.
+    # Nobody reads errno, and without it the compiler vectorises loops with a square root.
     cxx = ["-O2", "-g0", "-Wall", "-fvisibility=hidden", "-fno-math-errno", *optimisation(), *openmp]
-    # Headers with the operators that are named, not with all of ATen's: half the time and memory of a compiler.
+    # Only the headers of the operators that are used: this halves the compiler's time and memory.
     macros = [("AT_PER_OPERATOR_HEADERS", None), *[("BN_EXT_PHASE_CLOCK", None)] * phase_clock]
     depends = paths("csrc/**/*.h", "csrc/**/*.inl", "csrc/**/*.cuh")
     if cuda:
@@ -131,7 +129,7 @@ def extension(cuda: bool, reason: str, phase_clock: bool) -> "cpp_extension.CppE
             "bn_ext._C",
             sources + paths("csrc/cuda/**/*.cu"),
             define_macros=macros,
-            # Two architectures of a file at a time, so that the last file is done sooner.
+            # nvcc compiles two architectures of a file in parallel, so the last file ends sooner.
             extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "--threads=2"]},
             extra_link_args=openmp,
             depends=depends,
@@ -147,7 +145,7 @@ def extension(cuda: bool, reason: str, phase_clock: bool) -> "cpp_extension.CppE
 
 
 def main() -> None:
-    """Decides, says what was decided and why, and builds."""
+    """Choose whether to build CUDA kernels, print the choice and its reason, and build."""
     toolkit, reason = choose_cuda()
     cuda = toolkit is not None
     if toolkit is not None:

@@ -123,7 +123,7 @@ def test_phase_clock_is_a_build_of_its_own(sources: Path, tmp_path: Path) -> Non
         assert ("BN_EXT_PHASE_CLOCK" in result.stdout.split("macros:")[1]) == has_clock
     for environment, words in (
         ({"BN_EXT_PHASE_CLOCK": "yes"}, "BN_EXT_PHASE_CLOCK must be 0 or 1, got 'yes'"),
-        ({"BN_EXT_PHASE_CLOCK": "1", "BN_EXT_CUDA": "0"}, "BN_EXT_PHASE_CLOCK=1 is for CUDA kernels"),
+        ({"BN_EXT_PHASE_CLOCK": "1", "BN_EXT_CUDA": "0"}, "BN_EXT_PHASE_CLOCK=1 requires CUDA kernels"),
     ):
         result = setup(sources, with_cuda, CUDA_HOME=toolkit, **environment)
         assert result.returncode == 1
