@@ -1,1 +1,1 @@
-"""What make and developers run; not part of the package."""
+"""Scripts for make and for developers; not part of the package."""

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Compiles for arm64 what of the CPU back-end needs no torch: the loops, and what the system is asked for. Nothing runs.
+# Compiles for arm64 the files of the CPU back-end that need no torch: the kernels and the system queries. Runs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compiler="${ARM64_CXX:-aarch64-linux-gnu-g++}"
 if ! command -v "$compiler" > /dev/null; then
-  echo "arm64_check: there is no $compiler; on Debian, 'apt-get install g++-aarch64-linux-gnu' brings it" >&2
+  echo "arm64_check: $compiler was not found; on Debian, 'apt-get install g++-aarch64-linux-gnu' installs it" >&2
   exit 2
 fi
 out="$(mktemp -d)"

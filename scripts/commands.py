@@ -1,4 +1,4 @@
-"""Commands of a check, which stops with one sentence where one fails."""
+"""Run the commands of a check; if one fails, stop with one sentence."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ ROOT = Path(__file__).parent.parent.resolve()
 
 
 def fail(sentence: str) -> NoReturn:
-    """Stop with one sentence."""
+    """Stop the script with this sentence as its error."""
     sys.exit(f"{Path(sys.argv[0]).stem}: {sentence}")
 
 
 def run(what: str, *command: str | Path, cwd: Path) -> None:
-    """Run a command; stop with a sentence if it fails."""
+    """Run a command in `cwd`; stop if it fails. `what` names it in the error."""
     print("+", *command, flush=True)
     status = subprocess.run([str(c) for c in command], cwd=cwd, check=False).returncode
     if status != 0:
@@ -23,7 +23,7 @@ def run(what: str, *command: str | Path, cwd: Path) -> None:
 
 
 def output_of(what: str, *command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    """What a command prints, both streams; stop with a sentence if it fails."""
+    """Return what a command prints on both streams; stop if it fails."""
     result = subprocess.run(
         [str(c) for c in command],
         cwd=cwd,

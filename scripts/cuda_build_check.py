@@ -1,8 +1,8 @@
-"""Build bn_ext with its CUDA kernels and check what came of it; a GPU is neither needed nor used.
+"""Build bn_ext with its CUDA kernels and check the build; a GPU is neither needed nor used.
 
-In an environment of its own with the oldest torch that is supported, kept in the user's cache folder, and in a copy of
-the sources, so that the build in this folder stays as it is: builds for the default architectures, looks at
-build_info(), at the machine code in the extension and the registers of its kernels, and runs the tests.
+The script uses its own environment with the oldest supported torch, in the user's cache folder, and a copy of the
+sources, so that the build in this folder does not change. It builds for the default architectures, checks build_info(),
+the extension's machine code and the registers of its kernels, and runs the tests.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from kernels_check import ARCHITECTURES, check_kernels
 from make_env import BUILD_REQUIREMENTS, requirements_of
 
 TORCH = "torch==2.11.0"
-# Of the checkout, not copied: what git ignores, and git itself.
+# Not copied from the checkout: files that git ignores, and git's own.
 NOT_SOURCES = shutil.ignore_patterns(
     ".git",
     ".venv",
@@ -44,7 +44,7 @@ NOT_SOURCES = shutil.ignore_patterns(
 
 @contextlib.contextmanager
 def part(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Say what begins, and note how long it took."""
+    """Print the name of a part, and record its time in `seconds`."""
     print(f"\n== {name}", flush=True)
     start = time.monotonic()
     yield
@@ -52,35 +52,35 @@ def part(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def required_nvcc() -> Path:
-    """The CUDA compiler; stop with a sentence if there is none."""
+    """Return the CUDA compiler; stop if there is none."""
     return find_nvcc() or fail(
         "no nvcc was found; install the CUDA toolkit of torch's version or set CUDA_HOME to it "
-        "(.ci/run leaves this part out only where CHECK_CUDA_BUILD=0 says so)"
+        "(with CHECK_CUDA_BUILD=0, .ci/run skips this check)"
     )
 
 
 def requirements() -> list[str]:
-    """What goes into the environment: torch, what a build needs, and what the tests need."""
+    """Return the environment's requirements: torch, those of a build, and those of the tests."""
     return [TORCH, *BUILD_REQUIREMENTS, *requirements_of("test")]
 
 
 def make_environment(cache: Path) -> Path:
-    """Find or make the environment of these requirements and this Python; returns its Python."""
+    """Find or make the environment for the requirements and this Python; return its Python."""
     key = hashlib.sha256("\n".join([sys.version, *requirements()]).encode()).hexdigest()[:8]
     folder = cache / f"{TORCH.replace('==', '-')}-{key}"
     python, complete = folder / "bin" / "python", folder / "complete.txt"
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making the environment
         if complete.exists():
             print(f"reusing {folder}")
             return python
         print(f"making {folder} (5.5 GB)", flush=True)
         venv.create(folder, with_pip=True, clear=True)
-        # Without pip's cache: it would hold everything a second time.
+        # pip's cache would store everything a second time.
         pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir")
         run("installing the environment", *pip, *requirements(), cwd=ROOT)
-        complete.write_text("\n".join(requirements()) + "\n")  # last: an interrupted install is made anew
+        complete.write_text("\n".join(requirements()) + "\n")  # last, so that an interrupted install is repeated
     return python
 
 
@@ -94,7 +94,7 @@ print(json.dumps(dataclasses.asdict(bn_ext.build_info()) | {"torch_cuda": torch.
 
 
 def check_build_info(python: Path, sources: Path) -> None:
-    """Compare what the package tells of itself with what was asked for; a call on the CPU works."""
+    """Compare build_info() with the requested build, and check a call on the CPU."""
     info = json.loads(output_of("a call on the CPU", python, "-c", BUILD_INFO, cwd=sources).splitlines()[-1])
     version = TORCH.removeprefix("torch==")
     expected = {"loaded": True, "cuda": True, "cuda_architectures": "8.0;9.0+PTX", "phase_clock": False}
@@ -102,33 +102,33 @@ def check_build_info(python: Path, sources: Path) -> None:
         if info[name] != value:
             fail(f"build_info().{name} must be {value!r}, got {info[name]!r}")
     if info["torch_at_build"].split("+")[0] != version or info["torch"] != info["torch_at_build"]:
-        fail(f"build_info() must tell torch {version}, got {info['torch_at_build']} at build, now {info['torch']}")
+        fail(f"build_info() must report torch {version}, got {info['torch_at_build']} at build, now {info['torch']}")
     text = output_of("python -m bn_ext", python, "-m", "bn_ext", cwd=sources)
     print(text, end="")
     if not re.search(r"^CUDA kernels +yes \(torch has CUDA ", text, re.MULTILINE):
-        fail("python -m bn_ext must say 'CUDA kernels  yes', see above")
+        fail("python -m bn_ext must print 'CUDA kernels  yes', see above")
 
 
 def find_cuobjdump(python: Path) -> Path:
-    """No toolkit is sure to have it; triton, which torch brings along, has one."""
+    """Return the cuobjdump on PATH, or triton's: not every toolkit has one, but torch installs triton."""
     packages = output_of("python", python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     shipped = next(Path(packages).glob("triton/backends/nvidia/bin/cuobjdump"), None)
     on_path = shutil.which("cuobjdump")
-    return Path(on_path) if on_path else shipped or fail("no cuobjdump is on PATH or in triton; install triton")
+    return Path(on_path) if on_path else shipped or fail("cuobjdump was not found on PATH or in triton; install triton")
 
 
 def check_machine_code(cuobjdump: Path, extension: Path) -> None:
-    """The extension holds machine code for every architecture, and PTX of the newest."""
+    """Check that the extension has machine code for every architecture and PTX for the newest."""
     text = output_of("cuobjdump", cuobjdump, "--list-elf", "--list-ptx", extension)
     found = set(re.findall(r"\bsm_(\d+)\.(cubin|ptx)$", text, re.MULTILINE))
     wanted = {(name, "cubin") for name in ARCHITECTURES} | {(ARCHITECTURES[-1], "ptx")}
     if found != wanted:
-        fail(f"the extension must hold {sorted(wanted)}, cuobjdump lists {sorted(found)}")
+        fail(f"the extension must contain {sorted(wanted)}, got {sorted(found)} from cuobjdump")
     print(", ".join(f"sm_{name} {kind}" for name, kind in sorted(found)))
 
 
 def check_programs(nvcc: Path, sources: Path) -> None:
-    """Those that measure a GPU compile, for what is newer than the package's architectures too."""
+    """Check that the programs that measure a GPU compile, also for a newer architecture than the package's."""
     limits, host_calls = sources / "benchmarks" / "device_limits" / "limits.cu", sources / "lab" / "host_calls.cu"
     for program, architecture in [*((limits, name) for name in (*ARCHITECTURES, "100")), (host_calls, "90")]:
         command = (
@@ -145,7 +145,7 @@ def check_programs(nvcc: Path, sources: Path) -> None:
 
 
 def check_driver(nvcc: Path, sources: Path) -> None:
-    """The kernels' driver compiles, and links with the objects that the build left; only a GPU can run it."""
+    """Check that the kernels' driver compiles and links with the build's objects; only a GPU can run it."""
     (objects,) = (sources / "build").glob("temp*/csrc/cuda")
     program = sources / "kernels_driver_program"
     home = str(nvcc.resolve().parent.parent)
@@ -154,11 +154,11 @@ def check_driver(nvcc: Path, sources: Path) -> None:
 
 
 def main() -> None:
-    """All parts in turn; the first that fails ends it."""
+    """Run all parts in turn; stop at the first failure."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bn_ext"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=cache, help=f"folder for the environment (default {cache})")
-    parser.add_argument("--python", type=Path, help="use this Python, with torch and all else, and make no environment")
+    parser.add_argument("--python", type=Path, help="use this Python, which has all requirements; make no environment")
     options = parser.parse_args()
 
     seconds: dict[str, float] = {}
@@ -172,7 +172,7 @@ def main() -> None:
         with part("programs that measure a GPU", seconds):
             check_programs(nvcc, sources)
         with part("build", seconds):
-            # Insist on CUDA, and take the architectures that a user gets who names none.
+            # Require CUDA, and use the default architectures.
             setting = {"BN_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ""}
             command = (python, "setup.py", "--quiet", "build_ext", "--inplace")
             text = output_of("the build", *command, cwd=sources, **setting)

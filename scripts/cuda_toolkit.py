@@ -1,4 +1,4 @@
-"""Where the CUDA toolkit is."""
+"""Find the CUDA toolkit."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def find_nvcc() -> Path | None:
-    """The CUDA compiler: of CUDA_HOME, the one on the PATH, or the usual folder's."""
+    """Return the CUDA compiler in CUDA_HOME if that is set, else the one on PATH or in the default folder."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     for candidate in [Path(home, "bin", "nvcc")] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]:
         if candidate and Path(candidate).exists():

@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# All that a machine with a GPU can tell: builds bn_ext for this GPU in a copy of the sources, and then, as far as the
-# time goes, verifies, tests, measures.
+# Runs all checks that need a GPU: builds bn_ext for this GPU in a copy of the sources; then, as far as time allows,
+# verifies, tests and measures it.
 #
 #   scripts/gpu_check.sh [folder [step...]]        default: gpu-check, all steps
 #
-# The steps, in their order:
-#   build        for this GPU, unless an earlier call into the folder did so from the same sources; USE_BUILT=1 takes the
+# The steps, in order:
+#   build        for this GPU, unless the folder has an earlier build of the same sources; USE_BUILT=1 takes the
 #                extension (and the kernels_driver_program) that is built in this checkout
 #   verify       bn_ext against float64 on the GPU, with all teams, with smaller ones, and without PDL
 #   kernels      every kernel on small tensors: tests/kernels_driver
-#   grids        two cooperative grids at a time, before anything else could hang on them
-#   tests        the suite on the GPU
-#   faults       work that holds the GPU, launches under stress, many processes, no memory
-#   large        tensors of more than 2^31 elements, and other tests that want the GPU for themselves
-#   limits       what the GPU can do: benchmarks.device_limits
-#   benchmark    against every rival: benchmarks, for BENCH_SECONDS (default 60)
-#   bytes        bytes from and to memory, by ncu: benchmarks.dram
+#   grids        two cooperative grids at the same time, before other steps could hang because of them
+#   tests        the test suite on the GPU
+#   faults       work that occupies the GPU, launches under stress, many processes, out of memory
+#   large        tensors of more than 2^31 elements, and other tests that need the GPU for themselves
+#   limits       the limits of the GPU: benchmarks.device_limits
+#   benchmark    comparison with all other libraries: benchmarks, for BENCH_SECONDS (default 60)
+#   bytes        bytes read from and written to memory, by ncu: benchmarks.dram
 #   training     whole models: benchmarks.training, for TRAIN_SECONDS (default 200)
-#   convergence  does training end as well: benchmarks.convergence
+#   convergence  whether training converges as well: benchmarks.convergence
 #   sanitize     every kernel on small tensors under each tool of compute-sanitizer
 #
-# Two names stand for the steps of one call where a GPU is lent for 15 minutes in all, and 10 minutes a call:
-#   first        build verify kernels grids tests; best with USE_BUILT=1, so that the GPU need not wait for the build
+# Two names stand for the steps of one call if a GPU is available for 15 minutes in total and 10 minutes per call:
+#   first        build verify kernels grids tests; best with USE_BUILT=1, so that the GPU is not idle during the build
 #   second       build faults large limits benchmark sanitize, with the same folder, which has the build
 #
-# The folder gets a log for each step, results as JSON (those of a measurement that was cut off as ....partial.json),
-# summary.json, and all of these in results.tar.gz. With the folder of an earlier call on the same kind of GPU, benchmark
-# and training go on where that ended. GPU_SECONDS is the time for all together (default: 420 for first, 360 for second,
-# else 1500): what does not fit is cut off, and the summary says so.
-# Nothing is installed: PYTHON (default python3) must have torch with CUDA, pytest, and pytest-benchmark for the
-# benchmarks; CUDA_HOME or the PATH an nvcc. A step that fails does not keep the next ones from running; the exit status
-# is 0 only if none failed.
+# The script writes to the folder: a log of each step, results as JSON (....partial.json if a measurement was cut off),
+# summary.json, and results.tar.gz with all of these. If the folder has results of an earlier call on the same kind of
+# GPU, benchmark and training resume from them. GPU_SECONDS limits the total time (default: 420 for first, 360 for
+# second, otherwise 1500): steps that exceed it are cut off, and the summary reports them.
+# The script installs nothing: PYTHON (default python3) must have torch with CUDA, pytest, and pytest-benchmark for the
+# benchmarks, and nvcc must be in CUDA_HOME or on PATH. If a step fails, the next ones still run. The exit status is 0
+# only if no step failed.
 set -u
 
 sources=$(cd "$(dirname "$0")/.." && pwd)
@@ -53,27 +53,27 @@ case "$*" in
   *) chosen=" ${*:-$all} " ;;
 esac
 for name in $chosen; do
-  case " $all " in *" $name "*) ;; *) stop "there is no step $name; there are: $all; or first, or second" ;; esac
+  case " $all " in *" $name "*) ;; *) stop "unknown step $name; the steps are: $all; or first, or second" ;; esac
 done
 total=${GPU_SECONDS:-$seconds}
 case $total in *[!0-9]* | "") stop "GPU_SECONDS must be a number of seconds, got $total" ;; esac
 
-python=$(command -v "$python") || stop "there is no ${PYTHON:-python3}"
+python=$(command -v "$python") || stop "${PYTHON:-python3} was not found; set PYTHON to a Python that has torch"
 case $python in /*) ;; *) python=$PWD/$python ;; esac
 if [ -n "${CUDA_HOME:-}" ]; then PATH=$CUDA_HOME/bin:$PATH; fi
 command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] ||
   stop "no nvcc was found; install the CUDA toolkit of torch's version or set CUDA_HOME to it"
-answers=$("$python" "$sources/scripts/gpu_probe.py") || exit 2 # which has printed the reason
+answers=$("$python" "$sources/scripts/gpu_probe.py") || exit 2 # it has printed the reason
 { read -r architectures && read -r state && read -r packages && read -r machine; } <<<"$answers"
 export BN_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architectures}"
 
-mkdir -p "$folder" || stop "the folder $folder cannot be made"
+mkdir -p "$folder" || stop "the folder $folder cannot be created; name another one"
 out=$(cd "$folder" && pwd)
-copy=$(mktemp -d) || stop "no temporary folder could be made"
+copy=$(mktemp -d) || stop "a temporary folder cannot be created; set TMPDIR to a writable folder"
 steps=$out/steps.tsv # name, result, exit status, seconds, command
 : >"$steps"
 
-# Written also when something ends the script before its time.
+# Writes the summary, also if the script ends early.
 finish() {
   "$python" "$sources/scripts/gpu_summary.py" "$steps" "$sources" "$out" "$state" "$machine"
   status=$?
@@ -83,8 +83,8 @@ finish() {
 }
 trap finish EXIT
 
-# A signal ends the step that runs, which then still writes what it has. It may come before the script knows more of the
-# step than that it begins; $! is known as soon as there is a process.
+# On a signal, interrupts the running step, which then still writes its results. The signal may come before the step's
+# process exists; $! is set as soon as it does.
 running=
 interrupted() {
   if [ -n "$running" ] && [ -n "${!:-}" ]; then
@@ -99,20 +99,20 @@ trap interrupted INT TERM
 wanted() { [[ $chosen == *" $1 "* ]]; }
 has() { [[ " $packages " == *" $1 "* ]]; }
 
-# step NAME SECONDS COMMAND...: runs it in the copy, at most so long and not beyond the end of all; its output goes to
-# NAME.log.
+# step NAME SECONDS COMMAND...: runs the command in the copy, for at most SECONDS and the remaining time. Its output
+# goes to NAME.log.
 step() {
-  local limit=$2 code result=passed left=$((total - SECONDS))
+  local limit=$2 code result=passed remaining=$((total - SECONDS))
   current=$1 start=$SECONDS
   shift 2
   command=$*
-  if [ "$left" -lt 5 ]; then
-    note "$current" "cut off: the $total s of GPU_SECONDS are over" "" 0 "$command"
+  if [ "$remaining" -lt 5 ]; then
+    note "$current" "cut off: time budget of $total s (GPU_SECONDS) exhausted" "" 0 "$command"
     return 1
   fi
-  if [ "$left" -lt "$limit" ]; then limit=$left; fi
-  # INT, upon which pytest and the benchmarks still write what they have. In the background, for a shell that waits for
-  # a command in the foreground hears of no signal.
+  if [ "$remaining" -lt "$limit" ]; then limit=$remaining; fi
+  # On INT, pytest and the benchmarks still write their results. The command runs in the background, because a shell
+  # handles no signal while it waits for a command in the foreground.
   running=1
   (cd "$copy" && exec timeout --signal=INT --kill-after=25 "$limit" "$@") >"$out/$current.log" 2>&1 &
   wait $!
@@ -134,28 +134,28 @@ step() {
   return 1
 }
 
-# note NAME RESULT STATUS SECONDS COMMAND: what becomes of a step, or why it is left out.
+# note NAME RESULT STATUS SECONDS COMMAND: prints and records the result of a step, or why it is skipped.
 note() {
   printf '%-18s %s (%s s)\n' "$1" "$2" "$4"
   printf '%s\t%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" "${5//[$'\t\n']/ }" >>"$steps"
 }
 skip() { note "$1" "skipped: $2" "" 0 ""; }
 
-# pytest_step NAME SECONDS ARGUMENTS...: not with the project's options, which ask for pytest-benchmark.
+# pytest_step NAME SECONDS ARGUMENTS...: runs pytest without the project's options, which need pytest-benchmark.
 pytest_step() {
   local name=$1 limit=$2
   shift 2
-  rm -f "$out/$name.xml" # of an earlier call
+  rm -f "$out/$name.xml" # from an earlier call
   step "$name" "$limit" "$python" -m pytest -o addopts= -v -ra --strict-markers --device=cuda --durations=20 \
     -p no:cacheprovider --ignore=tests/cuda_on_cpu --junitxml="$out/$name.xml" "$@"
 }
 
-# Without what earlier builds left, also in other folders: it would be taken for what this one makes.
+# Copies no products of earlier builds, in any folder: they would be mistaken for products of this one.
 built=(--exclude='*.so' --exclude=_build_config.py --exclude=./build --exclude=kernels_driver_program)
 [ "${USE_BUILT:-0}" = 1 ] && built=()
 (cd "$sources" && tar --exclude=.git --exclude=.venv --exclude=./gpu-check --exclude="./${out#"$sources/"}" \
-  "${built[@]}" --exclude=__pycache__ -cf - .) | tar -xf - -C "$copy" || stop "the sources could not be copied"
-# Of the metadata, what setuptools before 77 refuses and this build does not need.
+  "${built[@]}" --exclude=__pycache__ -cf - .) | tar -xf - -C "$copy" || stop "the sources cannot be copied to $copy"
+# Removes metadata that setuptools before 77 refuses and this build does not need.
 sed -i '/^license/d' "$copy/pyproject.toml"
 
 objects() { ls -td "$copy"/build/temp*/csrc/cuda 2>/dev/null | head -n 1; }
@@ -169,9 +169,9 @@ if [ "${USE_BUILT:-0}" = 1 ]; then
 elif [ -f "$kept" ] && tar -xf "$kept" -C "$copy"; then
   step build 60 "$python" -c "$told"
 else
-  # Line numbers for compute-sanitizer; they change no machine code.
+  # -lineinfo adds line numbers for compute-sanitizer and changes no machine code.
   step build "$total" env NVCC_APPEND_FLAGS=-lineinfo "$python" setup.py build_ext --inplace && keep_build
-fi || stop "without a build there is nothing to check"
+fi || stop "bn_ext is not built, so nothing can be checked; see $out/build.log"
 
 if wanted verify; then
   verify=("$python" -m bn_ext verify --device cuda)
@@ -182,11 +182,11 @@ if wanted verify; then
   step verify-no-pdl 30 env BN_EXT_CUDA_PDL=0 "${verify[@]}"
 fi
 
-# make_driver: builds the program that runs every kernel, unless it is there; at most one attempt.
+# make_driver: builds the program that runs every kernel, unless it exists; tries only once.
 driver=$copy/kernels_driver_program attempted=
 make_driver() {
   local found
-  found=$(objects) # without which the kernels are compiled once more
+  found=$(objects) # without them the kernels are compiled again
   if [ -z "$attempted" ] && [ ! -x "$driver" ]; then
     step driver 200 tests/kernels_driver/build.sh "$driver" ${found:+"$found"}
   fi
@@ -227,16 +227,16 @@ if wanted convergence; then
   step convergence 60 "$python" -m benchmarks.convergence --budget 30 --json "$out/convergence.json"
 fi
 
-# What the tools see:
-#   memcheck   accesses outside of allocations, global and shared ones, misaligned ones, and CUDA's own errors
-#   racecheck  shared memory that threads of a block use without a barrier between them; not global memory, so not how
-#              the teams of a grid exchange sums. It is not documented to take barrier.cluster for a barrier between the
-#              threads of a block. So a hazard is expected to be the tool's, and needs no mending, if both accesses are
-#              to sums_ or coefficients_ (exchange.cuh), the case (printed before it) has teams of clusters, and a
-#              cluster barrier lies between the two lines. Any other hazard is real
-#   initcheck  reads of global memory that nothing has written; not shared memory
-#   synccheck  barriers and warp operations that some of their threads do not reach, or with a wrong mask
-# None of them sees a missing fence.
+# The tools detect:
+#   memcheck   accesses outside allocations in global and shared memory, misaligned accesses, and CUDA errors
+#   racecheck  accesses to shared memory by threads of a block without a barrier between them; not global memory, so
+#              not how the teams of a grid exchange sums. NVIDIA does not document that racecheck treats barrier.cluster
+#              as a barrier between the threads of a block. A hazard is therefore expected to be a false positive if
+#              both accesses are to sums_ or coefficients_ (exchange.cuh), the case (printed before it) has teams of
+#              clusters, and a cluster barrier lies between the two lines. Any other hazard is real
+#   initcheck  reads of uninitialised global memory; not shared memory
+#   synccheck  barriers and warp operations that some of their threads do not reach, or that have a wrong mask
+# None of them detects a missing fence.
 if wanted sanitize && make_driver; then
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
   for tool in memcheck racecheck initcheck synccheck; do

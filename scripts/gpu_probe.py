@@ -1,7 +1,7 @@
-"""For gpu_check.sh: ask torch and Python once for all that the script needs to know; exits with 2 if it cannot go on.
+"""For gpu_check.sh: query torch and Python for all facts that the script needs; exit with 2 if it cannot continue.
 
-Prints four lines: the GPUs' compute capabilities, the state of the sources, those optional packages that there are, and
-the machine as JSON.
+Prints four lines: the GPUs' compute capabilities, the state of the sources, the optional packages that are installed,
+and the machine as JSON.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ OPTIONAL = ("xdist", "pytest_benchmark")
 
 
 def machine(torch: Any) -> dict[str, Any]:
-    """What the results are of."""
+    """Return the machine and the versions that the results belong to."""
     return {
         "device": torch.cuda.get_device_name(),
         "devices": torch.cuda.device_count(),
@@ -27,20 +27,20 @@ def machine(torch: Any) -> dict[str, Any]:
 
 
 def missing() -> str:
-    """Why the script cannot go on; empty if it can."""
+    """Return why the script cannot continue; empty if it can."""
     try:
         import torch
     except ImportError:
-        return f"{sys.executable} cannot import torch; name another Python with PYTHON=, as PYTHON=.venv/bin/python"
+        return f"{sys.executable} cannot import torch; set PYTHON to one that can, such as PYTHON=.venv/bin/python"
     if not torch.cuda.is_available():
-        return "torch sees no GPU on this machine; the tests that need none are run by make test"
+        return "torch sees no GPU on this machine; `make test` runs the tests that need none"
     if importlib.util.find_spec("pytest") is None:
-        return f"{sys.executable} cannot import pytest"
+        return f"{sys.executable} cannot import pytest; install it there"
     return ""
 
 
 def main() -> int:
-    """Print the answers, or the reason on stderr."""
+    """Print the facts, or on stderr why the script cannot continue."""
     if reason := missing():
         print(f"gpu_check: {reason}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""For gpu_check.sh: write summary.json from the list of its steps; exits with 1 unless all passed or were left out."""
+"""For gpu_check.sh: write summary.json from the list of its steps; exit with 1 unless all passed or were skipped."""
 
 import json
 import subprocess
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-END = "end"  # the last line of a script that was not ended before its time
+END = "end"  # the last line of the list if the script ran to its end
 
 
 def commit(sources: Path) -> str:
-    """Of the sources, with a mark if there are changes on top; empty if there is no git."""
+    """Return the commit of the sources, marked dirty if they have changes; empty if there is no git."""
     command = ["git", "-C", str(sources), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -21,10 +21,10 @@ def commit(sources: Path) -> str:
 
 
 def tests(report: Path) -> dict[str, Any]:
-    """Count what pytest tells in its XML: how many ran, failed, were skipped, and why those were."""
+    """Count the tests in pytest's XML that ran, failed and were skipped, and the reasons for skipping."""
     try:
         cases = list(ElementTree.parse(report).iter("testcase"))
-    except ElementTree.ParseError as error:  # of a pytest that was ended while it wrote
+    except ElementTree.ParseError as error:  # pytest was ended while it was writing
         return {"error": f"{report.name} cannot be read: {error}"}
     skipped = [skip.get("message", "") for case in cases for skip in case.iter("skipped")]
     failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases if case.find("failure") is not None]
@@ -34,7 +34,7 @@ def tests(report: Path) -> dict[str, Any]:
 
 
 def read_steps(lines: list[str]) -> list[dict[str, Any]]:
-    """Read the list: a line for each step, tab-separated."""
+    """Read the list, which has a tab-separated line per step."""
     steps = []
     for line in lines:
         name, result, status, seconds, command = line.split("\t")
@@ -44,7 +44,7 @@ def read_steps(lines: list[str]) -> list[dict[str, Any]]:
 
 
 def main(steps_file: str, sources: str, folder: str, state: str, machine: str) -> int:
-    """Write the summary and print where it is; the last two arguments are lines of gpu_probe.py."""
+    """Write the summary and print its path; the last two arguments are lines printed by gpu_probe.py."""
     lines = Path(steps_file).read_text().splitlines()
     complete = lines[-1:] == [END]
     steps = read_steps(lines[: len(lines) - complete])

@@ -1,8 +1,8 @@
-"""Make the environment that the Makefile's targets run in: .venv, with torch, what is asked for, and bn_ext built.
+"""Make the environment .venv for the Makefile's targets, with torch, the requested extras and bn_ext built.
 
-A torch that this Python can already import is used and not replaced, unless a requirement is named with --torch, now or
-when the environment was made before. Torch and kernels are chosen for this machine: without a GPU, torch's CPU build if
-pip's index offers one, and no CUDA kernels; with one, kernels for that GPU only.
+A torch that this Python can already import is used and not replaced, unless --torch names a requirement, now or when
+the environment was made. Torch and kernels are chosen for this machine: without a GPU, torch's CPU build if pip's index
+has one, and no CUDA kernels; with a GPU, kernels for that GPU only.
 """
 
 import argparse
@@ -18,17 +18,15 @@ import time
 import venv
 from pathlib import Path
 
-if sys.version_info < (3, 10):  # noqa: UP036 (whoever has an older one gets here)
-    sys.exit(
-        f"make_env: Python 3.10 or newer is needed, and this is {sys.version.split()[0]} (PYTHON=... names another)"
-    )
+if sys.version_info < (3, 10):  # noqa: UP036 (users of an older Python get here)
+    sys.exit(f"make_env: needs Python 3.10 or newer, got {sys.version.split()[0]}; set PYTHON to a newer one")
 from progress import Steps
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_REQUIREMENTS = ["setuptools>=77", "wheel", "ninja", "pybind11"]
 OLDEST_TORCH = (2, 11)
 MARKER = "made_by_make"  # a file in each environment
-# Prints the compute capabilities of this machine's GPUs, and the names of those that torch was compiled for.
+# Prints the compute capabilities of this machine's GPUs and the architectures that torch was compiled for.
 CAPABILITIES = """
 import json, torch
 gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -37,13 +35,13 @@ print(json.dumps([gpus, torch.cuda.get_arch_list()]))
 
 
 def say(words: str) -> None:
-    """Print what was decided, and why."""
+    """Print a decision and its reason."""
     print(f"make_env: {words}", flush=True)
 
 
 def run(steps: Steps, words: str, python: Path, *arguments: str, **environment: str) -> None:
     """Run a step of the environment's Python in the source folder; stop with its status if it fails."""
-    # torch looks for ninja, which is beside that Python, on the PATH; without it, files are compiled one by one.
+    # torch searches PATH for ninja, which is next to that Python; without ninja, files are compiled one by one.
     path = os.pathsep.join([str(python.parent.absolute()), os.environ.get("PATH", "")])
     status = steps.run(words, [python, *arguments], ROOT, {"PATH": path, **environment})
     if status != 0:
@@ -59,7 +57,7 @@ def has_gpu() -> bool:
 
 
 def importable_torch() -> Path | None:
-    """The folder of packages from which this Python imports torch."""
+    """Return the package folder from which this Python imports torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -67,25 +65,25 @@ def importable_torch() -> Path | None:
 
 
 def newest_cpu_build(listing: str) -> str | None:
-    """The newest version with the label +cpu among those that `pip index versions torch` lists."""
+    """Return the newest version with the label +cpu in the output of `pip index versions torch`."""
     found = re.findall(r"(\d+)\.(\d+)\.(\d+)\+cpu", listing)
     newest = max((tuple(map(int, version)) for version in found), default=(0, 0, 0))
     return "{}.{}.{}+cpu".format(*newest) if newest >= OLDEST_TORCH else None
 
 
 def choose_torch(python: Path) -> str:
-    """The requirement to install where no torch is at hand and none is named."""
+    """Return the requirement to install if no torch can be imported and none is named."""
     wants_cuda = os.environ.get("BN_EXT_CUDA") == "1" or bool(os.environ.get("TORCH_CUDA_ARCH_LIST"))
     if not has_gpu() and not wants_cuda:
         command = [python, "-m", "pip", "index", "versions", "torch"]
         listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         version = newest_cpu_build(listing)
         if version is not None:
-            say(f"no GPU here, so torch {version}, which has no CUDA (TORCH=torch==... installs another)")
+            say(f"no GPU here, so torch {version}, which has no CUDA, is installed (TORCH=torch==... installs another)")
             return f"torch=={version}"
         say(
             "no GPU here, but pip's index lists no CPU build of torch: the newest is installed, which has CUDA and "
-            "takes several GB (PIP_EXTRA_INDEX_URL names an index that has one, TORCH=torch==... another version)"
+            "takes several GB (PIP_EXTRA_INDEX_URL adds an index that has one, TORCH=torch==... installs another torch)"
         )
     else:
         say("the newest torch is installed (TORCH=torch==... installs another)")
@@ -93,9 +91,9 @@ def choose_torch(python: Path) -> str:
 
 
 def architectures(gpus: list[tuple[int, int]], of_torch: list[str]) -> str:
-    """What to compile for: of torch's architectures, which its toolkit knows, the newest whose code each GPU runs.
+    """Return the architectures to compile for: for each GPU, the newest of torch's architectures whose code it runs.
 
-    "" where a GPU runs none of them.
+    Returns "" if a GPU runs none of them. The toolkit knows all of torch's architectures.
     """
     listed = [(int(major), int(minor)) for major, minor in re.findall(r"\bsm_(\d+)(\d)\b", " ".join(of_torch))]
     chosen = set()
@@ -108,42 +106,42 @@ def architectures(gpus: list[tuple[int, int]], of_torch: list[str]) -> str:
 
 
 def build_settings(python: Path) -> dict[str, str]:
-    """Which CUDA kernels to build: what the user's variables say, else what this machine can run."""
+    """Return which CUDA kernels to build: those of the user's variables, else those that this machine can run."""
     names = ("BN_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")
     settings = {name: os.environ[name] for name in names if os.environ.get(name)}
     if settings:
         return settings
     if not has_gpu():
-        say("no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them, with a torch for CUDA)")
+        say("no GPU here, so the CUDA kernels are not built (BN_EXT_CUDA=1 builds them, with a torch for CUDA)")
         return {"BN_EXT_CUDA": "0"}
     result = subprocess.run([python, "-c", CAPABILITIES], capture_output=True, text=True, check=False)
     gpus, of_torch = json.loads(result.stdout) if result.returncode == 0 else ([], [])
     if not gpus:
-        return {}  # setup.py says why there are no kernels
+        return {}  # setup.py prints why there are no kernels
     chosen = architectures(gpus, of_torch)
     if not chosen:
         found = ", ".join(f"{major}.{minor}" for major, minor in gpus)
         say(f"this torch has no code for a GPU of compute capability {found}: CUDA kernels are built for 8.0 and 9.0")
         return {}
-    say(f"CUDA kernels are built for this machine's GPU only, {chosen} (TORCH_CUDA_ARCH_LIST names others)")
+    say(f"CUDA kernels are built for this machine's GPU only, {chosen} (TORCH_CUDA_ARCH_LIST selects others)")
     return {"TORCH_CUDA_ARCH_LIST": chosen}
 
 
 def clear(folder: Path) -> None:
-    """Empty a folder that make made and mark it; stop if the folder is somebody else's."""
+    """Empty and mark a folder that make made; stop if something else made it."""
     if folder.exists():
         entries = [path.name for path in folder.iterdir()] if folder.is_dir() else [""]
         if entries and not {MARKER, "made_for.json", "made_for.txt"} & set(
             entries
-        ):  # older environments have a note only
-            sys.exit(f"make_env: {folder} was not made by make: remove it, or name another folder by VENV=")
+        ):  # older environments have only a note
+            sys.exit(f"make_env: {folder} was not made by make: remove it, or set VENV to another folder")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
 
 
 def create(folder: Path, shared_packages: Path | None) -> Path:
-    """A fresh environment, which also sees the packages in `shared_packages`; returns its Python."""
+    """Create an environment that also sees the packages in `shared_packages`; return its Python."""
     clear(folder)
     try:
         venv.create(folder, with_pip=True)
@@ -161,19 +159,19 @@ PIP = ("-m", "pip", "install", "--disable-pip-version-check")
 
 
 def requirements_of(*extras: str) -> list[str]:
-    """What pyproject.toml lists for these extras."""
+    """Return the requirements of these extras in pyproject.toml."""
     project = (ROOT / "pyproject.toml").read_text()
     found = [re.search(rf"^{extra} = (\[.*\])$", project, re.MULTILINE) for extra in extras]
     return [requirement for match in found if match for requirement in json.loads(match[1])]  # 3.10 has no tomllib
 
 
 def make(folder: Path, torch: str) -> dict[str, str]:
-    """A fresh environment with torch and bn_ext built; returns the settings of the build."""
+    """Make an environment with torch and bn_ext built; return the settings of the build."""
     shared = None if torch else importable_torch()
     steps = Steps(3 if shared is None else 2)
     if shared is not None:
-        say(f"using the torch in {shared} (TORCH=torch==... installs another)")
-    say(f"a new environment in {folder}")
+        say(f"the torch in {shared} is used (TORCH=torch==... installs another)")
+    say(f"a new environment is made in {folder}")
     python = create(folder, shared)
     run(steps, "install the build tools", python, *PIP, *BUILD_REQUIREMENTS)
     if shared is None:
@@ -186,12 +184,12 @@ def make(folder: Path, torch: str) -> dict[str, str]:
 
 
 def sources() -> list[Path]:
-    """What the extension is built from."""
+    """Return the files that the extension is built from."""
     return [ROOT / "setup.py", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
 
 
 def state_of_sources() -> str:
-    """A digest of their names and contents: a file that was copied or renamed may be older than the build."""
+    """Return a digest of names and contents: copied or renamed files may be older than the build."""
     digest = hashlib.sha256()
     for path in sources():
         digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode() + path.read_bytes())
@@ -199,7 +197,7 @@ def state_of_sources() -> str:
 
 
 def compile_again(python: Path, settings: dict[str, str], built: float) -> None:
-    """Compile what has changed since then; all of it where the changed files do not look newer."""
+    """Compile the files that are newer than `built`; all files if none is, as after a copy or a renaming."""
     if max(path.stat().st_mtime for path in sources()) <= built:
         for folder in (ROOT / "build").glob("temp*"):
             shutil.rmtree(folder)
@@ -207,13 +205,13 @@ def compile_again(python: Path, settings: dict[str, str], built: float) -> None:
 
 
 class Note:
-    """What an environment was made for, in a file of it."""
+    """A file in the environment that records how it was made."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "made_for.json"
         try:
             made = json.loads(self.path.read_text())
-        except (OSError, ValueError):  # never made, or not to the end
+        except (OSError, ValueError):  # not made, or not completely
             made = {}
         self.torch: str = made.get("torch", "")
         self.project: str = made.get("project", "")
@@ -223,7 +221,7 @@ class Note:
         self.built: float = made.get("built", 0.0)
 
     def write(self) -> None:
-        """At once, so that it is never half of one."""
+        """Write atomically, so that the file is always complete."""
         values = {name: value for name, value in vars(self).items() if name != "path"}
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(values))
@@ -231,11 +229,11 @@ class Note:
 
 
 def main() -> None:
-    """Create, install and build, each only where it is missing or out of date."""
+    """Create, install and build, each only if it is missing or out of date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv")
-    parser.add_argument("--torch", default="", help="requirement to install, as torch==2.13.0; overrides a torch found")
-    parser.add_argument("--extras", nargs="+", default=["test", "demo", "lint"], help="of pyproject.toml")
+    parser.add_argument("--torch", default="", help="requirement to install, such as torch==2.13.0")
+    parser.add_argument("--extras", nargs="+", default=["test", "demo", "lint"], help="extras of pyproject.toml")
     options = parser.parse_args()
 
     folder = options.folder.absolute()
@@ -243,9 +241,9 @@ def main() -> None:
     note = Note(folder)
     project = (ROOT / "pyproject.toml").read_text()
     torch = options.torch or note.torch
-    begin, state = time.time(), state_of_sources()  # now: they may change while they are compiled
+    begin, state = time.time(), state_of_sources()  # now, because they may change during compilation
     if (note.project, note.torch) != (project, torch):
-        note.path.unlink(missing_ok=True)  # the folder's mark stays
+        note.path.unlink(missing_ok=True)  # the folder keeps its mark
         note.settings = make(folder, torch)
         note.torch, note.project, note.extras, note.sources, note.built = torch, project, [], state, begin
         note.write()
@@ -258,7 +256,7 @@ def main() -> None:
             note.write()
     missing = [extra for extra in options.extras if extra not in note.extras]
     if missing:
-        words = f"install what {' and '.join(missing)} needs"
+        words = f"install the requirements of {' and '.join(missing)}"
         run(Steps(1), words, python, *PIP, *requirements_of(*missing))
         note.extras += missing
         note.write()
@@ -268,4 +266,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("make_env: interrupted; the next make goes on")
+        sys.exit("make_env: interrupted; the next make continues")

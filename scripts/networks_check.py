@@ -1,6 +1,6 @@
-"""Networks of timm, torchvision and MONAI, fused beside stock in float64: what is fused, and the largest difference.
+"""Fuse networks of timm, torchvision and MONAI, and compare them with their stock versions in float64.
 
-python scripts/networks_check.py --json FILE --markdown FILE   (a package that is not installed is left out)
+python scripts/networks_check.py --json FILE --markdown FILE   (a package that is not installed is skipped)
 """
 
 import argparse
@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import bn_ext
 
-# How many times as much as by one rounding of each value of its input a network may differ by being fused: that rounds
-# in another order at each of up to 226 batch norms, and the network multiplies every rounding, by up to 1e6.
+# The largest accepted difference between fused and stock, in multiples of the effect of one rounding per input value.
+# Fusing rounds in another order at each of up to 226 batch norms, and the network amplifies roundings by up to 1e6.
 ROUNDINGS = 100
 STEPS, BATCH, SIZE = 3, 4, 64
 
@@ -31,7 +31,7 @@ Make = Callable[[], nn.Module]
 
 @dataclass
 class Row:
-    """What became of one network; differences are shares of the largest value of what is compared."""
+    """The result for one network. Differences are fractions of the largest of the compared values."""
 
     package: str
     network: str
@@ -42,15 +42,15 @@ class Row:
     gradients: float
     state: float
     one_rounding: float
-    """The largest of the three for stock beside stock with an input that differs by one rounding per value."""
+    """The largest of the three between two stock networks whose inputs differ by one rounding per value."""
 
     def is_close(self) -> bool:
-        """Whether no difference is larger than roundings explain."""
+        """Whether roundings explain all differences."""
         return max(self.outputs, self.gradients, self.state) <= ROUNDINGS * self.one_rounding
 
 
 def of_timm() -> Iterator[tuple[str, Make]]:
-    """Twenty networks, of most families that have batch norms."""
+    """Yield twenty networks, from most families that have batch norms."""
     timm = import_module("timm")
     names = (
         *("efficientnet_b0", "mobilenetv3_small_050", "regnetx_002", "densenet121", "repvgg_a0", "resnet18"),
@@ -65,7 +65,7 @@ def of_timm() -> Iterator[tuple[str, Make]]:
 
 
 def of_torchvision() -> Iterator[tuple[str, Make]]:
-    """Eight of its classifiers."""
+    """Yield eight classifiers."""
     models = import_module("torchvision").models
     for name in (
         *("resnet18", "densenet121", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "shufflenet_v2_x0_5"),
@@ -75,7 +75,7 @@ def of_torchvision() -> Iterator[tuple[str, Make]]:
 
 
 def of_monai() -> Iterator[tuple[str, Make]]:
-    """Six, with batch norms where the package has others unless asked; those with a dropout train with it."""
+    """Yield six networks with batch norms, which are not MONAI's default; networks with dropout train with it."""
     nets = import_module("monai.networks.nets")
     images = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2}
     unet = {"channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2, "norm": "batch"}
@@ -96,12 +96,12 @@ def check(package: str, name: str, make: Make) -> Row:
     torch.manual_seed(0)
     stock = make().double()
     for module in stock.modules():
-        if is_norm(module) and module.affine:  # some begin with weights of 0, which would hide what comes before
+        if is_norm(module) and module.affine:  # an initial weight of 0 would hide the layers before it
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
     fused, rounded = copy.deepcopy(stock), copy.deepcopy(stock)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # classes that are left alone: the table counts them
+        warnings.simplefilter("ignore")  # about classes that are not converted: the table counts them
         bn_ext.convert(fused)
         converted = sum(isinstance(module, OURS) for module in fused.modules())
         fused, report = bn_ext.fuse(fused, report=True)
@@ -115,13 +115,13 @@ def check(package: str, name: str, make: Make) -> Row:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it is a batch norm, of whatever class."""
+    """Whether the module is a batch norm of any class."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def results_of(model: nn.Module, images: Tensor) -> dict[str, list[Tensor]]:
-    """Outputs and gradients of steps of training, the state after them, and the output in evaluation then."""
-    # Small steps: large ones with random weights would multiply roundings, of stock too, by 1e8 and more.
+    """Return outputs and gradients of the training steps and a pass in evaluation, and the final state."""
+    # Small steps: large ones with random weights would amplify roundings, of stock too, by 1e8 and more.
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     outputs, gradients = [], []
     for step, batch in enumerate(images):
@@ -139,12 +139,12 @@ def results_of(model: nn.Module, images: Tensor) -> dict[str, list[Tensor]]:
 
 
 def weights_like(value: Tensor) -> Tensor:
-    """Of a loss that depends on all values, each in another way; its gradients are of the order of 1."""
+    """Return the weights of a loss that depends on each value differently; its gradients are of the order of 1."""
     return torch.arange(value.numel(), dtype=value.dtype).cos().view_as(value) / value.numel() ** 0.5
 
 
 def differences(actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> dict[str, float]:
-    """The largest in each list, as a share of the largest value in it; infinite where the lists do not match."""
+    """Return the largest difference in each list as a fraction of its largest value; infinite for NaN."""
     found = {}
     for name, values in expected.items():
         scale = max(float(value.double().abs().max()) for value in values if value.numel())
@@ -154,13 +154,13 @@ def differences(actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor
 
 
 def markdown(rows: list[Row], versions: dict[str, str]) -> str:
-    """The page of the table."""
+    """Return the page with the table."""
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     return PAGE.format(versions=named, **globals()) + "".join(f"{line_of(row)}\n" for row in rows)
 
 
 def line_of(row: Row) -> str:
-    """One of the table."""
+    """Return a row of the table."""
     numbers = (f"{value:.1e}" for value in (row.outputs, row.gradients, row.state, row.one_rounding))
     cells = (f"{row.package}: {row.network}", row.norms, row.converted, row.fused, *numbers)
     return f"| {' | '.join(map(str, cells))} |"
@@ -185,11 +185,11 @@ Generated by `python scripts/networks_check.py --markdown docs/networks.md` with
 
 
 def main() -> None:
-    """Check all networks of the packages that are there; exit with 1 if one differs by more than roundings."""
+    """Check all networks of the installed packages; exit with 1 if one differs by more than roundings."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="where to write the table as JSON")
-    parser.add_argument("--markdown", type=Path, help="where to write the page")
-    parser.add_argument("--only", default="", help="networks with this in their name, as `timm: resnet18`")
+    parser.add_argument("--json", type=Path, help="file to write the table to, as JSON")
+    parser.add_argument("--markdown", type=Path, help="file to write the page to")
+    parser.add_argument("--only", default="", help="text in the names of networks to check, such as `timm: resnet18`")
     options = parser.parse_args()
     rows: list[Row] = []
     versions = {"Python": platform.python_version(), "torch": str(torch.__version__)}
@@ -197,7 +197,7 @@ def main() -> None:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            print(f"{package} is not installed: its networks are left out")
+            print(f"{package} is not installed: its networks are skipped")
             continue
         for name, make in networks():
             if options.only in f"{package}: {name}":
@@ -210,9 +210,9 @@ def main() -> None:
         options.markdown.write_text(markdown(rows, versions))
     failed = [f"{row.package}: {row.network}" for row in rows if not row.is_close()]
     if failed:
-        sys.exit(f"networks_check: differ from stock by more than {ROUNDINGS} roundings: {'; '.join(failed)}")
+        sys.exit(f"networks_check: some differ from stock by more than {ROUNDINGS} roundings: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # so small networks gain nothing by more
+    torch.set_num_threads(1)  # networks of this size gain nothing from more
     main()

@@ -1,4 +1,4 @@
-"""A command's progress: which step of how many, how long it has taken, and its last line while it runs."""
+"""Print the progress of commands: the step, the number of steps, the time, and the last line of output."""
 
 import os
 import queue
@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-BEAT = 5.0  # seconds between two signs of life
+INTERVAL = 5.0  # seconds between two lines of progress
 
 
 def summary_of(line: str) -> str:
-    """A line of pip's or ninja's output in a few words."""
+    """Shorten a line of pip's or ninja's output."""
     compiled = re.match(r"\[(\d+)/(\d+)\] (.*)", line.strip())
     if compiled:
         source = re.search(r"(\S+\.(?:cpp|cu))(?=\s)", compiled[3])
@@ -29,15 +29,15 @@ class Steps:
     def __init__(self, count: int) -> None:
         self.count, self.number, self.begin = count, 0, time.monotonic()
 
-    def say(self, words: str) -> None:
-        """Print a line that begins with the step and the time since the first."""
+    def print(self, words: str) -> None:
+        """Print `words` after the step's number and the time since the first step."""
         seconds = int(time.monotonic() - self.begin)
         print(f"[step {self.number} of {self.count}, {seconds // 60}:{seconds % 60:02}] {words}", flush=True)
 
     def run(self, words: str, command: Sequence[str | Path], cwd: Path, environment: Mapping[str, str]) -> int:
-        """Run the next step; its output is shown if it fails. Returns its status."""
+        """Run the next step and return its status; print its output if it fails."""
         self.number += 1
-        self.say(words)
+        self.print(words)
         process = subprocess.Popen(
             [str(part) for part in command],
             cwd=cwd,
@@ -68,19 +68,19 @@ class Steps:
         return status
 
     def _follow(self, lines: "queue.SimpleQueue[str | None]", output: list[str]) -> None:
-        """Collect all lines; print the newest every few seconds, and warnings and decisions of setup.py at once."""
-        said = time.monotonic()
+        """Collect all lines; print the newest every few seconds, and warnings and setup.py's messages at once."""
+        printed = time.monotonic()
         while True:
             try:
-                line = lines.get(timeout=max(0.0, said + BEAT - time.monotonic()))
+                line = lines.get(timeout=max(0.0, printed + INTERVAL - time.monotonic()))
             except queue.Empty:
-                self.say("  " + (summary_of(output[-1]) if output else "..."))
-                said = time.monotonic()
+                self.print("  " + (summary_of(output[-1]) if output else "..."))
+                printed = time.monotonic()
                 continue
             if line is None:
                 return
             output.append(line)
             is_news = line.strip().startswith("bn_ext: ") or ": warning: " in line
-            if is_news or time.monotonic() >= said + BEAT:
-                self.say("  " + summary_of(line))
-                said = time.monotonic()
+            if is_news or time.monotonic() >= printed + INTERVAL:
+                self.print("  " + summary_of(line))
+                printed = time.monotonic()

@@ -182,7 +182,7 @@ def test_nothing_without_a_build(check: Check) -> None:
     done = check("verify", FAIL="build_ext")
     assert done.returncode == 1
     assert check.results() == {"build": "failed"}
-    assert "without a build there is nothing to check" in done.stderr
+    assert "bn_ext is not built, so nothing can be checked" in done.stderr
 
 
 @pytest.mark.slow
@@ -265,15 +265,15 @@ def test_tests_are_counted(check: Check) -> None:
 def test_when_the_time_is_over(check: Check) -> None:
     """What is left is named, and the whole has not passed."""
     assert check("verify", "bytes", GPU_SECONDS="4").returncode == 1
-    assert check.results() == {"build": "cut off: the 4 s of GPU_SECONDS are over"}
+    assert check.results() == {"build": "cut off: time budget of 4 s (GPU_SECONDS) exhausted"}
 
 
 @pytest.mark.parametrize(
     ("steps", "environment", "sentence"),
     [
-        (["verfy"], {}, "there is no step verfy; there are: build verify kernels grids"),
-        ([], {"PYTHON": "no-such-python"}, "there is no no-such-python"),
-        ([], {"FAIL": "import torch"}, "cannot import torch; name another Python with PYTHON="),
+        (["verfy"], {}, "unknown step verfy; the steps are: build verify kernels grids"),
+        ([], {"PYTHON": "no-such-python"}, "no-such-python was not found"),
+        ([], {"FAIL": "import torch"}, "cannot import torch; set PYTHON to one that can"),
         ([], {"FAIL": "is_available"}, "torch sees no GPU on this machine"),
         (["first"], {"GPU_SECONDS": "ten"}, "GPU_SECONDS must be a number of seconds, got ten"),
     ],

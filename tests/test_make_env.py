@@ -65,7 +65,7 @@ class Script:
 
 def test_a_torch_that_was_named_stays(script: Script) -> None:
     """`make lint` after `make test TORCH=...` does not bring another torch, even where the project has changed."""
-    made = ["python -m bn_ext", "install what test and demo and lint needs"]
+    made = ["python -m bn_ext", "install the requirements of test and demo and lint"]
     assert script() == [("make", ""), *made]  # whichever torch can be imported
     assert script() == []
     assert script("--torch", "torch==2.13.0") == [("make", "torch==2.13.0"), *made]
@@ -86,7 +86,7 @@ def test_what_make_did_not_make_stays(make_env: ModuleType, tmp_path: Path) -> N
     (own / "thesis.txt").write_text("words")
     (own / "made_of_words.txt").touch()  # not the name of a mark
     for folder in (own, own / "thesis.txt"):
-        with pytest.raises(SystemExit, match=r"was not made by make: remove it, or name another folder by VENV="):
+        with pytest.raises(SystemExit, match=r"was not made by make: remove it, or set VENV to another folder"):
             make_env.clear(folder)
     assert (own / "thesis.txt").read_text() == "words"
     (own / make_env.MARKER).touch()  # as in an environment whose making was interrupted
@@ -119,7 +119,7 @@ def test_a_source_that_looks_old_is_noticed(
 
 def test_what_is_needed_later_is_added(script: Script) -> None:
     script("--extras", "demo")
-    assert script("--extras", "demo", "test") == ["install what test needs"]
+    assert script("--extras", "demo", "test") == ["install the requirements of test"]
     assert script("--extras", "demo", "test") == []
 
 
@@ -134,13 +134,13 @@ def test_kernels_are_those_that_this_machine_can_run(
     make_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert make_env.build_settings(tmp_path) == {"BN_EXT_CUDA": "0"}
-    assert "no GPU here, so the CUDA kernels are left out (BN_EXT_CUDA=1 builds them, with a" in capsys.readouterr().out
+    assert "no GPU here, so the CUDA kernels are not built (BN_EXT_CUDA=1 builds them" in capsys.readouterr().out
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho \'[[[9, 0], [10, 3]], ["sm_90", "sm_100"]]\'\n')
     python.chmod(0o755)
     monkeypatch.setattr(make_env, "has_gpu", lambda: True)
     assert make_env.build_settings(python) == {"TORCH_CUDA_ARCH_LIST": "9.0;10.0"}
-    assert "for this machine's GPU only, 9.0;10.0 (TORCH_CUDA_ARCH_LIST names others)" in capsys.readouterr().out
+    assert "for this machine's GPU only, 9.0;10.0 (TORCH_CUDA_ARCH_LIST selects others)" in capsys.readouterr().out
     python.write_text('#!/bin/sh\necho \'[[[11, 0]], ["sm_90", "sm_100"]]\'\n')
     assert make_env.build_settings(python) == {}
     assert "no code for a GPU of compute capability 11.0: CUDA kernels are built for 8.0 and" in capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_without_a_gpu_torch_is_the_newest_cpu_build(
     assert "no GPU here, so torch 2.13.0+cpu, which has no CUDA" in capsys.readouterr().out
     python.write_text("#!/bin/sh\necho 'Available versions: 2.15.0, 2.9.0+cpu'\n")  # that one is too old
     assert make_env.choose_torch(python) == "torch>=2.11"
-    assert "TORCH=torch==... another version" in capsys.readouterr().out
+    assert "TORCH=torch==... installs another torch" in capsys.readouterr().out
     monkeypatch.setattr(make_env, "has_gpu", lambda: True)
     assert make_env.choose_torch(python) == "torch>=2.11"
 

@@ -56,4 +56,4 @@ def test_package_that_is_missing_is_left_out(
     monkeypatch.setattr(script, "PACKAGES", {"no-such-package": script.of_timm})
     monkeypatch.setattr(sys, "argv", ["networks_check.py"])
     script.main()
-    assert capsys.readouterr().out == "no-such-package is not installed: its networks are left out\n"
+    assert capsys.readouterr().out == "no-such-package is not installed: its networks are skipped\n"
