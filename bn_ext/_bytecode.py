@@ -5,7 +5,7 @@ import types
 from collections import Counter
 from collections.abc import Iterator
 
-CONTEXT = "sets or asks for a context (grad mode, autocast, checkpoint, ...)"
+CONTEXT = "enters a context, or reads or sets a mode (grad mode, autocast, checkpoint, ...)"
 _WITH = ("BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "SETUP_ASYNC_WITH", "LOAD_SPECIAL")
 _GLOBAL = ("LOAD_GLOBAL", "LOAD_NAME")
 _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
@@ -58,14 +58,18 @@ def reason_against(code: types.CodeType) -> str:
         if name == "IMPORT_NAME":
             return f"imports {instruction.argval}"
         if instruction.argval in _PAST_RECORDS and code.co_name != "__getattribute__":  # as configurations have it
-            return f"reads attributes by {instruction.argval}"
+            return f"reads attributes through {instruction.argval}"
         if name == "IS_OP" and not _compares_state(instructions[:position]):
-            return "asks whether a value is the same object as another"
+            return "tests whether two values are the same object"
         if name in _GLOBAL and instruction.argval == "type" and not _is_self(instructions[position + 1]):
-            return "asks for the type of a value"
+            return "reads the type of a value"
         if _gives_class_of_self(instructions[: position + 1]) and not _is_read(instructions[position + 1 :]):
-            return "asks for its own class, which is another after fuse"
-    return "" if _handles_lookups_only(instructions) else "catches exceptions, which an operation may raise later"
+            return "uses its own class, which fuse replaces"
+    return (
+        ""
+        if _handles_lookups_only(instructions)
+        else "catches exceptions, which an operation may raise in a later call"
+    )
 
 
 def compared_with_none(code: types.CodeType) -> tuple[set[str], bool]:

@@ -96,7 +96,7 @@ class Snapshots:
         self._count = self._count + 1 if self._open else 0
         kind = type(value)
         if self._count > _MOST_VALUES:
-            raise NotFaithfulError(f"its forward reads {name}, which holds more than {_MOST_VALUES} values")
+            raise NotFaithfulError(f"forward() reads {name}, which holds more than {_MOST_VALUES} values")
         if kind in _CONSTANTS:
             return Constant(kind, value)
         if isinstance(value, torch.nn.Module):
@@ -119,7 +119,7 @@ class Snapshots:
             return Library(value.__name__)
         is_namespace = isinstance(value, dict) and "__builtins__" in value
         if id(value) in self._open or is_namespace or not _has_visible_state(value):
-            raise NotFaithfulError(f"its forward reads {name}, whose state cannot be compared ({kind.__qualname__})")
+            raise NotFaithfulError(f"forward() reads {name}, whose state cannot be compared ({kind.__qualname__})")
         return self._of_parts(value, name)
 
     def of_attribute(self, module: torch.nn.Module, name: str) -> Any:
@@ -142,7 +142,7 @@ class Snapshots:
 
     def _of_module(self, module: torch.nn.Module, name: str) -> Child:
         if id(module) not in self.paths:
-            raise NotFaithfulError(f"its forward reads {name}, a module that is not one of its submodules")
+            raise NotFaithfulError(f"forward() reads {name}, a module outside the traced module")
         return Child(original_class(type(module)), self.number(module))
 
     def _of_function(self, function: types.FunctionType, name: str) -> Same | Function:

@@ -110,11 +110,11 @@ def _decide_between_operands(found: Found, unmatched: dict[Node, str]) -> None:
     for target, match in list(found.matches.items()):
         if match.second and match.sum in first:
             del found.matches[target]
-            found.obstacles[target] = f"it is what {first[match.sum]} adds"
+            found.obstacles[target] = f"its result is the residual of {first[match.sum]}"
     for result, unmatched_target in unmatched.items():
         takers = [target for target, match in found.matches.items() if match.sum in result.users]
         if takers and len(result.users) == 1:
-            found.obstacles[unmatched_target] = f"it is what {takers[0]} adds"
+            found.obstacles[unmatched_target] = f"its result is the residual of {takers[0]}"
 
 
 def fused(node: Node) -> bool:
@@ -148,7 +148,7 @@ def _match(norm: Node, root: torch.nn.Module, training: bool) -> Match:
     result, passed = _through_identity(norm, root, training)
     user = _only_user(result)
     if fused(user):
-        raise ObstacleError(f"it is what {user.target} adds")
+        raise ObstacleError(f"its result is the residual of {user.target}")
     match = Match(norm, [*passed, user], activation(user, root))
     sum = addition(user)
     if sum is not None:
@@ -170,17 +170,17 @@ def _require_usual(norm: Node, root: torch.nn.Module) -> None:
     module = called(norm, root)
     assert module is not None
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
-        raise ObstacleError("it is lazy: run the model once, then fuse")
+        raise ObstacleError("it is lazy: run the model once, then call fuse")
     if isinstance(module, _timm.BatchNormAct) and module.inner_activation() != _timm.NOTHING:
-        raise ObstacleError(f"it holds its activation, a {type(module.act).__name__}")
+        raise ObstacleError(f"its activation is its child act, a {type(module.act).__name__}")
     if type(module) not in KINDS and _timm.stock_class(type(module)) is None:
-        raise ObstacleError(f"it is a {type(module).__name__}, which may do something else")
+        raise ObstacleError(f"it is a {type(module).__name__}, which may compute something else")
     if not plain(module):
-        raise ObstacleError("it has hooks, or a forward of its own")
+        raise ObstacleError("it has hooks or its own forward method")
     if module.activation is not None:
-        raise ObstacleError("it has an activation of its own")
+        raise ObstacleError("it has its own activation")
     if len(norm.args) != 1 or norm.kwargs:
-        raise ObstacleError("it is called with other arguments")
+        raise ObstacleError("it is not called with exactly one positional argument")
     if any(n.op == "get_attr" and str(n.target).startswith(f"{norm.target}.") for n in norm.graph.nodes):
         raise ObstacleError("its parameters or statistics are also used elsewhere")
 
@@ -222,7 +222,7 @@ def _is_second(sum: Addition, result: Node) -> bool:
     if first is second:
         raise ObstacleError("its result is added to itself")
     if sum.written not in (None, result):
-        raise ObstacleError("the addition writes to the other tensor")
+        raise ObstacleError("the addition writes to its other operand")
     return second is result
 
 
@@ -255,7 +255,7 @@ def _require_safe(match: Match, root: torch.nn.Module, training: bool) -> None:
     memory = storage(residual, root)
     while node.op != "root":
         if writes(node, root) and any(storage(n, root) is memory for n in node.all_input_nodes):
-            raise ObstacleError("what is added to it is changed in place later")
+            raise ObstacleError("its residual is changed in place later")
         node = node.next
 
 

@@ -31,8 +31,8 @@ from bn_ext._operations import may_be_none
 from bn_ext._snapshots import Seen, original_class, submodule
 from bn_ext._undo import Undo, Variable
 
-CONTEXT = f"its forward {_bytecode.CONTEXT}"
-NONE = "its forward asks whether a value is None, which a module or function that is not traced may return"
+CONTEXT = f"forward() {_bytecode.CONTEXT}"
+NONE = "forward() tests for None, which a module or function that is not traced may return"
 
 
 class Global(NamedTuple):
@@ -84,7 +84,9 @@ class Reads:
         self.snapshots = Snapshots(root, undo.watch)
         kinds = {base for module in root.modules() for base in type(module).__mro__ if not is_library(base.__module__)}
         if any("__getattribute__" in vars(kind) for kind in kinds):
-            raise NotFaithfulError("its reads cannot be recorded, because a class has a __getattribute__ of its own")
+            raise NotFaithfulError(
+                "its reads cannot be recorded, because a class of the model defines __getattribute__"
+            )
         self._codes: dict[types.CodeType, set[str]] = {}
         """Functions that have run, and the locals that they compare with None."""
         self.compares_with_none = False
@@ -109,7 +111,7 @@ class Reads:
         """Note that an attribute of a module is read."""
         path = self.snapshots.paths.get(id(module))
         if path is None:
-            self.refuse(f"its forward reads {name!r} of a module that is not one of its submodules")
+            self.refuse(f"forward() reads {name!r} of a module outside the traced module")
         reads = self.of_modules.setdefault(path or (), {})
         if name in reads or name == "__class__":
             return
@@ -147,9 +149,9 @@ class Reads:
         if not is_library(module):
             self._code(frame)
         elif module in MACHINERY and code.co_name.startswith(("register_", "zero_grad", "requires_grad_")):
-            self.refuse(f"its forward calls {code.co_name}() of a module")
+            self.refuse(f"forward() calls {code.co_name}() of a module")
         elif module.partition(".")[0] not in HARMLESS_MODULES or module.startswith(EFFECTFUL_MODULES):
-            self.refuse(f"its forward calls {code.co_name} of {module}, which may do more than return a value")
+            self.refuse(f"forward() calls {code.co_name} of {module}, which may do more than return a value")
 
     def end(self, frame: types.FrameType) -> None:
         """Note that a Python function ends: locals that it has compared with None were Tensors or constants."""
@@ -169,14 +171,14 @@ class Reads:
         if is_library(module):
             return
         if function in QUESTIONS and not _is_importing(frame):
-            self.refuse(f"its forward asks for {function.__name__}() of something")
+            self.refuse(f"forward() calls {function.__name__}()")
         if isinstance(owner, torch.Tensor) and (
             function.__name__ in READS_OF_VALUES or function.__name__.endswith("_")
         ):
-            self.refuse(f"its forward calls {function.__name__}() of a tensor that is not one of its values")
+            self.refuse(f"forward() calls {function.__name__}() of a tensor that is not traced")
         if not is_harmless(function) and not _is_importing(frame):
             name = getattr(function, "__qualname__", str(function))
-            self.refuse(f"its forward calls {name}, which may do more than return a value")
+            self.refuse(f"forward() calls {name}, which may do more than return a value")
 
     def _code(self, frame: types.FrameType) -> None:
         code, names = frame.f_code, frame.f_globals
@@ -215,14 +217,14 @@ class Reads:
         """A closure is visible to a snapshot of its function, or made while the trace goes on."""
         outer = set(code.co_freevars) - {"__class__"}
         if outer and code not in self._nested and code not in self.snapshots.functions:
-            raise NotFaithfulError(f"its forward calls {code.co_name}, whose closure cannot be seen")
+            raise NotFaithfulError(f"forward() calls {code.co_name}, whose closure cannot be inspected")
 
     def _require_no_effects(self, code: types.CodeType, names: dict[str, Any]) -> None:
         for name in _bytecode.globals_set(code):
             self._undo.watch(Variable(names, name), name)
         reason = _bytecode.reason_against(code)
         if reason:
-            raise NotFaithfulError(f"its forward {reason}")
+            raise NotFaithfulError(f"forward() {reason}")
 
     def _watch_namespace(self, value: Any) -> None:
         if isinstance(value, types.ModuleType | type) and not is_library(getattr(value, "__module__", value.__name__)):
@@ -231,7 +233,7 @@ class Reads:
     def _global(self, names: dict[str, Any], chain: tuple[str, ...]) -> None:
         module = str(names.get("__name__"))
         if vars(sys.modules.get(module, builtins)) is not names:
-            raise NotFaithfulError(f"its forward uses {chain[0]} of {module}, which is no imported module")
+            raise NotFaithfulError(f"forward() uses {chain[0]} of {module}, which is not an imported module")
         value, depth = names.get(chain[0], ABSENT), 1
         if value is ABSENT:  # a builtin, until the module has a name like it
             chain = chain[:1]
@@ -243,9 +245,9 @@ class Reads:
         if key in self.of_globals:
             return
         if value is type and chain[:depth] != ("type",):
-            raise NotFaithfulError("its forward asks for the type of a value")
+            raise NotFaithfulError("forward() reads the type of a value")
         if str(getattr(value, "__module__", "")).startswith(OF_TRACING):
-            raise NotFaithfulError(f"its forward asks whether it is traced ({'.'.join(chain[:depth])})")
+            raise NotFaithfulError(f"forward() tests whether it is traced ({'.'.join(chain[:depth])})")
         self.of_globals[key] = self.snapshots.of(unwrapped(value), ".".join(chain[:depth]))
 
 
@@ -294,7 +296,7 @@ def recorded(reads: Reads) -> Iterator[None]:
     profiler, before = sys.getprofile(), vars(torch.nn.Module).get("__getattribute__")
     resume = getattr(profiler, "enable", None)  # cProfile's, written in C: sys.setprofile does not take it
     if profiler is not None and not callable(profiler) and resume is None:
-        raise NotFaithfulError(f"it cannot be traced while a profiler runs ({type(profiler).__name__})")
+        raise NotFaithfulError(f"it cannot be traced while a profiler is active ({type(profiler).__name__})")
     torch.nn.Module.__getattribute__ = read  # type: ignore[assignment,method-assign]
     try:
         sys.setprofile(profile)

@@ -63,11 +63,11 @@ def trace(
         finally:
             changed = undo.restore()
             if "_tensor_constant" in changed:
-                raise NotFaithfulError("its forward uses tensors from elsewhere")
+                raise NotFaithfulError("forward() uses a tensor that is not an attribute of a module")
             if changed:
-                raise NotFaithfulError(f"its forward sets {changed}")
+                raise NotFaithfulError(f"forward() sets {changed}")
     if drawn:
-        raise NotFaithfulError("its forward draws random numbers")
+        raise NotFaithfulError("forward() draws random numbers")
     if surroundings() != before:
         raise NotFaithfulError(CONTEXT)
     for node in graph.nodes:
@@ -119,7 +119,7 @@ def _reason(error: Exception) -> str:
     return f"torch.fx cannot trace it: {type(error).__name__}: {lines[0][:100]}"
 
 
-BRANCHES = "its forward branches or loops on values"
+BRANCHES = "forward() branches or loops on values"
 
 
 class _NoArithmetic(TorchDispatchMode):
@@ -130,7 +130,7 @@ class _NoArithmetic(TorchDispatchMode):
         self._reads = reads
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._reads.refuse(f"its forward computes with other tensors than its input ({func})")
+        self._reads.refuse(f"forward() computes with tensors other than its input ({func})")
 
 
 class _FaithfulTracer(Tracer):
@@ -154,7 +154,7 @@ class _FaithfulTracer(Tracer):
     def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """As the base class, but not for what another __call__ than torch.nn.Module's does around forward()."""
         if any("__call__" in vars(base) for base in type(m).__mro__ if not is_library(base.__module__)):
-            self.refuse(f"its forward calls a {type(m).__name__}, whose class has a __call__ of its own")
+            self.refuse(f"forward() calls a {type(m).__name__}, whose class defines its own __call__")
         return super().call_module(m, forward, args, kwargs)
 
     def to_bool(self, obj: Proxy) -> bool:
@@ -192,7 +192,7 @@ class _FaithfulTracer(Tracer):
         keeps = kind == "call_module" and not is_of_torch(self.root.get_submodule(target))
         keeps = keeps or (kind == "call_function" and not is_known(target))
         if keeps and any(map(_has_container, (*args, *kwargs.values()))):
-            self.refuse("its forward gives a list or a dict to a module or function that is not torch's")
+            self.refuse("forward() passes a list or a dict to a module or function that is not torch's")
         returned, self._returned = self._returned, None
         try:
             return super().create_proxy(kind, target, args, kwargs, *others, **named)
@@ -205,15 +205,17 @@ class _FaithfulTracer(Tracer):
             return a.node
         kind = type(a)
         if a is self.root:
-            self.refuse("its forward gives itself to a function")
+            self.refuse("forward() passes its own module to a function")
         if kind in (list, dict) and self._returned is not None:
             if self._is_state(a) or id(a) in self._returned:
-                self.refuse("its forward returns a list or a dict that others hold too")
+                self.refuse("forward() returns a list or a dict that is also stored elsewhere")
             self._returned.add(id(a))
         is_member = isinstance(a, enum.Enum) and kind.__members__.get(a.name) is a
         is_node = isinstance(a, Node | torch.Tensor | torch.nn.Module)
         if not (kind in _LITERALS or is_node or is_member):
-            self.refuse(f"its forward makes or uses a {kind.__name__}, which the generated code cannot make again")
+            self.refuse(
+                f"forward() creates or uses a value of type {kind.__name__}, which the generated code cannot create"
+            )
         return super().create_arg(a)
 
     def proxy(self, node: Node) -> Proxy:
@@ -240,10 +242,12 @@ def required_arguments(module: torch.nn.Module) -> list[str]:
     """
     forward = type(module).forward
     if not isinstance(forward, FunctionType):
-        raise NotFaithfulError("its forward is no plain function")
+        raise NotFaithfulError("forward() is not a plain function")
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     kinds = {parameter.kind for parameter in parameters if parameter.default is parameter.empty}
     names = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not names or inspect.Parameter.KEYWORD_ONLY in kinds:
-        raise NotFaithfulError("its forward has no required argument" if not names else "its forward requires keywords")
+        raise NotFaithfulError(
+            "forward() has no required argument" if not names else "forward() requires keyword arguments"
+        )
     return names

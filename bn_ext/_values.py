@@ -46,7 +46,7 @@ class _Silent:
     def __class__(self) -> Any:
         if _is_answered():
             return type(self)
-        self._refuse("its forward asks for the type of a value")
+        self._refuse("forward() reads the type of a value")
 
     @__class__.setter
     def __class__(self, value: Any) -> None:
@@ -56,7 +56,7 @@ class _Silent:
         """As a proxy, which has all names; a Tensor has not."""
         is_known = name in _PROPERTIES or callable(getattr(torch.Tensor, name, None))
         if not is_known and not name.startswith("__torch"):
-            self._refuse(f"its forward asks a value for {name!r}")
+            self._refuse(f"forward() reads the attribute {name!r} of a value")
         return _ValueAttribute(self, name)  # type: ignore[arg-type]
 
     def __iter__(self) -> Any:
@@ -71,20 +71,20 @@ class _Silent:
     def __hash__(self) -> int:
         if _is_answered():
             return id(self)
-        self._refuse("its forward uses a value as a key")
+        self._refuse("forward() uses a value as a key")
 
     def __repr__(self) -> str:
         if _is_answered():
             return object.__repr__(self)
-        self._refuse("its forward makes a string of a value")
+        self._refuse("forward() converts a value to a string")
 
     __str__ = __repr__
 
     def __format__(self, specification: str) -> str:
-        self._refuse("its forward makes a string of a value")
+        self._refuse("forward() converts a value to a string")
 
     def _refuse_number(self) -> Any:
-        self._refuse("its forward makes a number of a value")
+        self._refuse("forward() converts a value to a number or reads its length")
 
     __int__ = __float__ = __complex__ = __index__ = __len__ = _refuse_number
 
@@ -95,7 +95,7 @@ class Value(_Silent, TracedValue):
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse what a graph cannot hold."""
         if name not in ("tracer", "node"):
-            self._refuse(f"its forward sets {name!r} of a value")
+            self._refuse(f"forward() sets {name!r} of a value")
         super().__setattr__(name, value)
 
 

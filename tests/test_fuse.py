@@ -148,9 +148,9 @@ def chain_of_fused(self: Block, x: Tensor, z: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (both, ["it is what bn2 adds", ADD_RELU]),
-        (both_in_place, [ADD_RELU, "it is what bn adds"]),
-        (second_in_place, ["it is what bn2 adds", ADD_RELU]),
+        (both, ["its result is the residual of bn2", ADD_RELU]),
+        (both_in_place, [ADD_RELU, "its result is the residual of bn"]),
+        (second_in_place, ["its result is the residual of bn2", ADD_RELU]),
         (residual_block, [RELU, ADD_RELU]),
         (chain_of_fused, [RELU, ADD_RELU]),
         (lambda self, x, z: self.bn(x).relu(), [RELU, UNUSED]),

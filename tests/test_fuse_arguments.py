@@ -101,8 +101,8 @@ def a_list_twice(self: Small2, x: Tensor, _: Any) -> Any:
     return outputs, outputs
 
 
-OTHERS = "its forward gives a list or a dict to a module or function that is not torch's"
-HELD = "its forward returns a list or a dict that others hold too"
+OTHERS = "forward() passes a list or a dict to a module or function that is not torch's"
+HELD = "forward() returns a list or a dict that is also stored elsewhere"
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "a local list for a module": (a_local_list_for_a_module, OTHERS),
     "a local list for a function": (a_local_list_for_a_function, ""),
@@ -110,11 +110,17 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "a dict for a child of torch's": (lambda self, x, _: self.act(self.bn(x)) + self.wrapped[0](x, {}), OTHERS),
     "a returned list of the model": (lambda self, x, _: (self.act(self.bn(x)), self.history), HELD),
     "a list twice": (a_list_twice, HELD),
-    "a dataclass": (lambda self, x, _: Doubling(self.act(self.bn(x))), "its forward makes or uses a Doubling"),
-    "a NumPy number": (lambda self, x, _: self.act(self.bn(x)) * self.factor, "its forward makes or uses a float64"),
+    "a dataclass": (
+        lambda self, x, _: Doubling(self.act(self.bn(x))),
+        "forward() creates or uses a value of type Doubling",
+    ),
+    "a NumPy number": (
+        lambda self, x, _: self.act(self.bn(x)) * self.factor,
+        "forward() creates or uses a value of type float64",
+    ),
     "a string of another class": (
         lambda self, x, _: F.interpolate(self.act(self.bn(x)), scale_factor=2, mode=self.name),
-        "its forward makes or uses a Name, which the generated code cannot make again",
+        "forward() creates or uses a value of type Name, which the generated code cannot create",
     ),
 }
 

@@ -98,7 +98,7 @@ def imported(self: Small, x: Tensor) -> Tensor:
     return self.act(self.bn(x)) * len(json.dumps([]))
 
 
-CONTEXT = "its forward sets or asks for a context"
+CONTEXT = "forward() enters a context, or reads or sets a mode"
 EFFECTS: dict[str, tuple[Callable[..., Any], str]] = {
     "mkldnn flags": (within(lambda: torch.backends.mkldnn.flags(enabled=False)), CONTEXT),
     "cudnn flags": (within(lambda: torch.backends.cudnn.flags(enabled=False)), CONTEXT),
@@ -106,19 +106,19 @@ EFFECTS: dict[str, tuple[Callable[..., Any], str]] = {
     "the user's context manager": (within(Own), CONTEXT),
     "record_function": (within(lambda: torch.profiler.record_function("block")), CONTEXT),
     "entered by hand": (entered_by_hand, CONTEXT),
-    "entered by a stack": (entered_by_a_stack, "its forward calls __init__ of contextlib"),
+    "entered by a stack": (entered_by_a_stack, "forward() calls __init__ of contextlib"),
     "a decorated forward": (
         sdpa_kernel(SDPBackend.MATH)(lambda self, x: self.act(self.bn(x))),
-        "its forward reads body, whose state cannot be compared (generator)",
+        "forward() reads body, whose state cannot be compared (generator)",
     ),
     "matmul precision": (set_and_reset("set_float32_matmul_precision", "high", "highest"), CONTEXT),
     "deterministic algorithms": (set_and_reset("use_deterministic_algorithms", True, False), CONTEXT),
-    "a warning": (before(lambda x: warnings.warn("seen", stacklevel=1)), "its forward calls warn"),
-    "a log": (before(lambda x: LOG.warning("seen")), "its forward calls warning of logging"),
-    "a print": (before(lambda x: print("seen")), "its forward calls print"),
-    "a file": (before(lambda x: open("seen", "w").close()), "its forward calls open"),
-    "the time": (before(lambda x: time.time()), "its forward calls time"),
-    "the environment": (before(lambda x: os.getenv("HOME")), "its forward calls getenv of os"),
+    "a warning": (before(lambda x: warnings.warn("seen", stacklevel=1)), "forward() calls warn"),
+    "a log": (before(lambda x: LOG.warning("seen")), "forward() calls warning of logging"),
+    "a print": (before(lambda x: print("seen")), "forward() calls print"),
+    "a file": (before(lambda x: open("seen", "w").close()), "forward() calls open"),
+    "the time": (before(lambda x: time.time()), "forward() calls time"),
+    "the environment": (before(lambda x: os.getenv("HOME")), "forward() calls getenv of os"),
     "a query of a device": (
         before(lambda x: torch.cuda.is_available()),
         CONTEXT,
@@ -129,15 +129,15 @@ EFFECTS: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "values of a tensor": (
         lambda self, x: self.act(self.bn(x)) * self.sizes.tolist()[0],
-        "its forward calls tolist() of a tensor that is not one of its values",
+        "forward() calls tolist() of a tensor that is not traced",
     ),
-    "a list elsewhere": (before(lambda x: FEATURES.append(x)), "its forward sets FEATURES"),
-    "a dict elsewhere": (before(lambda x: BY_NAME.update(x=x)), "its forward sets BY_NAME"),
-    "an object elsewhere": (before(lambda x: setattr(HOLDER, "last", 1)), "its forward sets HOLDER"),
-    "an iterator": (before(lambda x: next(NUMBERS)), "its forward reads NUMBERS, whose state cannot be compared"),
-    "a global": (counted, "its forward sets COUNT"),
-    "an attribute of a class": (class_attribute, "its forward sets last"),
-    "an import": (imported, "its forward imports json"),
+    "a list elsewhere": (before(lambda x: FEATURES.append(x)), "forward() sets FEATURES"),
+    "a dict elsewhere": (before(lambda x: BY_NAME.update(x=x)), "forward() sets BY_NAME"),
+    "an object elsewhere": (before(lambda x: setattr(HOLDER, "last", 1)), "forward() sets HOLDER"),
+    "an iterator": (before(lambda x: next(NUMBERS)), "forward() reads NUMBERS, whose state cannot be compared"),
+    "a global": (counted, "forward() sets COUNT"),
+    "an attribute of a class": (class_attribute, "forward() sets last"),
+    "an import": (imported, "forward() imports json"),
 }
 
 
@@ -179,7 +179,7 @@ def closure_that_counts() -> Callable[..., Any]:
 def test_a_counter_in_a_closure_counts_the_calls_of_forward_only() -> None:
     body = closure_that_counts()
     model, report = bn_ext.fuse(Small(body), report=True)
-    assert report.rows[0].reason == "its forward sets body"
+    assert report.rows[0].reason == "forward() sets body"
     assert body.__closure__ is not None
     assert body.__closure__[0].cell_contents == 0
     assert seen_of(model, x_of(dtype=torch.float32)) == [(None, False)]
@@ -275,6 +275,6 @@ def test_a_profiler_that_cannot_go_on_is_left_alone() -> None:
         _, report = bn_ext.fuse(Small(), report=True)
         assert sys.getprofile() is before
     assert [row.reason for row in report.rows] == [
-        "it cannot be traced while a profiler runs (TraceContext)" if before is not None else ""
+        "it cannot be traced while a profiler is active (TraceContext)" if before is not None else ""
     ]
     assert "__getattribute__" not in vars(nn.Module)

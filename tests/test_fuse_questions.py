@@ -75,7 +75,7 @@ def test_questions_are_refused(name: str) -> None:
     fused, stock, [told] = fused_and_stock(
         Small(lambda self, x: (y := F.relu(self.bn(x))) * QUESTIONS[name](y)).double()
     )
-    assert told.startswith(("its forward", "torch.fx cannot trace it"))
+    assert told.startswith(("forward()", "torch.fx cannot trace it"))
     x = x_of()
     torch.testing.assert_close(fused(x), stock(x))
 
@@ -87,7 +87,7 @@ def test_identity_of_values_is_refused() -> None:
         return y if z is y else z + 1
 
     fused, stock, [told] = fused_and_stock(Small(body).double())
-    assert told == "its forward asks whether a value is the same object as another"
+    assert told == "forward() tests whether two values are the same object"
     x = x_of()
     torch.testing.assert_close(fused(x), stock(x))
 
@@ -138,34 +138,34 @@ def given_and_compared(self: Small, x: Tensor) -> Tensor:
     return add(self.act(self.bn(x)), self.sometimes(x)[1])
 
 
-CATCHES = "its forward catches exceptions, which an operation may raise later"
-NONE = "its forward asks whether a value is None, which a module or function that is not traced may return"
+CATCHES = "forward() catches exceptions, which an operation may raise in a later call"
+NONE = "forward() tests for None, which a module or function that is not traced may return"
 OF_MODELS: dict[str, tuple[Callable[..., Any], str]] = {
     "an error is caught": (caught, CATCHES),
     "any error is caught": (caught_at_last, CATCHES),
     "an error is dropped": (ended, CATCHES),
     "None": (compared_with_none, NONE),
     "None in a function": (given_and_compared, NONE),
-    "a list of names": (lambda self, x: self.act(self.bn(x)) * len(dir(self)), "its forward asks for dir()"),
+    "a list of names": (lambda self, x: self.act(self.bn(x)) * len(dir(self)), "forward() calls dir()"),
     "a parameter": (
         lambda self, x: self.act(self.bn(x)) * (2 if isinstance(self.bn.weight, nn.Parameter) else 1),
-        "its forward asks for the type of a value",
+        "forward() reads the type of a value",
     ),
     "its class": (
         lambda self, x: self.act(self.bn(x)) * (2 if type(self) == Small else 1),  # noqa: E721
-        "its forward asks for its own class",
+        "forward() uses its own class",
     ),
     "what its class is made of": (
         lambda self, x: self.act(self.bn(x)) * len(type(self).__mro__),
-        "its forward asks for its own class",
+        "forward() uses its own class",
     ),
     "its class, by an attribute": (
         lambda self, x: self.act(self.bn(x)) * {Small: 2}.get(self.__class__, 1),
-        "its forward asks for its own class",
+        "forward() uses its own class",
     ),
     "identity of state": (
         lambda self, x: self.act(self.bn(x)) * (2 if self.last is x else 1),
-        "its forward asks whether a value is the same object as another",
+        "forward() tests whether two values are the same object",
     ),
 }
 
@@ -240,7 +240,7 @@ def test_a_module_with_a_call_of_its_own_is_called_once() -> None:
     model = Small(lambda self, x: self.child(F.relu(self.bn(x))))
     model.child = Called()
     fused, stock, [told] = fused_and_stock(model.double())
-    assert told == "its forward calls a Called, whose class has a __call__ of its own"
+    assert told == "forward() calls a Called, whose class defines its own __call__"
     x = x_of()
     torch.testing.assert_close(fused(x), stock(x))
 

@@ -16,45 +16,45 @@ from torch.utils.checkpoint import checkpoint
 import bn_ext
 
 UNFAITHFUL: dict[str, tuple[Callable[..., Any], str]] = {
-    "value": (lambda self, x: self.act(self.bn(x)) if x.sum() > 0 else x, "its forward branches or loops on values"),
-    "shape": (lambda self, x: self.act(self.bn(x)) if x.dim() == 4 else x, "its forward branches or loops on values"),
-    "loop": (lambda self, x: [self.act(self.bn(t[None])) for t in x][-1], "its forward branches or loops on values"),
-    "attribute": (lambda self, x: (setattr(self, "last", x), self.act(self.bn(x)))[1], "its forward sets last"),
+    "value": (lambda self, x: self.act(self.bn(x)) if x.sum() > 0 else x, "forward() branches or loops on values"),
+    "shape": (lambda self, x: self.act(self.bn(x)) if x.dim() == 4 else x, "forward() branches or loops on values"),
+    "loop": (lambda self, x: [self.act(self.bn(t[None])) for t in x][-1], "forward() branches or loops on values"),
+    "attribute": (lambda self, x: (setattr(self, "last", x), self.act(self.bn(x)))[1], "forward() sets last"),
     "counter": (
         lambda self, x: (setattr(self, "count", getattr(self, "count", 0) + 1), self.act(self.bn(x)))[1],
-        "its forward sets count",
+        "forward() sets count",
     ),
     "list": (
         lambda self, x: (LIST.append(1), self.kept.append(x), self.act(self.bn(x)))[2],
-        "its forward sets LIST, kept",
+        "forward() sets LIST, kept",
     ),
     "random": (
         lambda self, x: self.act(self.bn(x)) if random.random() < 2 else x,
-        "its forward calls Random.random, which may do more than return a value",
+        "forward() calls Random.random, which may do more than return a value",
     ),
     "numpy random": (
         lambda self, x: self.act(self.bn(x)) if np.random.rand() < 2 else x,
-        "its forward reads np.random.rand, whose state cannot be compared (cython_function_or_method)",
+        "forward() reads np.random.rand, whose state cannot be compared (cython_function_or_method)",
     ),
     "torch seed": (
         lambda self, x: (torch.manual_seed(0), self.act(self.bn(x)))[1],
-        "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)",
+        "forward() enters a context, or reads or sets a mode (grad mode, autocast, checkpoint, ...)",
     ),
     "torch random": (
         lambda self, x: self.act(self.bn(x)) * (torch.rand(()) < 2),
-        "its forward computes with other tensors than its input (aten.rand.default)",
+        "forward() computes with tensors other than its input (aten.rand.default)",
     ),
     "constant": (
         lambda self, x: self.act(self.bn(x)) + torch.ones(()),
-        "its forward computes with other tensors than its input (aten.ones.default)",
+        "forward() computes with tensors other than its input (aten.ones.default)",
     ),
     "tensor from elsewhere": (
         lambda self, x: self.act(self.bn(x)) + ELSEWHERE,
-        "its forward uses tensors from elsewhere",
+        "forward() uses a tensor that is not an attribute of a module",
     ),
     "type": (
         lambda self, x: self.act(self.bn(x)) if isinstance(x.chunk(2), tuple) else x,
-        "its forward asks for the type of a value",
+        "forward() reads the type of a value",
     ),
 }
 
@@ -74,15 +74,15 @@ def setting_data(self: Small, x: Tensor) -> Tensor:
 
 
 UNFAITHFUL |= {
-    "caught": (catching, "its forward catches exceptions, which an operation may raise later"),
-    "data": (setting_data, "its forward sets 'data' of a value"),
+    "caught": (catching, "forward() catches exceptions, which an operation may raise in a later call"),
+    "data": (setting_data, "forward() sets 'data' of a value"),
     "attribute of a value": (
         lambda self, x: self.act(self.bn(x)) if getattr(x, "mask", None) is None else x,
-        "its forward asks a value for 'mask'",
+        "forward() reads the attribute 'mask' of a value",
     ),
     "ordered dictionary": (
         lambda self, x: OrderedDict(out=self.act(self.bn(x))),
-        "its forward makes or uses a OrderedDict, which the generated code cannot make again",
+        "forward() creates or uses a value of type OrderedDict, which the generated code cannot create",
     ),
 }
 LIST: list[int] = []
@@ -114,7 +114,7 @@ def asking_for_the_grad_mode(self: Small, x: Tensor) -> Tensor:
     return self.act(self.bn(x)) if torch.is_grad_enabled() else self.bn(x)
 
 
-CONTEXT = "its forward sets or asks for a context (grad mode, autocast, checkpoint, ...)"
+CONTEXT = "forward() enters a context, or reads or sets a mode (grad mode, autocast, checkpoint, ...)"
 for _body in (
     without_gradients,
     under_autocast,
@@ -151,7 +151,7 @@ def test_checkpoints_are_left_alone(use_reentrant: bool) -> None:
         return checkpoint(lambda x: self.act(self.bn(x)), x, use_reentrant=use_reentrant)
 
     fused, stock, [reason] = fused_and_stock(Small(body).double())
-    assert reason.startswith(("its forward", "torch.fx cannot trace it"))
+    assert reason.startswith(("forward()", "torch.fx cannot trace it"))
     assert_same(fused, stock, (x_of().requires_grad_(),))
 
 
@@ -162,7 +162,7 @@ def test_children_of_what_cannot_be_traced_are_fused() -> None:
     model = Small(body)
     model.inner = Small()
     fused, _, told = fused_and_stock(model)
-    assert told == ["its forward branches or loops on values", RELU]
+    assert told == ["forward() branches or loops on values", RELU]
     assert seen_of(fused, x_of(dtype=torch.float32)) == FUSED
 
 
@@ -193,7 +193,7 @@ class Square(torch.autograd.Function):
 
 def test_questions_about_types() -> None:
     fused, stock, [reason] = fused_and_stock(Takes().double())
-    assert reason == "its forward asks for the type of a value"
+    assert reason == "forward() reads the type of a value"
     assert_same(fused, stock, (x_of(),))
     model = Small(lambda self, x: self.inner([x]))
     model.bn, model.inner = None, Takes()
@@ -205,7 +205,7 @@ def test_questions_about_types() -> None:
 
 def test_autograd_functions_are_left_alone() -> None:
     fused, stock, [reason] = fused_and_stock(Small(lambda self, x: Square.apply(self.act(self.bn(x)))).double())
-    assert reason == "its forward asks for the type of a value"
+    assert reason == "forward() reads the type of a value"
     assert_same(fused, stock, (x_of().requires_grad_(),))
 
 

@@ -109,17 +109,17 @@ UNSAFE: dict[str, tuple[Function, str]] = {
     "softplus": (lambda self, x, z: F.softplus(self.bn(x)), "nothing to fuse: it is followed by softplus"),
     "slope given": (lambda self, x, z: F.prelu(self.bn(x), z[0, :, 0, 0]), "nothing to fuse: it is followed by prelu"),
     "twice": (twice, "it is called more than once"),
-    "other tensor written": (write_to_the_other, "the addition writes to the other tensor"),
-    "summand changed": (summand_changed_later, "what is added to it is changed in place later"),
+    "other tensor written": (write_to_the_other, "the addition writes to its other operand"),
+    "summand changed": (summand_changed_later, "its residual is changed in place later"),
     "summand changed early": (
         summand_changed_before_the_activation,
-        "what is added to it is changed in place later",
+        "its residual is changed in place later",
     ),
     "statistics": (
         lambda self, x, z: self.bn(x).relu() + self.bn.running_mean[:, None, None],
         "its parameters or statistics are also used elsewhere",
     ),
-    "keyword": (lambda self, x, z: self.bn(input=x).relu(), "it is called with other arguments"),
+    "keyword": (lambda self, x, z: self.bn(input=x).relu(), "it is not called with exactly one positional argument"),
 }
 
 
@@ -136,7 +136,7 @@ def test_summand_changed_later_by_a_module() -> None:
         y = F.hardswish(self.bn(self.conv(x)) + z)
         return y + self.act(z)
 
-    check(body, ["what is added to it is changed in place later", UNUSED], nn.ReLU(inplace=True))
+    check(body, ["its residual is changed in place later", UNUSED], nn.ReLU(inplace=True))
     check(body, ["batch_norm + add + hardswish", UNUSED], nn.ReLU())
 
 
@@ -171,9 +171,9 @@ class Sub(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: Sub(3), "it is a Sub, which may do something else"),
-        (lambda: bn_ext.BatchNorm2d(3, activation="silu"), "it has an activation of its own"),
-        (lambda: nn.LazyBatchNorm2d(), "it is lazy: run the model once, then fuse"),
+        (lambda: Sub(3), "it is a Sub, which may compute something else"),
+        (lambda: bn_ext.BatchNorm2d(3, activation="silu"), "it has its own activation"),
+        (lambda: nn.LazyBatchNorm2d(), "it is lazy: run the model once, then call fuse"),
     ],
 )
 def test_batch_norms_of_other_kinds(make: Function, reason: str) -> None:
@@ -203,7 +203,7 @@ def test_hooks_still_run(kind: str, later: bool, where: str) -> None:
     if not later:
         hook()
     fused, _, told = fused_and_stock(model)
-    reasons = {"bn": "it has hooks, or a forward of its own", "act": "nothing to fuse: it is followed by ReLU"}
+    reasons = {"bn": "it has hooks or its own forward method", "act": "nothing to fuse: it is followed by ReLU"}
     assert told[0] == (RELU if later else reasons[where])
     if later:
         assert seen_of(fused, *inputs()) == [("relu", False)]

@@ -147,7 +147,7 @@ def test_hooks_of_all_modules_see_the_activation(kind: Any) -> None:
     [
         ({}, "batch_norm + relu"),
         ({"apply_act": False}, "batch_norm + add + relu"),
-        ({"act_layer": nn.Softplus}, "it holds its activation, a Softplus"),
+        ({"act_layer": nn.Softplus}, "its activation is its child act, a Softplus"),
     ],
 )
 @pytest.mark.parametrize("recompute", [False, True])
