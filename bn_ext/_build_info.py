@@ -1,4 +1,4 @@
-"""What was built and what runs: versions, CUDA, instruction set, threads."""
+"""Facts about the build and this machine: versions, CUDA, instruction set, threads."""
 
 import dataclasses
 import importlib
@@ -12,10 +12,10 @@ from bn_ext import _extension
 
 @dataclasses.dataclass(frozen=True)
 class BuildInfo:
-    """One answer for bug reports and benchmarks; `print` it."""
+    """Facts about the build for bug reports and benchmarks; `print` shows them as a table."""
 
     version: str
-    """Of bn_ext."""
+    """Version of bn_ext."""
     torch: str
     """Version of the torch that is imported."""
     torch_at_build: str
@@ -23,21 +23,21 @@ class BuildInfo:
     loaded: bool
     """Whether the extension module could be loaded."""
     reason: str
-    """Why not, and what mends it; empty if it was."""
+    """Why it could not be loaded and how to fix that; empty if it was loaded."""
     cuda: bool
     """Whether the CUDA kernels are built."""
     cuda_reason: str
-    """Why, or why not."""
+    """Why the CUDA kernels are or are not built."""
     cuda_architectures: str
-    """Compute capabilities of the CUDA kernels, as TORCH_CUDA_ARCH_LIST."""
+    """Compute capabilities of the CUDA kernels, in the format of TORCH_CUDA_ARCH_LIST."""
     phase_clock: bool
-    """Whether the CUDA kernels note when they come to which phase (BN_EXT_PHASE_CLOCK=1): no release does."""
+    """Whether the CUDA kernels record when each phase starts (BN_EXT_PHASE_CLOCK=1); never so in a release."""
     instruction_set: str
-    """Of the CPU kernels in use: avx512, avx2 or baseline; empty if not loaded."""
+    """Instruction set of the CPU kernels in use: avx512, avx2 or baseline; empty if not loaded."""
     threads: int
     """Threads that the CPU kernels use (torch.get_num_threads())."""
     cpu_cache_bytes: int
-    """Of the last-level cache, that the CPU kernels count on with so many threads; 0 if not loaded."""
+    """Size of the last-level cache that the CPU kernels assume for `threads` threads; 0 if not loaded."""
 
     def __str__(self) -> str:
         cuda = f"{'yes' if self.cuda else 'no'} ({self.cuda_reason})"
@@ -57,7 +57,7 @@ class BuildInfo:
 
 
 def version() -> str:
-    """Tell the installed version of bn_ext."""
+    """Return the installed version of bn_ext."""
     try:
         return importlib.metadata.version("bn_ext")
     except importlib.metadata.PackageNotFoundError:
@@ -69,7 +69,7 @@ def _instruction_set() -> str:
         return ""
     try:
         return str(_extension.module.instruction_set())
-    except ValueError as error:  # a name that BN_EXT_CPU_CAPABILITY asks for, and this processor has not
+    except ValueError as error:  # BN_EXT_CPU_CAPABILITY requests a set that this processor lacks
         return f"none: {error}"
 
 
@@ -83,9 +83,9 @@ def _cpu_cache_bytes() -> int:
 
 
 def build_info() -> BuildInfo:
-    """Tell what was built and what runs on this machine.
+    """Return facts about the build of bn_ext and about this machine.
 
-    Never fails: where the extension cannot be loaded, `loaded` is False and `reason` says why.
+    Never fails: if the extension cannot be loaded, `loaded` is False and `reason` explains why.
 
     Returns:
         A :class:`BuildInfo`; `print(bn_ext.build_info())` shows it as a short table.

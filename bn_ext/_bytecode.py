@@ -1,4 +1,4 @@
-"""What the bytecode of a function shows before it runs: the globals that it reads, and why it cannot be fused."""
+"""Inspection of bytecode before a function runs: the globals that it reads, and reasons not to fuse it."""
 
 import dis
 import types
@@ -12,12 +12,12 @@ _ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
 _LOOKUPS = ("AttributeError", "KeyError", "ImportError", "ModuleNotFoundError")
 _HANDLERS = ("PUSH_EXC_INFO", "SETUP_FINALLY")
 _MATCHES = ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH")
-_OF_A_CLASS = ("__dict__", "__bases__", "__base__", "__mro__", "mro", "__subclasses__", "__annotations__")
-_PAST_RECORDS = ("__getattribute__", "getattr_static")
+_CLASS_ATTRIBUTES = ("__dict__", "__bases__", "__base__", "__mro__", "mro", "__subclasses__", "__annotations__")
+_UNRECORDED_READS = ("__getattribute__", "getattr_static")
 
 
 def codes_within(code: types.CodeType) -> Iterator[types.CodeType]:
-    """The functions, classes and comprehensions that are defined in a function."""
+    """The code of the functions, classes and comprehensions that a function defines, however deeply nested."""
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield constant
@@ -25,7 +25,7 @@ def codes_within(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def global_names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
-    """The global names that a function reads, each with the attributes that it reads at once: torch.nn.functional."""
+    """The global names that a function reads, each with its chain of attributes: ("torch", "nn", "functional")."""
     chain: tuple[str, ...] = ()
     for instruction in dis.get_instructions(code):
         if chain and instruction.opname in _ATTRIBUTE:
@@ -44,8 +44,8 @@ def globals_set(code: types.CodeType) -> list[str]:
     return [str(i.argval) for i in instructions if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")]
 
 
-def reason_against(code: types.CodeType) -> str:
-    """What the function does that a graph cannot hold; empty if nothing is seen."""
+def reason_not_to_fuse(code: types.CodeType) -> str:
+    """The first thing that the function does and a graph cannot represent; empty if there is none."""
     if code.co_flags & (0x80 | 0x200):  # coroutines and asynchronous generators
         return "is asynchronous"
     instructions = list(dis.get_instructions(code))
@@ -57,25 +57,22 @@ def reason_against(code: types.CodeType) -> str:
             return f"sets {instruction.argval}"
         if name == "IMPORT_NAME":
             return f"imports {instruction.argval}"
-        if instruction.argval in _PAST_RECORDS and code.co_name != "__getattribute__":  # as configurations have it
+        if instruction.argval in _UNRECORDED_READS and code.co_name != "__getattribute__":  # configs define it
             return f"reads attributes through {instruction.argval}"
         if name == "IS_OP" and not _compares_state(instructions[:position]):
             return "tests whether two values are the same object"
         if name in _GLOBAL and instruction.argval == "type" and not _is_self(instructions[position + 1]):
             return "reads the type of a value"
-        if _gives_class_of_self(instructions[: position + 1]) and not _is_read(instructions[position + 1 :]):
+        if _loads_own_class(instructions[: position + 1]) and not _reads_attribute(instructions[position + 1 :]):
             return "uses its own class, which fuse replaces"
-    return (
-        ""
-        if _handles_lookups_only(instructions)
-        else "catches exceptions, which an operation may raise in a later call"
-    )
+    is_safe = _handles_lookups_only(instructions)
+    return "" if is_safe else "catches exceptions that an operation may raise in a later call"
 
 
 def compared_with_none(code: types.CodeType) -> tuple[set[str], bool]:
-    """What a function compares with None, beside state: locals of one value, and whether more than these.
+    """The locals, assigned once, that a function compares with None, and whether it compares other values too.
 
-    The result of a module or a function that is not traced may be None at one call, and a Tensor at another.
+    State does not count. A module or function that is not traced may return None in one call and a Tensor in another.
     """
     instructions = list(dis.get_instructions(code))
     stores = Counter(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
@@ -97,7 +94,7 @@ def compared_with_none(code: types.CodeType) -> tuple[set[str], bool]:
 
 
 def _stored(instruction: dis.Instruction) -> list[str]:
-    """The locals that an instruction sets; from Python 3.13 on, some instructions are two."""
+    """The locals that an instruction sets; since Python 3.13, one instruction may combine two."""
     if instruction.opname in ("STORE_FAST", "STORE_DEREF", "DELETE_FAST"):
         return [str(instruction.argval)]
     if instruction.opname.startswith("STORE_FAST_"):
@@ -106,19 +103,19 @@ def _stored(instruction: dis.Instruction) -> list[str]:
 
 
 def _loaded(instruction: dis.Instruction) -> str:
-    """The local that is on top of the stack after an instruction, if one is."""
+    """The local that an instruction puts on top of the stack; empty if it puts none there."""
     if instruction.opname in ("LOAD_FAST_LOAD_FAST", "STORE_FAST_LOAD_FAST"):
         return str(instruction.argval[1])
     return str(instruction.argval) if instruction.opname.startswith("LOAD_FAST") else ""
 
 
 def _handles_lookups_only(instructions: list[dis.Instruction]) -> bool:
-    """Whether all handlers are for names that are missing: reading them is part of a trace, and of the guards."""
+    """Whether all handlers catch missing names only; traces and guards cover reads of such names."""
     positions = {instruction.offset: position for position, instruction in enumerate(instructions)}
     starts = set[int]()
     for position, instruction in enumerate(instructions):
         if instruction.opname in _HANDLERS:
-            is_old = instruction.opname == "SETUP_FINALLY"  # of Python 3.10
+            is_old = instruction.opname == "SETUP_FINALLY"  # Python 3.10
             starts.add(positions[instruction.argval] + 1 if is_old else position + 1)
         if instruction.opname in _MATCHES:
             first = position - 1
@@ -136,7 +133,7 @@ def _handles_lookups_only(instructions: list[dis.Instruction]) -> bool:
 
 
 def _compares_state(before: list[dis.Instruction]) -> bool:
-    """Whether one side of `is` is None, or both sides are attributes of self or global names."""
+    """Whether `is` compares with None, or compares state (attributes of self, globals) with state or a constant."""
     is_constant = before[-1].opname == "LOAD_CONST"
     return _is_none(before[-1]) or ((is_constant or _is_state(before)) and _is_state(_without_operand(before)))
 
@@ -146,7 +143,7 @@ def _is_none(instruction: dis.Instruction) -> bool:
 
 
 def _is_state(instructions: list[dis.Instruction]) -> bool:
-    """Whether the last value that they load is read of self or of a global."""
+    """Whether the last value that the instructions load is read from self or from a global name."""
     rest = instructions
     while rest and rest[-1].opname in _ATTRIBUTE:
         rest = rest[:-1]
@@ -154,7 +151,7 @@ def _is_state(instructions: list[dis.Instruction]) -> bool:
 
 
 def _without_operand(instructions: list[dis.Instruction]) -> list[dis.Instruction]:
-    """Without the last value that they load; an empty list if it is more than a name and its attributes."""
+    """The instructions before the last loaded value; empty if it is more than a name and its attributes."""
     position = len(instructions) - 1
     while position > 0 and instructions[position].opname in _ATTRIBUTE:
         position -= 1
@@ -162,18 +159,18 @@ def _without_operand(instructions: list[dis.Instruction]) -> list[dis.Instructio
     return instructions[:position] if is_name else []
 
 
-def _gives_class_of_self(instructions: list[dis.Instruction]) -> bool:
-    """Whether the last of them is the name in type(self) or self.__class__."""
+def _loads_own_class(instructions: list[dis.Instruction]) -> bool:
+    """Whether the last instruction completes type(self) or reads __class__."""
     last, before = instructions[-1], instructions[-2:-1]
     is_type = bool(before) and before[0].opname in _GLOBAL and before[0].argval == "type"
     return (is_type and _is_self(last)) or (last.opname in _ATTRIBUTE and last.argval == "__class__")
 
 
-def _is_read(instructions: list[dis.Instruction]) -> bool:
-    """Whether they begin with a read of an attribute, perhaps behind a call."""
+def _reads_attribute(instructions: list[dis.Instruction]) -> bool:
+    """Whether the instructions begin with a read of an attribute, possibly after a call."""
     rest = (i for i in instructions if not i.opname.startswith(("PRECALL", "CALL", "CACHE")))
     first = next(rest)
-    return first.opname in _ATTRIBUTE and first.argval not in _OF_A_CLASS
+    return first.opname in _ATTRIBUTE and first.argval not in _CLASS_ATTRIBUTES
 
 
 def _is_self(instruction: dis.Instruction) -> bool:

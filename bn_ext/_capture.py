@@ -1,4 +1,4 @@
-"""Taking snapshots: what of a value can be compared later, and what cannot."""
+"""Snapshots of values for later comparison; refuses values whose state cannot be compared."""
 
 import copyreg
 import enum
@@ -43,10 +43,10 @@ from bn_ext._undo import Slots
 
 
 class NotFaithfulError(Exception):
-    """Why the graph of a forward() would not do all that it does."""
+    """The graph of a forward() would not do everything that forward() does; the message is the reason."""
 
 
-_MOST_VALUES = 1000  # values within values, of one attribute: they are compared at each call
+_MOST_VALUES = 1000  # nested values of one attribute; each call compares all of them
 _CONSTANTS = (bool, int, float, complex, str, bytes, range, torch.Size, torch.device)
 _BY_IDENTITY = (
     *(type(None), type(...), type(NotImplemented), _Absent, type, enum.Enum, re.Pattern, logging.Logger),
@@ -58,7 +58,7 @@ _BY_IDENTITY = (
 
 
 def unwrapped(value: Any) -> Any:
-    """A function in the place of which torch.fx puts one of its own while it traces."""
+    """The original of a function that torch.fx replaces while it traces; any other value unchanged."""
     while isinstance(value, types.FunctionType) and value.__globals__.get("__name__") == "torch.fx._symbolic_trace":
         if not hasattr(value, "__wrapped__"):
             break
@@ -70,28 +70,28 @@ class Snapshots:
     """Makes snapshots for one trace of one module.
 
     Args:
-        root: The module that is traced; modules are known by their paths from it.
+        root: The traced module; other modules are identified by their paths from it.
         watch: Called with each container before its contents are taken, so that changes can be undone.
     """
 
     def __init__(self, root: torch.nn.Module, watch: Callable[[Any, str], None]) -> None:
         self.paths = {id(module): tuple(path.split(".")) if path else () for path, module in root.named_modules()}
         self.functions: set[types.CodeType] = set()
-        """Of which the closure is part of a snapshot."""
-        self._numbered: dict[int, tuple[int, object]] = {}  # the objects too, so that none gets the address of another
+        """Code of the functions whose closures are part of a snapshot."""
+        self._numbered: dict[int, tuple[int, object]] = {}  # keeps the objects alive, so that addresses stay unique
         self._watch = watch
         self._open: list[int] = []
         self._count = 0
 
     def number(self, value: object) -> int:
-        """The number of an object, the same for the same one."""
+        """The number of an object; the same object always has the same number."""
         return self._numbered.setdefault(id(value), (len(self._numbered), value))[0]
 
     def of(self, value: Any, name: str) -> Any:
-        """The snapshot of a value; `name` is for the reason why there is none.
+        """The snapshot of a value; the error message uses `name`.
 
         Raises:
-            NotFaithfulError: Its state cannot be seen, or there is too much of it.
+            NotFaithfulError: Its state cannot be compared or holds too many values.
         """
         self._count = self._count + 1 if self._open else 0
         kind = type(value)
@@ -123,7 +123,7 @@ class Snapshots:
         return self._of_parts(value, name)
 
     def of_attribute(self, module: torch.nn.Module, name: str) -> Any:
-        """The snapshot of what an attribute of a module is, without running code for it."""
+        """The snapshot of an attribute of a module; runs no code of the attribute."""
         value = find(module, name)
         if name == "_modules":
             return Children(tuple(value), tuple([self.of(child, key) for key, child in value.items()]))
@@ -173,7 +173,7 @@ class Snapshots:
 
 
 def _has_visible_state(value: Any) -> bool:
-    """Whether all that an object is lies in its parts and attributes; not so for most classes written in C."""
+    """Whether parts and attributes hold all state of an object; most classes written in C have hidden state."""
     if kind_of_parts(value) is not None or type(value) is types.SimpleNamespace:
         return True
     try:

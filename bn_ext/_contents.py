@@ -1,4 +1,4 @@
-"""What objects hold, so far as it can be seen: parts, attributes, closures; and which Python modules are a model's."""
+"""The visible contents of objects (parts, attributes, closures), and which Python modules are libraries."""
 
 import collections
 import copyreg
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class _Absent:
-    """The type of ABSENT: what is read where there is no attribute of that name."""
+    """The type of ABSENT, the value of an attribute that does not exist."""
 
     def __reduce__(self) -> str:
         return "ABSENT"
@@ -26,23 +26,23 @@ ABSENT = _Absent()
 _LIBRARIES = {"torch", "bn_ext", "functorch", "numpy", *sys.stdlib_module_names}
 _FOLDERS = tuple({os.path.dirname(os.__file__) + os.sep, os.path.join(sys.base_exec_prefix, "DLLs") + os.sep})
 _shadowed: dict[str, tuple[object, bool]] = {}
-"""By the name of a module of Python: the module that has it, and whether that is another."""
+"""For each name of a standard module: the module of that name, and whether it is a different one."""
 
 
 def is_library(name: str | None) -> bool:
-    """Whether a module is part of torch, of Python or of this package: its state is not that of a model."""
+    """Whether a Python module belongs to torch, Python, NumPy or this package, and so holds no state of a model."""
     name = name or ""
     top = name.partition(".")[0]
     is_one = top in _LIBRARIES and not _is_shadowed(top)
-    return is_one or name.startswith("namedtuple_")  # where their constructors live
+    return is_one or name.startswith("namedtuple_")  # the modules of their constructors
 
 
 def _is_shadowed(name: str) -> bool:
-    """Whether a file of the user's has the name of a module of Python, as code.py may have."""
+    """Whether a file of the user has the name of a standard module, for example code.py."""
     module = sys.modules.get(name)
     known = _shadowed.get(name)
     if known is None or known[0] is not module:
-        file = getattr(module, "__file__", None) or ""  # built into Python, if it has none
+        file = getattr(module, "__file__", None) or ""  # builtin modules have none
         is_own = file.startswith(_FOLDERS) and not {"site-packages", "dist-packages"} & {*file.split(os.sep)}
         known = _shadowed[name] = module, bool(file and name in sys.stdlib_module_names and not is_own)
     return known[1]
@@ -69,7 +69,7 @@ def is_of_numpy(kind: type, name: str) -> bool:
 
 
 def state_of_function(function: Any) -> tuple[Any, ...]:
-    """What a function reads besides its arguments and globals: but the cell of super(), which never changes."""
+    """Values that a function reads besides arguments and globals, without the cell of super(), which never changes."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     contents = [_content(cell) for name, cell in cells if name != "__class__"]
     own = [value for name, value in vars(function).items() if name != "__wrapped__"]
@@ -83,7 +83,7 @@ def _content(cell: Any) -> Any:
         return ABSENT
 
 
-_MOST_BYTES = 2000  # of an array
+_MOST_BYTES = 2000  # per array
 _PARTS: dict[Any, Callable[[Any], tuple[Any, ...]]] = {
     list: tuple,
     tuple: tuple,
@@ -117,7 +117,7 @@ def kind_of_parts(value: object) -> Any:
 
 
 def parts(value: Any) -> tuple[Any, ...]:
-    """The values in a container; of an object that is none, none."""
+    """The values in a container; empty for other objects."""
     kind = type(value)
     if kind is list or kind is tuple:
         return tuple(value)
@@ -131,7 +131,7 @@ _PLAIN = (list, tuple, dict, set, frozenset)
 
 
 def attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object: those of its own, and data that its class has for all objects."""
+    """The attributes of an object: its own, and the data of its class."""
     kind = type(value)
     if kind in _PLAIN:
         return {}
@@ -145,6 +145,6 @@ def attributes(value: Any) -> dict[str, Any]:
 
 
 def is_data(name: str, value: object) -> bool:
-    """Whether an entry of a class is data, not a method or the like."""
+    """Whether an entry of a class is data rather than a method or other descriptor."""
     described = callable(value) or hasattr(value, "__get__")
     return not described and not (name.startswith("__") and name.endswith("__")) and not name.startswith("_abc_")

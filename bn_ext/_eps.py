@@ -1,4 +1,4 @@
-"""`eps` of a module with an activation inside: refused to readers that would lose the activation."""
+"""Guards `eps` of a module that has an activation against readers that would lose the activation."""
 
 import ctypes
 import sys
@@ -11,27 +11,27 @@ if TYPE_CHECKING:
     from bn_ext.modules import _FusedForward
 
 _SCRIPTING = "torch.jit._recursive"
-"""Where torch.jit.script reads all constants of a module, the activation too."""
+"""The module in which torch.jit.script reads all constants of a module, including the activation."""
 
 HIDDEN = torch.__version__ < "2.13"
-"""Whether torch.compile cannot read ``vars(module)["eps"]`` past a descriptor of this name."""
+"""Whether torch.compile cannot read ``vars(module)["eps"]`` if a descriptor has the same name."""
 
 
 class GuardedEps:
-    """A descriptor for the number in ``vars(module)["eps"]``, where the module's own forward() reads it.
+    """A descriptor for the number in ``vars(module)["eps"]``, which the module's own forward() reads directly.
 
-    A module that stands in for a batch norm, and a layer that a batch norm is folded into, needs `eps`, whoever makes
-    it; state dicts, optimizers, initialisers and statistics of weights do not. So a read from outside is taken for a
-    conversion, which would lose the activation without a word (pytorch#187298). What goes through all attributes, as
-    torch.jit.trace, does not meet it: the module's `dir()` leaves it out.
+    Every replacement of a batch norm, and every layer that a batch norm is folded into, needs `eps`. State dicts,
+    optimizers, initialisers and weight averaging do not. Hence a read from outside is treated as a conversion, which
+    would silently lose the activation (pytorch#187298). Code that iterates over all attributes, such as
+    torch.jit.trace, is not affected, because the module's `dir()` omits `eps`.
     """
 
     def __get__(self, module: "_FusedForward | None", kind: type) -> Any:
-        """The number; an error if the module has an activation of its own."""
+        """The number; raises an error if the module has its own activation."""
         if module is None:
             return self
         values = vars(module)
-        if "eps" not in values:  # torch.nn.Module goes on to search, and knows the words of the error
+        if "eps" not in values:  # torch.nn.Module continues the search and raises the usual error
             raise AttributeError("eps")
         if module.activation is not None and sys._getframe(1).f_globals.get("__name__") != _SCRIPTING:
             raise lost_activation("a conversion that reads `eps`", module)
@@ -49,15 +49,15 @@ def _number(module: "_FusedForward") -> Any:
     return vars(module)["eps"]
 
 
-_as_of_c = ctypes.pythonapi.PyInstanceMethod_New
-_as_of_c.restype, _as_of_c.argtypes = ctypes.py_object, [ctypes.py_object]
-hidden_eps = property(_as_of_c(_number))
-"""The number for torch.compile where it is `HIDDEN`: it asks a property that is made in C for its value."""
+_c_method = ctypes.pythonapi.PyInstanceMethod_New
+_c_method.restype, _c_method.argtypes = ctypes.py_object, [ctypes.py_object]
+hidden_eps = property(_c_method(_number))
+"""The number for torch.compile if it is `HIDDEN`: torch.compile evaluates a property whose getter is written in C."""
 
 
 def lost_activation(loser: str, module: "_FusedForward") -> RuntimeError:
-    """The error for a conversion of a module with an activation of its own."""
+    """The error for a conversion of a module that has its own activation."""
     return RuntimeError(
-        f"{loser} would lose the activation inside {module}: set its `activation` to None and apply the activation "
-        'behind it first (`vars(module)["eps"]` is the number alone)'
+        f"{loser} would lose the activation inside {module}: first set its `activation` to None and apply the "
+        'activation after it (`vars(module)["eps"]` returns the number without this check)'
     )

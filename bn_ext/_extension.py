@@ -1,4 +1,4 @@
-"""Loads the extension module, or says in a sentence why it cannot be loaded."""
+"""Loads the extension module, or states why it cannot be loaded."""
 
 import importlib
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 
 
 def _release(version: str) -> tuple[str, ...]:
-    """Major and minor number: C++ interfaces of torch hold within a minor release."""
+    """Major and minor number; torch keeps its C++ interfaces stable within a minor release."""
     return tuple(version.split("+")[0].split(".")[:2])
 
 
@@ -19,19 +19,19 @@ def _load() -> tuple[ModuleType | None, str]:
         config: Any = importlib.import_module("bn_ext._build_config")
     except ImportError:
         return None, (
-            f"bn_ext has not been built in {Path(__file__).parent}: if it is installed elsewhere, leave the source "
-            "folder, else run `pip install --no-build-isolation .` there (docs/install.md)"
+            f"bn_ext has not been built in {Path(__file__).parent}: if it is installed elsewhere, change to another "
+            "folder; otherwise run `pip install --no-build-isolation .` in the source folder (docs/install.md)"
         )
     if _release(config.TORCH) != _release(torch.__version__):
         return None, (
-            f"bn_ext was built against torch {config.TORCH}, but this is torch {torch.__version__}: build it again "
+            f"bn_ext was built against torch {config.TORCH}, but this is torch {torch.__version__}: rebuild it "
             "with `pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
         )
     try:
         return importlib.import_module("bn_ext._C"), ""
     except ImportError as error:
         return None, (
-            f"bn_ext's extension module cannot be loaded ({error}): build it again with "
+            f"bn_ext's extension module cannot be loaded ({error}): rebuild it with "
             "`pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
         )
 

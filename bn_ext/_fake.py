@@ -1,4 +1,4 @@
-"""What the inner operators return, without doing the work: for torch.compile, torch.export and the meta device."""
+"""Fake implementations of the inner operators, for torch.compile, torch.export and the meta device."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from bn_ext import _sharding
 
 
 def _check_devices(input: Tensor, **others: Tensor | None) -> None:
-    """Refuse tensors of several devices: one on meta is enough for torch to come here instead of to a kernel.
+    """Refuse tensors on several devices: torch calls a fake implementation if a single tensor is on meta.
 
-    A count may be on the CPU beside a GPU's tensors, as for torch.nn.
+    As in torch.nn, the count may be on the CPU if the other tensors are on a GPU.
     """
     for name, tensor in others.items():
         if tensor is None or tensor.device == input.device:
@@ -23,18 +23,18 @@ def _check_devices(input: Tensor, **others: Tensor | None) -> None:
 
 
 def _saved(input: Tensor) -> Tensor:
-    """Mean, rstd, scale and offset, of the dtype that statistics have."""
+    """The saved statistics: mean, rstd, scale and offset, in the dtype of statistics."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return input.new_empty((4, input.shape[1]), dtype=dtype)
 
 
 def _mask(input: Tensor, wanted: bool) -> Tensor:
-    """One bit per value, and a few bytes behind them: mask_bytes of csrc/params.h."""
+    """One bit per value, followed by a few bytes; see mask_bytes in csrc/params.h."""
     return input.new_empty((input.numel() // 8 + 4 if wanted else 0,), dtype=torch.uint8)
 
 
 def _memory_format(input: Tensor) -> torch.memory_format:
-    """Choose as memory_format_of in csrc/arguments.h."""
+    """The same choice as memory_format_of in csrc/arguments.h."""
     prims = torch._prims_common
     if prims.is_contiguous_or_false(input):
         return torch.contiguous_format
@@ -47,7 +47,7 @@ def _memory_format(input: Tensor) -> torch.memory_format:
 
 def _like(input: Tensor, mask_format: torch.memory_format | None = None) -> Tensor:
     """A tensor like input, in the memory format that the kernels write."""
-    _sharding.register()  # a DTensor asks here for its result's shape, before it asks how to share the work
+    _sharding.register()  # DTensor infers the result's shape here before it looks up the sharding
     memory_format = mask_format or _memory_format(input)
     return torch.empty_like(input, memory_format=memory_format)
 
@@ -135,7 +135,7 @@ def _backward(
 
 
 def register() -> None:
-    """Tell torch about them; once, after the extension has been loaded."""
+    """Register the fake implementations with torch; call once, after the extension is loaded."""
     torch.library.register_fake("bn_ext::batch_norm_forward", _forward)
     torch.library.register_fake("bn_ext::batch_norm_inference", _inference)
     torch.library.register_fake("bn_ext::batch_norm_repeat", _repeat)

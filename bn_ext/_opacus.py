@@ -1,4 +1,4 @@
-"""Opacus looks up exact classes: its validator and fixer of torch.nn's batch norms are registered for ours too."""
+"""Registers Opacus' validator and fixer of torch.nn's batch norms for ours; Opacus looks up exact classes."""
 
 import importlib
 import importlib.abc
@@ -17,10 +17,10 @@ _OURS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 def register_when_imported() -> None:
-    """Register with Opacus: now if it is loaded, otherwise as soon as it is, so that neither imports the other."""
+    """Register with Opacus now if it is imported, otherwise when it is; bn_ext never imports it."""
     if "opacus" in sys.modules:
         _register()
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_own(finder)]  # of a bn_ext that is reloaded
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_own(finder)]  # bn_ext may be reloaded
     sys.meta_path.insert(0, _AfterImport())
 
 
@@ -29,7 +29,7 @@ def _is_own(finder: object) -> bool:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds Opacus as the other finders do, and registers with it after its code has run."""
+    """Finds Opacus through the other finders, and registers with it after its code has run."""
 
     def find_spec(
         self,
@@ -59,7 +59,7 @@ def _register() -> None:
         register_validator, register_fixer = validators.register_module_validator, validators.register_module_fixer
     except (ImportError, AttributeError) as error:
         warnings.warn(
-            f"bn_ext could not register its batch norms with Opacus ({error}), which takes them for private: call "
+            f"bn_ext could not register its batch norms with Opacus ({error}), which therefore accepts them: call "
             "bn_ext.revert(model) before ModuleValidator and make_private",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""What a node of a torch.fx graph does, as far as fusing has to know: activation, addition, writing in place."""
+"""Classification of torch.fx nodes for fusing: activations, additions, operations in place."""
 
 import functools
 import operator
@@ -12,28 +12,28 @@ from torch.fx import Node
 from bn_ext._contents import is_library
 from bn_ext.activations import resolve
 
-_INPLACE = "inplace"  # the argument
+_INPLACE = "inplace"  # name of the argument
 IN_PLACE = (
     *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub"),
     *("itruediv", "ixor"),
 )
-"""Names of the operators that assign, as += does, in module operator."""
+"""Names of the augmented assignments, such as +=, in module operator."""
 
 
 def in_place(name: str, left: Any, right: Any) -> Any:
-    """Left += right, and what else there is of that kind; the new value of left.
+    """Run an augmented assignment, such as left += right, and return the new value of left.
 
-    As a function, since generated code with the statement would give another value to other uses of its name.
+    It is a function because the statement in generated code would also change other uses of the name.
     """
     return getattr(operator, name)(left, right)
 
 
 def unpacked(value: Any, number: int) -> tuple[Any, ...]:
-    """The parts of a value, which has to have so many: what `a, b = value` does, and value[0], value[1] do not."""
+    """The parts of a value; raises an error unless there are `number`, like `a, b = value` and unlike value[0]."""
     parts = tuple(value)
     if len(parts) != number:
-        what = "too many" if len(parts) > number else "not enough"
-        raise ValueError(f"{what} values to unpack (expected {number}, got {len(parts)})")
+        amount = "too many" if len(parts) > number else "not enough"
+        raise ValueError(f"{amount} values to unpack (expected {number}, got {len(parts)})")
     return parts
 
 
@@ -69,7 +69,7 @@ _VIEWS = {
 
 
 def plain(module: torch.nn.Module | None) -> bool:
-    """Whether a call of the module is its class's forward() and nothing else."""
+    """Whether a call of the module runs its class's forward() and nothing else, such as hooks."""
     return module is not None and not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -82,18 +82,18 @@ def plain(module: torch.nn.Module | None) -> bool:
 
 
 def does_nothing(module: torch.nn.Module | None, norm: torch.nn.Module | None, training: bool) -> bool:
-    """Whether a call of the module in this mode returns its input, which is a result of `norm`.
+    """Whether a call of the module in this mode returns its input unchanged, given a result of `norm`.
 
-    A Dropout2d warns of images that are not of two dimensions, and so on: it must be of the dimensions of the norm.
+    A Dropout2d warns if images are not two-dimensional, for example: its dimensions must be those of the norm.
     """
     if not plain(module):
         return False
-    if type(module) is torch.nn.Dropout or isinstance(norm, _OF_DROPOUTS.get(type(module), ())):
+    if type(module) is torch.nn.Dropout or isinstance(norm, _NORM_OF_DROPOUT.get(type(module), ())):
         return drops_nothing(module.p, training)  # type: ignore[union-attr]
     return type(module) is torch.nn.Identity
 
 
-_OF_DROPOUTS: dict[type, type] = {
+_NORM_OF_DROPOUT: dict[type, type] = {
     torch.nn.Dropout1d: torch.nn.BatchNorm1d,
     torch.nn.Dropout2d: torch.nn.BatchNorm2d,
     torch.nn.Dropout3d: torch.nn.BatchNorm3d,
@@ -101,17 +101,17 @@ _OF_DROPOUTS: dict[type, type] = {
 
 
 def drops_nothing(p: Any, training: Any) -> bool:
-    """Whether a dropout with these arguments returns its input."""
+    """Whether a dropout with these arguments returns its input unchanged."""
     return isinstance(p, int | float) and 0 <= p <= 1 and (p == 0 or training is False)
 
 
 def called(node: Node, root: torch.nn.Module) -> torch.nn.Module | None:
-    """The module that a node calls."""
+    """The module that a node calls, or None."""
     return root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def activation(node: Node, root: torch.nn.Module) -> tuple[str | None, float] | None:
-    """Name and parameter, as from :func:`bn_ext.activations.resolve`, of a node that is one of these activations."""
+    """Name and parameter, as from :func:`bn_ext.activations.resolve`, of a node that is a supported activation."""
     name, arguments = "", {}
     if node.op == "call_module":
         module = called(node, root)
@@ -141,14 +141,14 @@ def _with_parameter(name: str, values: list[Any]) -> tuple[str | None, float] | 
 
 
 class Addition(NamedTuple):
-    """Two nodes that are added; `written` is the one that receives the sum in place, if one does."""
+    """Two nodes that are added; `written` is the one that receives the sum if the addition is in place."""
 
     operands: tuple[Node, Node]
     written: Node | None
 
 
 def addition(node: Node) -> Addition | None:
-    """The operands of a node that adds two values."""
+    """The operands of a node that adds two values; None for other nodes."""
     if node.target is in_place:
         name, left, right = node.args
         both = isinstance(left, Node) and isinstance(right, Node)
@@ -166,32 +166,32 @@ def addition(node: Node) -> Addition | None:
 
 
 def writes(node: Node, root: torch.nn.Module) -> bool:
-    """Whether a node surely changes one of its arguments in place."""
+    """Whether a node certainly changes one of its arguments in place."""
     if node.op == "call_module":
         return bool(getattr(called(node, root), _INPLACE, False))
     if node.op not in ("call_function", "call_method"):
         return False
     name = _name(node)
-    named_so = name.strip("_") in (*IN_PLACE, "in_place", "setitem") or (name.endswith("_") and not name.endswith("__"))
-    asked_to = bool(node.kwargs.get(_INPLACE)) or node.kwargs.get("out") is not None
-    return named_so or asked_to
+    has_name = name.strip("_") in (*IN_PLACE, "in_place", "setitem") or (name.endswith("_") and not name.endswith("__"))
+    has_argument = bool(node.kwargs.get(_INPLACE)) or node.kwargs.get("out") is not None
+    return has_name or has_argument
 
 
 _KNOWN_LIBRARIES = ("torch", "_operator", "operator", "math", "builtins", "bn_ext")
 
 
 def is_known(function: Any) -> bool:
-    """Whether a function is one of torch, Python or this package."""
+    """Whether a function belongs to torch, Python or this package."""
     library = getattr(function, "__module__", None) or ("" if isinstance(function, FunctionType) else "torch")
     return library.partition(".")[0] in _KNOWN_LIBRARIES
 
 
 def is_of_torch(module: torch.nn.Module) -> bool:
-    """Whether a call of a module runs forward() of torch.nn or this package only: no class of others, and no hook."""
+    """Whether a call of a module runs only code of torch.nn or this package, and no hooks."""
     return all(
         plain(m)
         and type(m).__module__.startswith(("torch.nn.", "bn_ext."))
-        and all(is_library(base.__module__) for base in type(m).__mro__)  # parametrized classes say they are torch's
+        and all(is_library(base.__module__) for base in type(m).__mro__)  # parametrized classes claim to be torch's
         for m in module.modules()
     )
 
@@ -201,9 +201,9 @@ def _name(node: Node) -> str:
 
 
 def runs_other_code(node: Node, root: torch.nn.Module) -> bool:
-    """Whether a node may run code that is not of torch, Python or this package."""
+    """Whether a node may run code outside torch, Python and this package."""
     module = called(node, root)
-    if hasattr(type(module), "_bn_ext_stock"):  # a batch norm whose children work on its result
+    if hasattr(type(module), "_bn_ext_stock"):  # a batch norm that applies its children to its result
         return not all(plain(m) for m in module.modules())  # type: ignore[union-attr]
     if module is not None:
         return not is_of_torch(module)
@@ -212,14 +212,14 @@ def runs_other_code(node: Node, root: torch.nn.Module) -> bool:
 
 
 def may_be_none(node: Node, root: torch.nn.Module) -> bool:
-    """Whether a value is a result of other code, or part of one: others return Tensors."""
+    """Whether a value is (part of) a result of code outside torch; torch itself returns Tensors."""
     while node.target in (operator.getitem, unpacked):
         node = node.all_input_nodes[0]
     return runs_other_code(node, root)
 
 
 def may_write(node: Node, root: torch.nn.Module) -> bool:
-    """Whether a node may change one of its arguments in place, as far as one can see."""
+    """Whether a node may change one of its arguments in place; True if this cannot be determined."""
     module = called(node, root)
     if module is None or hasattr(type(module), "_bn_ext_stock"):
         return runs_other_code(node, root) or (module is None and writes(node, root))
@@ -227,7 +227,7 @@ def may_write(node: Node, root: torch.nn.Module) -> bool:
 
 
 def may_read_state(node: Node, root: torch.nn.Module) -> bool:
-    """Whether a node may read a tensor of the model that is no parameter: it may share memory with statistics."""
+    """Whether a node may read a non-parameter tensor of the model, which may share memory with statistics."""
     sources = [storage(n, root) for n in node.all_input_nodes]
     targets = [str(n.target).split(".") for n in sources if n.op == "get_attr"]
     values = [functools.reduce(getattr, names, root) for names in targets]
@@ -235,7 +235,7 @@ def may_read_state(node: Node, root: torch.nn.Module) -> bool:
 
 
 def storage(node: Node, root: torch.nn.Module) -> Node:
-    """The node whose memory a node's result may share, through views and operations in place."""
+    """The node whose memory a node's result may share through views and operations in place."""
     while inputs := node.all_input_nodes:
         same = isinstance(called(node, root), torch.nn.Identity | torch.nn.Flatten | torch.nn.Dropout)
         if not (same or writes(node, root) or (node.op != "call_module" and _name(node) in _VIEWS)):

@@ -1,4 +1,4 @@
-"""Batch norms in a torch.fx graph with what follows them: which can be one call, and why others cannot."""
+"""Finds the batch norms in a torch.fx graph that can take over later nodes, and why others cannot."""
 
 import functools
 import inspect
@@ -29,7 +29,7 @@ from bn_ext.activations import PARAMETERS, describe
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 KINDS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-_FRESH = (
+_FRESH_RESULTS = (
     *(torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear),
     *(F.conv1d, F.conv2d, F.conv3d, F.linear),
     *(torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d),
@@ -37,12 +37,12 @@ _FRESH = (
 
 
 class ObstacleError(Exception):
-    """Why a batch norm stays as it is."""
+    """A batch norm cannot be fused; the message is the reason."""
 
 
 @dataclass
 class Match:
-    """A batch norm and the nodes after it that become one call; the last is where that call is put."""
+    """A batch norm and the later nodes that become one call with it; the call replaces the last node."""
 
     norm: Node
     nodes: list[Node]
@@ -51,15 +51,15 @@ class Match:
     second: bool = False
     """Whether the batch norm's result is the second operand of the addition."""
     relied: list[Node] = field(default_factory=list)
-    """Other calls that it depends on what these do, and do not, whether the match is safe."""
+    """Other nodes whose behaviour determines whether the match is safe."""
 
     @property
     def last(self) -> Node:
-        """Where the call is put."""
+        """The node that the call replaces."""
         return self.nodes[-1]
 
     def residual(self) -> Node | None:
-        """The other operand of the addition, as the graph has it now."""
+        """The other operand of the addition in the present graph."""
         found = None if self.sum is None else addition(self.sum)
         return None if found is None else found.operands[not self.second]
 
@@ -71,14 +71,14 @@ class Match:
 
 @dataclass
 class Found:
-    """What a graph has: by target of the batch norm."""
+    """The matches and obstacles of a graph, by target of the batch norm."""
 
     matches: dict[str, Match] = field(default_factory=dict)
     obstacles: dict[str, str] = field(default_factory=dict)
 
 
 def find(graph: Graph, root: torch.nn.Module, training: bool) -> Found:
-    """All that can be fused in a graph of `root` that was traced in this mode, and why other batch norms cannot."""
+    """All batch norms that can be fused in a graph of `root`, traced in this mode, and why others cannot."""
     calls = Counter(inner for node in graph.nodes for inner in _reached(node, root))
     found = Found()
     for node in graph.nodes:
@@ -97,7 +97,7 @@ def find(graph: Graph, root: torch.nn.Module, training: bool) -> Found:
 
 
 def _reached(node: Node, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules that a node calls, or gives to a function that may call them."""
+    """The modules that a node calls or passes to a function that may call them."""
     value: Any = called(node, root)
     if node.op == "get_attr":
         value = functools.reduce(getattr, str(node.target).split("."), root)
@@ -105,7 +105,7 @@ def _reached(node: Node, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _decide_between_operands(found: Found, unmatched: dict[Node, str]) -> None:
-    """Where both operands of an addition are batch norms, one takes the other: the one written to, or the first."""
+    """If both operands of an addition are batch norms, fuse only the one written to, otherwise the first."""
     first = {match.sum: target for target, match in found.matches.items() if match.sum and not match.second}
     for target, match in list(found.matches.items()):
         if match.second and match.sum in first:
@@ -118,12 +118,12 @@ def _decide_between_operands(found: Found, unmatched: dict[Node, str]) -> None:
 
 
 def fused(node: Node) -> bool:
-    """Whether a call of a batch norm is already one that does more."""
+    """Whether a call of a batch norm already computes an addition or activation."""
     return node.op == "call_module" and ("activation" in node.kwargs or len(node.args) > 1)
 
 
 def rewrite(graph: Graph, found: Found) -> None:
-    """Make each match one call of its batch norm."""
+    """Replace each match by one call of its batch norm."""
     for match in found.matches.values():
         arguments = [match.norm.args[0]]
         keywords: dict[str, Any] = {"activation": None}
@@ -144,7 +144,7 @@ def rewrite(graph: Graph, found: Found) -> None:
 
 
 def _match(norm: Node, root: torch.nn.Module, training: bool) -> Match:
-    _require_usual(norm, root)
+    _require_standard_call(norm, root)
     result, passed = _through_identity(norm, root, training)
     user = _only_user(result)
     if fused(user):
@@ -161,17 +161,17 @@ def _match(norm: Node, root: torch.nn.Module, training: bool) -> Match:
             match.activation = activation(after, root)
             match.relied += between
     if match.activation is None and sum is None:
-        raise ObstacleError(f"nothing to fuse: it is followed by {_words(user, root)}")
+        raise ObstacleError(f"nothing to fuse: it is followed by {_description(user, root)}")
     _require_safe(match, root, training)
     return match
 
 
-def _require_usual(norm: Node, root: torch.nn.Module) -> None:
+def _require_standard_call(norm: Node, root: torch.nn.Module) -> None:
     module = called(norm, root)
     assert module is not None
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         raise ObstacleError("it is lazy: run the model once, then call fuse")
-    if isinstance(module, _timm.BatchNormAct) and module.inner_activation() != _timm.NOTHING:
+    if isinstance(module, _timm.BatchNormAct) and module.inner_activation() != _timm.NO_ACTIVATION:
         raise ObstacleError(f"its activation is its child act, a {type(module.act).__name__}")
     if type(module) not in KINDS and _timm.stock_class(type(module)) is None:
         raise ObstacleError(f"it is a {type(module).__name__}, which may compute something else")
@@ -186,7 +186,7 @@ def _require_usual(norm: Node, root: torch.nn.Module) -> None:
 
 
 def _through_identity(node: Node, root: torch.nn.Module, training: bool) -> tuple[Node, list[Node]]:
-    """The last of the nodes behind a node that return their input, and all of them."""
+    """The last of the nodes after `node` that return their input unchanged, and a list of all of them."""
     passed: list[Node] = []
     norm = called(node, root)
     while len(node.users) == 1:
@@ -226,18 +226,18 @@ def _is_second(sum: Addition, result: Node) -> bool:
     return second is result
 
 
-def _between(start: Node, end: Node, but: set[Node]) -> list[Node]:
-    """The nodes between two."""
+def _between(start: Node, end: Node, excluded: set[Node]) -> list[Node]:
+    """The nodes between two nodes, without those in `excluded`."""
     nodes, node = [], start.next
     while node is not end:
-        if node not in but:
+        if node not in excluded:
             nodes.append(node)
         node = node.next
     return nodes
 
 
 def _require_safe(match: Match, root: torch.nn.Module, training: bool) -> None:
-    """The batch norm is called later than it was; what it reads must be the same there, and stay for the backward."""
+    """Fusing delays the batch norm: until then its inputs must not change, and its residual not before backward."""
     source, between = match.norm.args[0], _between(match.norm, match.last, set(match.nodes))
     if _is_fresh(source, root):
         match.relied += [source] if between else []  # type: ignore[list-item]
@@ -260,14 +260,14 @@ def _require_safe(match: Match, root: torch.nn.Module, training: bool) -> None:
 
 
 def _is_fresh(source: object, root: torch.nn.Module) -> bool:
-    """Whether nothing else can reach the memory of a batch norm's input."""
+    """Whether no other code can access the memory of a batch norm's input."""
     if not isinstance(source, Node) or len(source.users) != 1:
         return False
     module = called(source, root)
-    return source.target in _FRESH if module is None else type(module) in _FRESH and plain(module)
+    return source.target in _FRESH_RESULTS if module is None else type(module) in _FRESH_RESULTS and plain(module)
 
 
-def _words(node: Node, root: torch.nn.Module) -> str:
+def _description(node: Node, root: torch.nn.Module) -> str:
     module = called(node, root)
     if module is not None:
         return type(module).__name__

@@ -1,4 +1,4 @@
-"""For torch.distributed.tensor: the inner operators see whole tensors, also where they were given in shards."""
+"""Sharding rules for torch.distributed.tensor: the inner operators always receive whole tensors."""
 
 import sys
 from typing import Any
@@ -10,7 +10,7 @@ _registered = False
 
 
 def register() -> None:
-    """Tell torch about the operators, once, where torch.distributed.tensor is in use: to import it takes a second."""
+    """Register the operators once, only if torch.distributed.tensor is imported, because importing takes a second."""
     global _registered
     if _registered or "torch.distributed.tensor" not in sys.modules:
         return
@@ -24,14 +24,14 @@ def register() -> None:
             operators.batch_norm_repeat.default,
             operators.batch_norm_backward.default,
         ):
-            register_sharding(operator)(_Whole(len(operator._schema.returns)))
+            register_sharding(operator)(_Replicated(len(operator._schema.returns)))
     _registered = True
 
 
-class _Whole:
-    """The one way to share an operator's work: every process has all tensors, and does all of it.
+class _Replicated:
+    """The only sharding rule: every process holds all tensors and computes everything.
 
-    Statistics are over the whole batch. torch.nn's operator does the same, but for channels in shards.
+    Statistics cover the whole batch. torch.nn's operator does the same, except for sharded channels.
     """
 
     def __init__(self, outputs: int) -> None:
@@ -43,5 +43,5 @@ class _Whole:
         def placement(argument: object) -> Any:
             return Replicate() if hasattr(argument, "tensor_meta") else None
 
-        given = [placement(argument) for argument in (*args, *kwargs.values())]
-        return [([Replicate()] * self._outputs, given)]
+        inputs = [placement(argument) for argument in (*args, *kwargs.values())]
+        return [([Replicate()] * self._outputs, inputs)]

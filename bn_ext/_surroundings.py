@@ -1,4 +1,4 @@
-"""What lies around a trace: settings of torch, random number generators, modes of modules; held, and put back."""
+"""State around a trace (settings of torch, random number generators, training flags): set, restored, compared."""
 
 import contextlib
 import gc
@@ -12,8 +12,8 @@ import torch
 
 @contextlib.contextmanager
 def in_mode(modules: list[torch.nn.Module], training: bool) -> Iterator[None]:
-    """With the training flag of all modules set."""
-    with contextlib.ExitStack() as flags:  # which puts all back, whatever one of them raises
+    """Set the training flag of all modules, and restore it afterwards."""
+    with contextlib.ExitStack() as flags:  # restores all, even if one raises
         for module in modules:
             flags.callback(object.__setattr__, module, "training", module.training)
             object.__setattr__(module, "training", training)
@@ -21,8 +21,8 @@ def in_mode(modules: list[torch.nn.Module], training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def generators_kept() -> Iterator[list[Any]]:
-    """Put the states of random number generators back; the list then has those that were used."""
+def generators_restored() -> Iterator[list[Any]]:
+    """Restore the states of random number generators; the list then holds those that were used."""
     before, used = _generators(), list[Any]()
     try:
         yield used
@@ -36,7 +36,7 @@ def generators_kept() -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Without the garbage collector, which runs callbacks of others in the middle of forward()."""
+    """Disable the garbage collector, which could run foreign callbacks in the middle of forward()."""
     is_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -47,7 +47,7 @@ def no_collection() -> Iterator[None]:
 
 
 def _generators() -> list[tuple[Any, Any, Any]]:
-    """The random number generators that a forward may use: how to set their state, it, and its values."""
+    """For each random number generator that forward() may use: the setter of its state, the state, and its values."""
     numpy = sys.modules.get("numpy")
     state = torch.get_rng_state()
     found: list[Any] = [(torch.set_rng_state, state, state.tolist()), (random.setstate, *[random.getstate()] * 2)]
@@ -68,7 +68,7 @@ _settings = [function for name in _SETTINGS if (function := getattr(torch, name,
 
 
 def surroundings() -> tuple[Any, ...]:
-    """The settings around an operation that a graph does not have."""
+    """The settings that affect an operation and that a graph does not record."""
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
         *(enabled() for enabled in _GRAD_MODES),

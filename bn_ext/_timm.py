@@ -1,4 +1,4 @@
-"""timm's BatchNormAct2d, a batch norm that holds a dropout and an activation, for `convert`; timm is not imported."""
+"""Converts timm's BatchNormAct2d, a batch norm with a dropout and an activation, without importing timm."""
 
 import copyreg
 import functools
@@ -15,14 +15,14 @@ from bn_ext.modules import BatchNorm2d, _path_in_graph
 
 
 class BatchNormAct(BatchNorm2d):
-    """The part of a converted BatchNormAct2d that is ours; timm's class is its other base.
+    """The base that this package adds to a converted BatchNormAct2d; the other base is timm's class.
 
-    Every call looks at the children `drop` and `act` as they are then: the operator applies the activation if it knows
-    it and if the dropout does nothing; otherwise they are called behind it, as timm does.
+    Every call checks the present children `drop` and `act`. The operator applies the activation if it supports it and
+    the dropout does nothing; otherwise the children are called after it, as in timm.
     """
 
     def __init_subclass__(cls) -> None:
-        """Leave the constructor timm's."""
+        """Keep timm's constructor."""
 
     def forward(
         self,
@@ -31,10 +31,10 @@ class BatchNormAct(BatchNorm2d):
         activation: str | tuple[str, float] | None = None,
         unlike: str | None = None,
     ) -> Tensor:
-        """As timm's. A residual or activation that `fuse` found behind the module comes after `drop` and `act`."""
+        """Equivalent to timm's. A residual or activation that `fuse` passes is applied after `drop` and `act`."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            assert residual is None, "a scripted BatchNormAct2d takes no residual"
-            assert activation is None, "a scripted BatchNormAct2d takes no activation"
+            assert residual is None, "a scripted BatchNormAct2d accepts no residual"
+            assert activation is None, "a scripted BatchNormAct2d accepts no activation"
             y: Tensor = self.act(self.drop(self._scripted_forward(input, None, None)))  # type: ignore[operator]
             return y
         return self._forward(input, residual, activation, unlike)
@@ -46,49 +46,49 @@ class BatchNormAct(BatchNorm2d):
         if residual is None and activation is None:
             y = super()._forward(input, None, own, None)
             return self.act(self.drop(y)) if own is None else y  # type: ignore[operator]
-        if own == NOTHING:
+        if own == NO_ACTIVATION:
             return super()._forward(input, residual, activation, unlike)
         y = self.forward(input)
         return apply(y if residual is None else getattr(y, unlike or "add")(residual), activation)
 
     def inner_activation(self) -> tuple[str | None, float] | None:
-        """The activation that the operator applies, with name None for none; None if drop and act have to be called."""
+        """The activation that the operator applies (name None: no activation); None if drop and act must be called."""
         drop, act = self._modules.get("drop"), self._modules.get("act")  # faster than self.drop
         if drop is None or act is None or not plain(act) or not does_nothing(drop, self, drop.training):
             return None
         if _has_any_global_hook():
             return None
-        return NOTHING if type(act) is torch.nn.Identity else of_module(act)
+        return NO_ACTIVATION if type(act) is torch.nn.Identity else of_module(act)
 
     def _check_input_dim(self, input: Tensor) -> None:
         torch._assert(input.dim() == 4, f"expected 4D input (got {input.dim()}D input)")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse an activation beside `act`."""
+        """Refuse an activation in addition to `act`."""
         if name == "activation" and value is not None:
             raise AttributeError(
-                f"a {type(self).__name__} applies its child `act`: replace that one instead of setting activation to "
+                f"a {type(self).__name__} applies its child `act`: replace this child instead of setting activation to "
                 f"{value!r}"
             )
         super().__setattr__(name, value)
 
 
-NOTHING = (None, 0.0)
-"""The activation of one that only normalises."""
-_PLACES = {("timm.layers.norm_act", "BatchNormAct2d"), ("timm.models.layers.norm_act", "BatchNormAct2d")}
-_READ = {
+NO_ACTIVATION = (None, 0.0)
+"""The activation of a module that only normalises."""
+_CLASSES = {("timm.layers.norm_act", "BatchNormAct2d"), ("timm.models.layers.norm_act", "BatchNormAct2d")}
+_FORWARD_NAMES = {
     *("_assert", "ndim", "super", "forward", "drop", "act"),
     *("momentum", "training", "track_running_stats", "num_batches_tracked", "add_", "float"),
     *("F", "batch_norm", "running_mean", "running_var", "weight", "bias", "eps"),
 }
-"""The names in the forward() of timm 0.6 to 1.0; one with others may do something else."""
+"""The names in the forward() of timm 0.6 to 1.0; a forward() with other names is not converted."""
 
 
 def _is_known(kind: type) -> bool:
-    if (kind.__module__, kind.__qualname__) not in _PLACES or kind.__bases__ != (torch.nn.BatchNorm2d,):
+    if (kind.__module__, kind.__qualname__) not in _CLASSES or kind.__bases__ != (torch.nn.BatchNorm2d,):
         return False
     code = getattr(vars(kind).get("forward"), "__code__", None)
-    return code is not None and {"drop", "act"} <= set(code.co_names) <= _READ
+    return code is not None and {"drop", "act"} <= set(code.co_names) <= _FORWARD_NAMES
 
 
 def converted_class(kind: Any) -> type | None:
@@ -97,7 +97,7 @@ def converted_class(kind: Any) -> type | None:
 
 
 class _Made(type):
-    """The class of converted classes: these are pickled as what :func:`converted_class` makes of timm's."""
+    """The metaclass of converted classes; pickle stores timm's class, and loading converts it again."""
 
 
 def _loaded(kind: type) -> Any:

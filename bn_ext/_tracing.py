@@ -1,4 +1,4 @@
-"""Graphs of forward(), by torch.fx, that are refused where they would not be faithful."""
+"""Traces forward() with torch.fx, and refuses graphs that would not do everything that forward() does."""
 
 import enum
 import inspect
@@ -17,7 +17,7 @@ from bn_ext._capture import NotFaithfulError
 from bn_ext._contents import is_library
 from bn_ext._operations import is_known, is_of_torch, runs_other_code
 from bn_ext._reads import CONTEXT, NONE, Reads, recorded
-from bn_ext._surroundings import generators_kept, in_mode, no_collection, surroundings
+from bn_ext._surroundings import generators_restored, in_mode, no_collection, surroundings
 from bn_ext._undo import Undo
 from bn_ext._values import Value
 
@@ -25,7 +25,7 @@ _LOCK = threading.RLock()  # torch.fx replaces methods of torch.nn.Module while 
 
 
 class Trace(NamedTuple):
-    """The graph of a forward(), and what was read to make it."""
+    """The graph of a forward(), and the reads of its trace."""
 
     graph: Graph
     reads: Reads
@@ -38,22 +38,22 @@ def trace(
     inlined: Collection[torch.nn.Module],
     functions: bool = True,
 ) -> Trace:
-    """Trace one module's forward(), for Tensors as its required arguments and the defaults of the others.
+    """Trace one module's forward() with Tensors as required arguments and the defaults of the others.
 
     Args:
-        module: The module to trace; it and all in it are left as they were.
-        training: The training flag, of all modules, to trace with.
-        inlined: Modules whose forward() becomes part of the graph; each other one stays a call.
-        functions: Whether functions beside these forwards become part of it too; otherwise they stay calls.
+        module: The module to trace; its state and that of its submodules is restored.
+        training: The training flag of all modules during the trace.
+        inlined: Modules whose forward() becomes part of the graph; other modules remain calls.
+        functions: Whether the functions that they call become part of the graph too, or remain calls.
 
     Raises:
-        NotFaithfulError: forward() cannot be traced, or does more than its graph says.
+        NotFaithfulError: forward() cannot be traced, or does more than its graph.
     """
     members = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
     traced = [member for member in members if member is module or member in inlined]
     undo, before = Undo(), surroundings()
     reads = Reads(module, traced, undo)
-    with _LOCK, in_mode(members, training), generators_kept() as drawn, no_collection():
+    with _LOCK, in_mode(members, training), generators_restored() as drawn, no_collection():
         _watch(members, undo)
         try:
             for member in traced:
@@ -71,7 +71,7 @@ def trace(
     if surroundings() != before:
         raise NotFaithfulError(CONTEXT)
     for node in graph.nodes:
-        node.type = None  # annotations: names that the code would have to import
+        node.type = None  # the generated code would have to import the names in annotations
     return Trace(graph, reads)
 
 
@@ -91,7 +91,7 @@ def _trace(module: torch.nn.Module, tracer: "_FaithfulTracer", reads: Reads) -> 
 
 
 def _watch(modules: Iterable[torch.nn.Module], undo: Undo) -> None:
-    """All attributes of modules, and the contents of those that are containers."""
+    """Watch all attributes of modules, and the contents of attributes that are containers."""
     for module in modules:
         undo.watch(vars(module), "")
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -101,7 +101,7 @@ def _watch(modules: Iterable[torch.nn.Module], undo: Undo) -> None:
 
 
 def _functions(modules: Iterable[torch.nn.Module]) -> list[Callable[..., Any]]:
-    """Those that the forwards of modules can call by a global name, and that are not of a library known here."""
+    """Functions that the modules' forward() can call by a global name, except those of torch and this package."""
     values = [value for m in modules for value in getattr(type(m).forward, "__globals__", {}).values()]
     return [f for f in values if isinstance(f, FunctionType) and not _module_of(f).startswith(("torch.", "bn_ext."))]
 
@@ -123,7 +123,7 @@ BRANCHES = "forward() branches or loops on values"
 
 
 class _NoArithmetic(TorchDispatchMode):
-    """No operation on real tensors: its result, as it is today, would become part of the graph."""
+    """Refuses operations on real tensors, because their present results would become constants of the graph."""
 
     def __init__(self, reads: Reads) -> None:
         super().__init__()
@@ -134,25 +134,25 @@ class _NoArithmetic(TorchDispatchMode):
 
 
 class _FaithfulTracer(Tracer):
-    """torch.fx's, with what it may inline said from outside."""
+    """torch.fx's tracer, which inlines only the given modules and refuses unfaithful graphs."""
 
     proxy_buffer_attributes = True
 
     def __init__(self, reads: Reads, inlined: Iterable[torch.nn.Module], calls: Iterable[Callable[..., Any]]) -> None:
         super().__init__(autowrap_functions=tuple(calls))
         self.refuse = reads.refuse
-        """Ends the trace, also where forward() catches the error."""
+        """Ends the trace, even if forward() catches the error."""
         self._is_state, self.inlined = reads.is_state, set(inlined)
         self._returned: set[int] | None = set()
-        """The containers in what forward() returns; None while arguments of an operation are made."""
+        """Ids of the containers that forward() returns; None while arguments of an operation are created."""
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
-        """As the base class, from where grad mode, autocast and so on are as they are now."""
+        """Trace as the base class does, after storing the present grad mode, autocast and other settings."""
         self._surroundings = surroundings()
         return super().trace(root, concrete_args)
 
     def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """As the base class, but not for what another __call__ than torch.nn.Module's does around forward()."""
+        """Record a call as the base class does, but refuse classes that define their own __call__."""
         if any("__call__" in vars(base) for base in type(m).__mro__ if not is_library(base.__module__)):
             self.refuse(f"forward() calls a {type(m).__name__}, whose class defines its own __call__")
         return super().call_module(m, forward, args, kwargs)
@@ -162,14 +162,14 @@ class _FaithfulTracer(Tracer):
         self.refuse(BRANCHES)
 
     def iter(self, obj: Proxy) -> Any:
-        """Refuse, except for torch.fx itself, which unpacks tuples of a known length."""
+        """Refuse, unless torch.fx itself unpacks a tuple of known length."""
         try:
             return super().iter(obj)
         except TraceError:
             self.refuse(BRANCHES)
 
     def keys(self, obj: Proxy) -> Any:
-        """Refuse: a Tensor has none."""
+        """Refuse, because a Tensor has no keys."""
         self.refuse(BRANCHES)
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
@@ -178,7 +178,7 @@ class _FaithfulTracer(Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Placeholders for the required arguments only."""
+        """Create placeholders for the required arguments only."""
         names = required_arguments(self.root)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
 
@@ -188,7 +188,7 @@ class _FaithfulTracer(Tracer):
         return super().create_node(*args, **kwargs)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any) -> Proxy:
-        """As the base class, but not where what is called may keep or change a list of forward()'s."""
+        """Create it as the base class does, but refuse calls that may keep or change a container of forward()."""
         keeps = kind == "call_module" and not is_of_torch(self.root.get_submodule(target))
         keeps = keeps or (kind == "call_function" and not is_known(target))
         if keeps and any(map(_has_container, (*args, *kwargs.values()))):
@@ -200,7 +200,7 @@ class _FaithfulTracer(Tracer):
             self._returned = returned
 
     def create_arg(self, a: Any) -> Any:
-        """As the base class, for what the generated code makes exactly so again."""
+        """Create it as the base class does, but refuse values that the generated code cannot recreate exactly."""
         if isinstance(a, Proxy):
             return a.node
         kind = type(a)
@@ -235,10 +235,10 @@ def _has_container(value: object) -> bool:
 
 
 def required_arguments(module: torch.nn.Module) -> list[str]:
-    """Names of the arguments that forward() has no default for.
+    """Names of the arguments of forward() that have no default.
 
     Raises:
-        NotFaithfulError: There are none, or not all can be given by position.
+        NotFaithfulError: There are none, or not all can be passed by position.
     """
     forward = type(module).forward
     if not isinstance(forward, FunctionType):

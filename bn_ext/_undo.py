@@ -1,4 +1,4 @@
-"""What a forward changes while it is traced, and putting it back."""
+"""Restores objects that forward() changes while it is traced."""
 
 import collections
 import contextlib
@@ -18,48 +18,48 @@ class Variable(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The attributes of an object that has no dictionary for them."""
+    """The attributes of an object that are stored in __slots__."""
 
     owner: Any
     names: tuple[str, ...]
 
 
 class Undo:
-    """Contents of containers and variables, and attributes of classes and Python modules, as they were at first."""
+    """Stores the contents of containers, variables, classes and Python modules, and restores them."""
 
     def __init__(self) -> None:
         self._watched: dict[Any, tuple[Any, str, Contents]] = {}
 
     def watch(self, container: Any, name: str) -> None:
-        """Remember the contents; a change is reported as one of `name`, or of the keys if `name` is empty."""
+        """Store the contents. Changes are reported under `name`, or under the changed keys if `name` is empty."""
         key: Any = (id(container.names), container.name) if isinstance(container, Variable) else id(container)
         if isinstance(container, (*_KINDS, Slots)) or _is_array(container):
             key = ("slots", id(container.owner)) if isinstance(container, Slots) else key
-            with contextlib.suppress(Exception):  # a container of the user's that refuses to be read
+            with contextlib.suppress(Exception):  # a user's container may refuse to be read
                 self._watched.setdefault(key, (container, name, _contents(container)))
 
     def watches(self, container: object) -> bool:
-        """Whether the contents of this container are remembered."""
+        """Whether the contents of this container are stored."""
         return id(container) in self._watched
 
     def restore(self) -> str:
-        """Put back what was changed; the names of it, or an empty string."""
+        """Restore everything that changed; return the names of the changes, or an empty string."""
         changed: list[str] = []
         for container, name, before in self._watched.values():
             different = _different(before, _contents(container), name)
             if different:
-                _put_back(container, before)
+                _restore(container, before)
                 changed += different
         return ", ".join(sorted(set(changed)))
 
 
 _KINDS = (dict, list, set, collections.deque, types.CellType, Variable, type, types.ModuleType, torch.Tensor)
-_OF_TENSORS = ("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+_TENSOR_ATTRIBUTES = ("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def _contents(container: Any) -> Contents:
     if isinstance(container, torch.Tensor):
-        return {name: getattr(container, name) for name in _OF_TENSORS if container.is_leaf}
+        return {name: getattr(container, name) for name in _TENSOR_ATTRIBUTES if container.is_leaf}
     if _is_array(container):
         return [container.tobytes()]
     if isinstance(container, Slots):
@@ -77,16 +77,16 @@ def _contents(container: Any) -> Contents:
 
 
 def _different(before: Contents, now: Contents, name: str) -> list[str]:
-    """The names of what differs."""
+    """The names of the differences."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [key for key in {**before, **now} if before.get(key, before) is not now.get(key, before)]
         is_same = not keys and list(before) == list(now)
         return [] if is_same else [name] if name else [str(key) for key in keys]
-    is_same = len(before) == len(now) and all(a is b or _are_bytes(a, b) for a, b in zip(before, now, strict=True))
+    is_same = len(before) == len(now) and all(a is b or _equal_bytes(a, b) for a, b in zip(before, now, strict=True))
     return [] if is_same else [name]
 
 
-def _are_bytes(left: object, right: object) -> bool:
+def _equal_bytes(left: object, right: object) -> bool:
     return isinstance(left, bytes) and left == right
 
 
@@ -94,7 +94,7 @@ def _is_array(value: object) -> bool:
     return type(value).__module__ == "numpy" and hasattr(value, "tobytes") and hasattr(value, "flat")
 
 
-def _put_back(container: Any, contents: Any) -> None:
+def _restore(container: Any, contents: Any) -> None:
     if isinstance(container, torch.Tensor | Slots):
         owner = container.owner if isinstance(container, Slots) else container
         for name, value in contents.items():

@@ -1,4 +1,4 @@
-"""The values of a trace: they record operations, and refuse questions that the graph would answer once for all."""
+"""Traced values: they record operations, and refuse reads whose result would become a constant of the graph."""
 
 import dis
 import sys
@@ -12,55 +12,55 @@ from torch.fx.proxy import Attribute
 from bn_ext._fused_class import TracedValue
 from bn_ext._operations import IN_PLACE, in_place, unpacked
 
-_ANSWERED = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module")
+_TORCH_CALLERS = ("torch.fx", "torch.overrides", "torch.utils._pytree", "torch.nn.modules.module")
 _PROPERTIES = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "requires_grad", "is_leaf", "data"),
     *("T", "mT", "H", "mH", "real", "imag", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu", "is_sparse"),
     *("is_quantized", "is_nested"),
 )
-"""Of Tensors: what depends on the values, and is never None."""
+"""Properties of Tensors that a graph can read anew in each call, because they are never None."""
 
 
-def _is_answered() -> bool:
-    """Whether torch itself asks: it knows what a proxy is."""
+def _is_read_by_torch() -> bool:
+    """Whether torch itself reads, which can handle a proxy."""
     frame = sys._getframe(2)
     if frame.f_globals.get("__name__") == "torch.nn.parameter":  # isinstance(value, torch.nn.Parameter)
         frame = frame.f_back or frame
-    return str(frame.f_globals.get("__name__")).startswith(_ANSWERED)
+    return str(frame.f_globals.get("__name__")).startswith(_TORCH_CALLERS)
 
 
-class _Silent:
-    """Refuses to say of what type it is, and to become a key, a number or a string, except to torch.fx.
+class _Unreadable:
+    """Refuses reads of its type and conversions to a key, a number or a string, except by torch.
 
-    Claiming to be a Tensor is no way out: C++ code, as that of torch.autograd.Function, would believe it and crash.
+    It must not claim to be a Tensor: C++ code such as that of torch.autograd.Function would rely on that and crash.
     """
 
     tracer: Any
-    _is_param = False  # asked by isinstance(value, torch.nn.Parameter)
+    _is_param = False  # isinstance(value, torch.nn.Parameter) reads it
 
     def _refuse(self, reason: str) -> NoReturn:
-        """End the trace, also where forward() catches the error."""
+        """End the trace, even if forward() catches the error."""
         raise self.tracer.refuse(reason)
 
     @property
     def __class__(self) -> Any:
-        if _is_answered():
+        if _is_read_by_torch():
             return type(self)
         self._refuse("forward() reads the type of a value")
 
     @__class__.setter
     def __class__(self, value: Any) -> None:
-        raise TypeError("a traced value keeps its class")
+        raise TypeError("the class of a traced value cannot be set")
 
     def __getattr__(self, name: str) -> Any:
-        """As a proxy, which has all names; a Tensor has not."""
+        """Record the read of an attribute that Tensors have; a plain proxy accepts any name."""
         is_known = name in _PROPERTIES or callable(getattr(torch.Tensor, name, None))
         if not is_known and not name.startswith("__torch"):
             self._refuse(f"forward() reads the attribute {name!r} of a value")
         return _ValueAttribute(self, name)  # type: ignore[arg-type]
 
     def __iter__(self) -> Any:
-        """Parts of the number that is asked for, as a proxy's; and the code requires that there are no others."""
+        """Unpack into the expected number of parts; the generated code checks that number."""
         frame = sys._getframe(1)
         [instruction] = [i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti]
         if instruction.opname != "UNPACK_SEQUENCE":
@@ -69,12 +69,12 @@ class _Silent:
         return iter([parts[position] for position in range(instruction.argval)])
 
     def __hash__(self) -> int:
-        if _is_answered():
+        if _is_read_by_torch():
             return id(self)
         self._refuse("forward() uses a value as a key")
 
     def __repr__(self) -> str:
-        if _is_answered():
+        if _is_read_by_torch():
             return object.__repr__(self)
         self._refuse("forward() converts a value to a string")
 
@@ -89,17 +89,17 @@ class _Silent:
     __int__ = __float__ = __complex__ = __index__ = __len__ = _refuse_number
 
 
-class Value(_Silent, TracedValue):
-    """What an operation returns."""
+class Value(_Unreadable, TracedValue):
+    """The traced result of an operation."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse what a graph cannot hold."""
+        """Refuse, because a graph cannot represent it."""
         if name not in ("tracer", "node"):
             self._refuse(f"forward() sets {name!r} of a value")
         super().__setattr__(name, value)
 
 
-class _ValueAttribute(_Silent, Attribute, TracedValue):
+class _ValueAttribute(_Unreadable, Attribute, TracedValue):
     """An attribute of a value, or a method that is about to be called."""
 
 
@@ -110,5 +110,5 @@ def _in_place_operator(name: str) -> Callable[[Proxy, Any], Proxy]:
     return record
 
 
-for _name in IN_PLACE:  # torch.fx has x += y without its effect on x
+for _name in IN_PLACE:  # torch.fx records x += y without its effect on x
     setattr(Value, f"__{_name}__", _in_place_operator(_name))

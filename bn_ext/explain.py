@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bn_ext import _extension, _plan_words
+from bn_ext import _extension, _plan_text
 from bn_ext.activations import Activation, describe, resolve
 from bn_ext.functional import batch_norm
 
@@ -118,7 +118,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """Several lines of plain words."""
-        return _plan_words.words_of(self)
+        return _plan_text.text_of(self)
 
 
 def explain(

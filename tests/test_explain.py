@@ -43,10 +43,10 @@ def test_contiguous_on_an_h200() -> None:
     assert "(32, 64, 56, 56), bfloat16, contiguous, training, planned for H200 (132 multiprocessors of 228 KiB" in text
     assert "N = 12.85 MB" in text
     assert "64 slices of 1 channel, 200.7 KB of each tensor" in text
-    assert f"a cluster of {e.forward.blocks_per_slice} blocks keeps a slice" in text
-    assert "25.69 MB = 2.00 N: reads 1.00 N, writes 1.00 N; the multi-kernel path (3 kernels) would move 3.00 N" in text
-    assert "38.54 MB = 3.00 N: reads 2.00 N, writes 1.00 N; the multi-kernel path (3 kernels) would move 5.00 N" in text
-    assert "if not, that pass takes the multi-kernel path" in text
+    assert f"a cluster of {e.forward.blocks_per_slice} blocks holds a slice" in text
+    assert "25.69 MB = 2.00 N: reads 1.00 N, writes 1.00 N; the multi-kernel path, 3 kernels, would move 3.00 N" in text
+    assert "38.54 MB = 3.00 N: reads 2.00 N, writes 1.00 N; the multi-kernel path, 3 kernels, would move 5.00 N" in text
+    assert "if not, the multi-kernel path runs that pass" in text
     assert "twice" not in text
 
 
@@ -66,7 +66,7 @@ def test_channels_last_on_an_h200() -> None:
     assert (e.forward.slices, e.forward.slice_channels, e.forward.slice_bytes) == (2, 32, N // 2)
     assert e.forward.blocks == 2 * e.forward.blocks_per_slice <= 2 * 132
     assert multiples(e) == [1, 1, 2, 1]
-    assert "blocks of a cooperative grid keep a slice" in str(e)
+    assert "blocks of a cooperative grid hold a slice" in str(e)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -82,7 +82,7 @@ def test_an_a100_has_no_clusters(memory_format: torch.memory_format) -> None:
     assert 0 < kept < 1
     assert large.forward.bytes_read == pytest.approx((2 - kept) * large.tensor_bytes)
     assert large.backward.bytes_read == pytest.approx(2 * (2 - large.backward.kept) * large.tensor_bytes)
-    assert f"{100 * (1 - kept):.0f} % of x, for which the shared memory has no room" in str(large)
+    assert f"{100 * (1 - kept):.0f} % of x, which does not fit in shared memory" in str(large)
 
 
 def test_eval_needs_no_team() -> None:
@@ -92,7 +92,7 @@ def test_eval_needs_no_team() -> None:
         ("none", 2, 0, 0),
     ]
     assert multiples(e) == [1, 1, 2, 1]
-    assert "none, for with running statistics nothing is read twice" in str(e)
+    assert "none, because no tensor is read twice with running statistics" in str(e)
     assert "1 kernel\n" in str(e)
     assert "At the launch" not in str(e)
 
@@ -109,7 +109,7 @@ def test_activations_and_residual() -> None:
     assert (silu.forward.team, silu.backward.team) == ("cluster", "none")
     assert not silu.backward.can_have_team
     assert multiples(silu) == [2, 1, 6, 2]
-    assert "takes the residual too, and no team keeps three tensors" in str(silu)
+    assert "also needs the residual, and no team holds three tensors" in str(silu)
 
     leaky = bn_ext.explain((4, 3, 5, 7), activation=("leaky_relu", 0.2), residual=True, device="H200")
     assert leaky.activation == "leaky_relu(negative_slope=0.2)"

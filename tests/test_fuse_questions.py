@@ -138,7 +138,7 @@ def given_and_compared(self: Small, x: Tensor) -> Tensor:
     return add(self.act(self.bn(x)), self.sometimes(x)[1])
 
 
-CATCHES = "forward() catches exceptions, which an operation may raise in a later call"
+CATCHES = "forward() catches exceptions that an operation may raise in a later call"
 NONE = "forward() tests for None, which a module or function that is not traced may return"
 OF_MODELS: dict[str, tuple[Callable[..., Any], str]] = {
     "an error is caught": (caught, CATCHES),

@@ -74,7 +74,7 @@ def setting_data(self: Small, x: Tensor) -> Tensor:
 
 
 UNFAITHFUL |= {
-    "caught": (catching, "forward() catches exceptions, which an operation may raise in a later call"),
+    "caught": (catching, "forward() catches exceptions that an operation may raise in a later call"),
     "data": (setting_data, "forward() sets 'data' of a value"),
     "attribute of a value": (
         lambda self, x: self.act(self.bn(x)) if getattr(x, "mask", None) is None else x,

@@ -283,7 +283,7 @@ def test_errors(kind: Any) -> None:
     for module in (ours, stock):
         with pytest.raises(AssertionError, match=r"expected 4D input \(got 3D input\)"):
             module(images(4, 3, 5))
-    with pytest.raises(AttributeError, match=r"applies its child `act`: replace that one instead .* 'silu'"):
+    with pytest.raises(AttributeError, match=r"applies its child `act`: replace this child instead .* 'silu'"):
         ours.activation = "silu"
     assert is_one_operation(ours)
     for module in (ours, stock):

@@ -1,4 +1,4 @@
-"""The words of `explain`: a plan's numbers in sentences."""
+"""The text that `explain` prints for a launch plan."""
 
 from typing import TYPE_CHECKING
 
@@ -6,33 +6,33 @@ if TYPE_CHECKING:
     from bn_ext.explain import Explanation, Gpu, PassPlan
 
 _TEAMS = {
-    "block": "one block keeps a slice in its shared memory",
-    "cluster": "a cluster of {} blocks keeps a slice, and exchanges sums through each other's shared memory",
-    "grid": "{} blocks of a cooperative grid keep a slice, and exchange sums through global memory",
+    "block": "one block holds a slice in its shared memory",
+    "cluster": "a cluster of {} blocks holds a slice and exchanges sums through each other's shared memory",
+    "grid": "{} blocks of a cooperative grid hold a slice and exchange sums through global memory",
 }
 
 
-def words_of(explanation: "Explanation") -> str:
-    """Several lines."""
+def text_of(explanation: "Explanation") -> str:
+    """Several lines of text."""
     e = explanation
     layout = str(e.memory_format).removeprefix("torch.").removesuffix("_format")
-    what = [str(tuple(e.input_shape)), str(e.dtype).removeprefix("torch."), layout]
-    what.append("training" if e.training else "eval")
-    what += [e.activation] if e.activation != "None" else []
-    what += ["residual"] if e.residual else []
-    lines = [", ".join(what) + f", planned for {_gpu(e.gpu)}"]
+    call = [str(tuple(e.input_shape)), str(e.dtype).removeprefix("torch."), layout]
+    call.append("training" if e.training else "eval")
+    call += [e.activation] if e.activation != "None" else []
+    call += ["residual"] if e.residual else []
+    lines = [", ".join(call) + f", planned for {_gpu(e.gpu)}"]
     lines += [f"N = {_megabytes(e.tensor_bytes)}, one activation tensor, aligned to 16 bytes"]
     for plan in (e.forward, e.backward):
         lines += ["", f"{plan.direction}: {_count(plan.launches, 'kernel')}"]
-        lines += [f"  {name:<7} {words}" for name, words in _rows(e, plan)]
+        lines += [f"  {name:<7} {text}" for name, text in _rows(e, plan)]
     lines += [
         "",
-        "Planned, not measured; vectors of channels and partial sums, a few per cent of a large tensor, are left out.",
+        "Planned, not measured; per-channel vectors and partial sums, a few per cent of a large tensor, do not count.",
     ]
     if any(plan.team in ("cluster", "grid") for plan in (e.forward, e.backward)):
         lines[-1] += (
-            "\nAt the launch CUDA is asked whether it has room for teams of several blocks; if not, that pass takes"
-            " the multi-kernel path."
+            "\nAt the launch, bn_ext asks CUDA whether teams of several blocks fit; if not, the multi-kernel path runs"
+            " that pass."
         )
     return "\n".join(lines)
 
@@ -43,7 +43,7 @@ def _rows(e: "Explanation", plan: "PassPlan") -> list[tuple[str, str]]:
     rows += [("team", _team(e, plan))]
     blocks = f"{_count(plan.blocks, 'block')} of {plan.threads} threads, {plan.access_bytes} bytes per access"
     if plan.team == "none":
-        blocks += f", {_count(plan.blocks_per_slice, 'block')} for a slice"
+        blocks += f", {_count(plan.blocks_per_slice, 'block')} per slice"
     else:
         blocks += f", {plan.shared_bytes / 1024:.1f} KiB of shared memory each"
     rows += [("blocks", blocks)]
@@ -55,9 +55,9 @@ def _rows(e: "Explanation", plan: "PassPlan") -> list[tuple[str, str]]:
     moves += f"writes {times(plan.bytes_written)}"
     if plan.team != "none":
         kernels = _count(plan.multi_kernel_launches, "kernel")
-        moves += f"; the multi-kernel path ({kernels}) would move {times(plan.multi_kernel_bytes)}"
+        moves += f"; the multi-kernel path, {kernels}, would move {times(plan.multi_kernel_bytes)}"
     rows += [("moves", moves)]
-    rows += [("twice", again)] if (again := _twice(e, plan)) else []
+    rows += [("twice", again)] if (again := _read_twice(e, plan)) else []
     rows += [("mask", mask)] if (mask := _mask(e, plan)) else []
     return rows
 
@@ -66,34 +66,34 @@ def _team(e: "Explanation", plan: "PassPlan") -> str:
     if plan.team != "none":
         return _TEAMS[plan.team].format(plan.blocks_per_slice)
     if not e.training:
-        return "none, for with running statistics nothing is read twice"
+        return "none, because no tensor is read twice with running statistics"
     if not plan.can_have_team:
-        return "none, for the gradient of this activation takes the residual too, and no team keeps three tensors"
-    return "none, for too little of a slice would fit into the shared memory"
+        return "none, because this activation's gradient also needs the residual, and no team holds three tensors"
+    return "none, because too little of a slice would fit in shared memory"
 
 
-def _twice(e: "Explanation", plan: "PassPlan") -> str:
-    """What is read again, and why."""
+def _read_twice(e: "Explanation", plan: "PassPlan") -> str:
+    """The tensors that are read twice, and the reason."""
     if not e.training:
         return ""
     forward = plan.direction == "forward"
     if plan.team == "none":
-        return "x, for the statistics and for y" if forward else "what makes the sums of gradients, for them and for dx"
+        return "x, for the statistics and for y" if forward else "all inputs of the gradient sums, also for dx"
     if plan.kept == 1:
         return ""
     tensors = "x" if forward else "dy and x"
-    return f"{100 * (1 - plan.kept):.0f} % of {tensors}, for which the shared memory has no room"
+    return f"{100 * (1 - plan.kept):.0f} % of {tensors}, which does not fit in shared memory"
 
 
 def _mask(e: "Explanation", plan: "PassPlan") -> str:
-    """Of the bytes moved."""
+    """The bytes of the mask among the bytes moved."""
     if plan.mask_bytes == 0:
         return ""
     times, again = divmod(plan.mask_bytes, (e.tensor_bytes // e.dtype.itemsize + 7) // 8)
-    often = {1: "once", 2: "twice"}.get(times, f"{times} times") + " and in part again" * (again > 0)
+    often = {1: "once", 2: "twice"}.get(times, f"{times} times") + " and partly again" * (again > 0)
     how = "written" if plan.direction == "forward" else "read"
     if plan.direction == "forward" and times > 1:
-        how = "cleared, then changed in place, for slices share bytes of it: moved"
+        how = "cleared, then changed in place, because slices share bytes: moved"
     return f"{_megabytes(plan.mask_bytes)} of these, one bit per value, {how} {often}"
 
 
