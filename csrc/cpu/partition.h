@@ -23,10 +23,10 @@ constexpr int64_t kFewColumns = 128;        // so narrow a row ends before the p
 constexpr int64_t kRunBytes = 512;          // of rows that results are written for at a time, where they are narrower
 constexpr int64_t kSmallBytes = 8 << 20;    // of a tensor: several rows at a time are several streams from memory
 constexpr int64_t kGroupBytes = 4096;       // of one image's run of a group of planes: enough for the prefetchers
-constexpr int64_t kLeastGroupBytes = 1 << 16;  // of all images' runs, so that the work per group is little beside it
-constexpr int64_t kFetchedBytes = 2 << 20;     // of a group that is fetched while another's results are written
-constexpr int64_t kMaxGroup = 64;              // channels of a group of planes that is summed
-constexpr int64_t kCachedBytes = 1 << 20;      // a group up to this size is still in cache when it is visited again
+constexpr int64_t kLeastGroupBytes = 12 << 10;  // of all images' runs: more, and a group leaves the first-level cache
+constexpr int64_t kFetchedBytes = 2 << 20;      // of a group that is fetched while another's results are written
+constexpr int64_t kMaxGroup = 64;               // channels of a group of planes that is summed
+constexpr int64_t kCachedBytes = 1 << 20;       // a group up to this size is still in cache when it is visited again
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
