@@ -1,4 +1,4 @@
-"""A custom C++/CUDA BatchNorm for PyTorch that drops in for torch.nn.BatchNorm."""
+"""A custom C++/CUDA BatchNorm for PyTorch: a drop-in for torch.nn.BatchNorm1d, BatchNorm2d and BatchNorm3d."""
 
 from bn_ext import _opacus
 from bn_ext._build_info import BuildInfo, build_info, version

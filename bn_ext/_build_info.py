@@ -12,7 +12,13 @@ from bn_ext import _extension
 
 @dataclasses.dataclass(frozen=True)
 class BuildInfo:
-    """Facts about the build for bug reports and benchmarks; `print` shows them as a table."""
+    """Facts about the build for bug reports and benchmarks; `print` shows them as a table.
+
+    Examples:
+        >>> info = bn_ext.build_info()
+        >>> info.version == bn_ext.__version__, info.torch == torch.__version__
+        (True, True)
+    """
 
     version: str
     """Version of bn_ext."""
@@ -88,7 +94,12 @@ def build_info() -> BuildInfo:
     Never fails: if the extension cannot be loaded, `loaded` is False and `reason` explains why.
 
     Returns:
-        A :class:`BuildInfo`; `print(bn_ext.build_info())` shows it as a short table.
+        A `BuildInfo`; `print(bn_ext.build_info())` shows it as a short table.
+
+    Examples:
+        >>> info = bn_ext.build_info()
+        >>> info.threads == torch.get_num_threads()
+        True
     """
     try:
         config: Any = importlib.import_module("bn_ext._build_config")

@@ -1,4 +1,4 @@
-"""The operator in torch's own, for what knows no others: torch.onnx. Everything else runs the kernels."""
+"""bn_ext::batch_norm composed of torch's operators for torch.onnx, which cannot export others."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ def in_torchs_operators(
     skip_nonfinite: bool = False,
     skip_recomputed: bool = False,
 ) -> Tensor:
-    """bn_ext::batch_norm as torch.nn's modules do it: batch norm, addition and activation behind each other.
+    """bn_ext::batch_norm in torch's operators: batch norm, then addition, then activation.
 
-    Statistics are torch.nn's: nothing is skipped.
+    The running statistics are updated as in torch.nn: `skip_nonfinite` and `skip_recomputed` have no effect.
     """
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -42,15 +42,15 @@ def in_torchs_operators(
 
 
 def _activated(u: Tensor, activation: str | None, parameter: float) -> Tensor:
-    """The operators take a parameter beside any activation."""
+    """Apply the activation; the operator passes a parameter even if the activation takes none."""
     return apply(u, (activation, parameter) if activation in PARAMETERS else activation)
 
 
 def register() -> None:
-    """Tell torch about it; once, after the extension has been loaded.
+    """Register the decomposition with torch; call it once, after the extension has been loaded.
 
-    torch's table of decompositions would have served too, but with an entry there inductor refuses to call the kernels
-    where the environment has CI set.
+    An entry in torch's table of decompositions would also work for ONNX, but if the environment variable CI is set,
+    inductor then refuses to call the kernels.
     """
     operator = torch.ops.bn_ext.batch_norm.default
 

@@ -1,4 +1,4 @@
-"""The activations that a batch norm can apply to its result: their names, and torch's modules of the same kind."""
+"""The activations that a batch norm can apply to its result, by name and as torch.nn modules."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 Activation: TypeAlias = "str | tuple[str | None, float] | torch.nn.Module | None"
-"""A name of `NAMES`, a name with its parameter, a module of torch.nn of one of these kinds, or None."""
+"""A name in `NAMES`, a pair of a name and its parameter, a torch.nn module for one of these, or None."""
 
 PARAMETERS: dict[str, tuple[str, float]] = {"leaky_relu": ("negative_slope", 0.01), "elu": ("alpha", 1.0)}
-"""What torch calls the parameter of those that have one, and its default."""
+"""For each activation that has a parameter: torch's name for the parameter, and its default."""
 
 NAMES = (
     *("relu", "leaky_relu", "relu6", "elu", "silu", "gelu", "gelu_tanh"),
     *("hardswish", "sigmoid", "tanh", "mish"),
 )
-"""As in torch.nn.functional; gelu_tanh is gelu with approximate="tanh"."""
+"""The names are those in torch.nn.functional; gelu_tanh is gelu with approximate="tanh"."""
 
 _OF_MODULES: dict[type[torch.nn.Module], str] = {
     torch.nn.ReLU: "relu",
@@ -33,10 +33,10 @@ _OF_MODULES: dict[type[torch.nn.Module], str] = {
 
 
 def resolve(activation: Activation) -> tuple[str | None, float]:
-    """The name, None for none, and the parameter, 0 where there is none.
+    """The activation's name, or None, and its parameter, or 0.
 
     Raises:
-        ValueError: An activation of another kind, or a parameter for one that has none.
+        ValueError: If the activation is not supported, or has a parameter although its kind takes none.
     """
     if activation is None:
         return None, 0.0
@@ -46,19 +46,19 @@ def resolve(activation: Activation) -> tuple[str | None, float]:
             raise _unknown(f"{type(activation).__module__}.{type(activation).__qualname__}")
         return found
     name, *given = activation if isinstance(activation, tuple) and activation else (activation,)
-    if name is None and given:  # as this function returns it
+    if name is None and given:  # the form that this function returns
         return None, 0.0
     if name not in NAMES or len(given) > 1 or not all(isinstance(value, int | float) for value in given):
         raise _unknown(activation)
     if name in PARAMETERS:
         return name, float(given[0]) if given else PARAMETERS[name][1]
     if given and given[0]:
-        raise ValueError(f"activation {name!r} has no parameter, got {given[0]!r}")
+        raise ValueError(f"activation {name!r} takes no parameter, got {given[0]!r}: pass the name alone")
     return name, 0.0
 
 
 def apply(u: Tensor, activation: Activation) -> Tensor:
-    """The activation by torch's own operator."""
+    """Apply the activation with torch's own operator."""
     name, parameter = resolve(activation)
     if name is None:
         return u
@@ -69,7 +69,7 @@ def apply(u: Tensor, activation: Activation) -> Tensor:
 
 
 def describe(activation: Activation) -> str:
-    """Readable: `relu`, `leaky_relu(negative_slope=0.2)`."""
+    """The activation as readable text: `relu`, `leaky_relu(negative_slope=0.2)`."""
     name, value = resolve(activation)
     if name is None:
         return "None"
@@ -77,11 +77,11 @@ def describe(activation: Activation) -> str:
 
 
 def of_module(module: torch.nn.Module) -> tuple[str, float] | None:
-    """Name and parameter, as from :func:`resolve`; None if the module is no such activation."""
-    name = _OF_MODULES.get(type(module))  # a subclass may do something else
+    """Name and parameter, as from `resolve`; None if the module is not a supported activation."""
+    name = _OF_MODULES.get(type(module))  # exact type: a subclass may compute something else
     if name is None:
         return None
-    if isinstance(module, torch.nn.ReLU6) and (module.min_val != 0 or module.max_val != 6):  # it is a Hardtanh
+    if isinstance(module, torch.nn.ReLU6) and (module.min_val != 0 or module.max_val != 6):  # changed bounds
         return None
     if name == "gelu" and module.approximate == "tanh":
         name = "gelu_tanh"

@@ -1,4 +1,4 @@
-"""Whole models: torch.nn's batch norms become this package's, and back."""
+"""Whole models: turn torch.nn's batch norms into this package's, and back."""
 
 import contextlib
 import warnings
@@ -33,25 +33,37 @@ _STOCK = {fused: stock for stock, fused in _FUSED.items()}
 
 
 def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed: bool | None = None) -> Model:
-    """Make every torch.nn.BatchNorm1d, 2d and 3d in a model this package's, in place; lazy ones too.
+    """Turn every torch.nn.BatchNorm1d, BatchNorm2d and BatchNorm3d of a model into this package's, in place.
 
-    So are timm's BatchNormAct2d and FrozenBatchNormAct2d, which keep their children `drop` and `act`, and torchvision's
-    FrozenBatchNorm2d (docs/fusing.md).
+    Their lazy versions are converted too, as are timm's BatchNormAct2d and FrozenBatchNormAct2d, which keep their
+    children `drop` and `act`, and torchvision's FrozenBatchNorm2d (docs/fusing.md).
 
-    The modules stay the same objects, of another class: parameters, buffers, hooks, training flag, device,
-    requires_grad and references from elsewhere stay as they are. Converting twice does nothing more.
+    Equivalent to `module.__class__ = bn_ext.BatchNorm2d` for each such module: it remains the same object, with its
+    parameters, buffers, hooks, training flag and device. Converting a model again changes nothing.
 
-    A subclass of torch's batch norms may do more than they do: it is left alone, with one warning that names three of
-    them and counts the others. Modules that are no subclass of them are not looked at.
+    Other subclasses of torch's batch norms may compute something else, so they are not converted: one warning names up
+    to three of them and counts the others. Unrelated modules are ignored.
 
     Args:
-        model: Any module, or a batch norm itself.
-        skip_nonfinite: Set this attribute of all this package's batch norms in the model: whether a channel keeps its
-            running statistics where a batch would make them inf or NaN. None: leave it as it is, False at first.
-        skip_recomputed: The same; whether a forward pass that torch.utils.checkpoint runs again is not counted again.
+        model: Any module; may be a batch norm itself.
+        skip_nonfinite: Value of this attribute for all of this package's batch norms in the model, or None to leave it
+            unchanged (initially False): whether a channel keeps its running statistics if a batch would make one of
+            them inf or NaN.
+        skip_recomputed: The same for this attribute: whether a forward pass inside a backward pass, as
+            torch.utils.checkpoint runs it, updates and counts nothing.
 
     Returns:
         `model`.
+
+    Raises:
+        TypeError: If model is not a torch.nn.Module, or an option is neither a bool nor None.
+
+    Numerics: see `bn_ext.batch_norm`.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8))
+        >>> bn_ext.convert(model) is model, type(model[1]) is bn_ext.BatchNorm2d
+        (True, True)
     """
     _require_module(model)
     options = {"skip_nonfinite": skip_nonfinite, "skip_recomputed": skip_recomputed}
@@ -68,7 +80,8 @@ def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed
                 setattr(module, option, value)
     if left_alone:
         warnings.warn(
-            "bn_ext.convert left these alone, subclasses of torch.nn's batch norms that may behave differently: "
+            "bn_ext.convert did not convert these subclasses of torch.nn's batch norms, because they may compute "
+            "something else: "
             + ", ".join(left_alone[:3])
             + (f" and {len(left_alone) - 3} more" if len(left_alone) > 3 else ""),
             stacklevel=2,
@@ -77,18 +90,24 @@ def convert(model: Model, *, skip_nonfinite: bool | None = None, skip_recomputed
 
 
 def revert(model: Model) -> Model:
-    """Undo :func:`convert` and :func:`fuse`: make every batch norm of this package torch.nn's again, in place.
+    """Undo `convert` and `fuse`: turn every batch norm of this package into torch.nn's again, in place.
 
-    `skip_nonfinite` and `skip_recomputed` go with it: torch.nn's have no such thing.
+    The options `skip_nonfinite` and `skip_recomputed` are dropped, because torch.nn does not have them.
 
     Args:
-        model: Any module, or a batch norm itself.
+        model: Any module; may be a batch norm itself.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: A batch norm has an activation, which torch.nn's have not.
+        TypeError: If model is not a torch.nn.Module.
+        ValueError: If a batch norm has its own activation, which would be lost; nothing is changed then.
+
+    Examples:
+        >>> model = bn_ext.fuse(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU()))
+        >>> type(bn_ext.revert(model)[0]) is torch.nn.BatchNorm1d
+        True
     """
     _require_module(model)
     stock = {name: _STOCK.get(type(m)) or _timm.stock_class(type(m)) for name, m in model.named_modules()}
@@ -98,8 +117,8 @@ def revert(model: Model) -> Model:
         raise ValueError(
             "bn_ext.revert would lose the activation inside "
             + ", ".join(active)
-            + ": set their `activation` to None and "
-            "apply the activation behind them first; nothing was changed"
+            + ": first set their `activation` to None and "
+            "apply the activation after them; nothing was changed"
         )
     for module in model.modules():
         restore_class(module)
@@ -112,26 +131,34 @@ def revert(model: Model) -> Model:
 
 @contextlib.contextmanager
 def reverted(model: Model) -> Iterator[Model]:
-    """Make a model's batch norms torch.nn's for a while: for tools that ask for exact classes, or trace functions.
+    """Context manager that reverts a model inside its block, for tools that look for torch.nn's exact classes.
 
-    Equivalent to::
+    Equivalent to:
 
         revert(model)
         ...  # the tool
-        convert(model)  # or fuse, with what they had set
+        convert(model)  # or fuse, with the same options
 
-    The modules stay the same objects. At the end, also after an error, each gets its class and options back; a module
-    that the tool made, or whose class it changed, stays as the tool left it. Copies that the tool makes are torch.nn's.
+    The modules remain the same objects. At the end, and also after an error, each gets its class and options back. A
+    module that the tool creates, or whose class it changes, is not touched. Copies that the tool makes are torch.nn's.
 
     Args:
-        model: Any module, or a batch norm itself. No other thread may use it meanwhile.
+        model: Any module; may be a batch norm itself. No other thread may use it inside the block.
 
     Returns:
-        A context manager; `as` gives `model`.
+        A context manager that returns `model` to `as`.
 
     Raises:
-        TypeError: `model` is no module.
-        ValueError: A batch norm has an activation, which torch.nn's have not; nothing was changed.
+        TypeError: If model is not a torch.nn.Module.
+        ValueError: If a batch norm has its own activation, which would be lost; nothing is changed then.
+
+    Examples:
+        >>> model = bn_ext.convert(torch.nn.Sequential(torch.nn.BatchNorm1d(4)))
+        >>> with bn_ext.reverted(model):
+        ...     type(model[0]) is torch.nn.BatchNorm1d
+        True
+        >>> type(model[0]) is bn_ext.BatchNorm1d
+        True
     """
     _require_module(model)
     before: list[tuple[torch.nn.Module, type, dict[str, Any]]] = [
@@ -143,7 +170,7 @@ def reverted(model: Model) -> Iterator[Model]:
         yield model
     finally:
         for module, kind, stock, options in changed:
-            if type(module) is not stock:  # a lazy one, after its first forward pass; or the tool's own
+            if type(module) is not stock:  # a lazy module after its first forward pass, or changed by the tool
                 kind = _FUSED.get(type(module), type(module))
             if type(module) is not kind:
                 module.__class__ = kind

@@ -1,4 +1,4 @@
-"""What a batch norm does on a CUDA device, before it runs: `explain`."""
+"""`explain`: the launch plans of a batch norm on a CUDA device, without running it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from bn_ext.functional import batch_norm
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What a plan depends on besides the tensor."""
+    """The properties of a GPU that a launch plan depends on."""
 
     name: str
     multiprocessors: int
-    """The GPU's number of them."""
+    """Number of streaming multiprocessors."""
     shared_bytes: int
-    """Shared memory of a multiprocessor, in bytes, for all blocks that it runs at a time."""
+    """Shared memory per multiprocessor, in bytes; all blocks that are resident on it share it."""
     clusters: bool
     """Whether blocks can be launched in clusters (compute capability 9.0 and newer)."""
 
@@ -30,7 +30,7 @@ GPUS: dict[str, Gpu] = {
     "H100": Gpu("H100", 132, 228 * 1024, True),
     "A100": Gpu("A100", 108, 164 * 1024, False),
 }
-"""GPUs that `explain` knows by name, H100 and A100 as SXM modules.
+"""The GPUs that `explain` accepts by name; H100 and A100 are the SXM modules.
 
 Source: NVIDIA's H200 data sheet, H100 and A100 Tensor Core GPU architecture papers, CUDA C++ programming guide (shared
 memory per multiprocessor by compute capability).
@@ -39,82 +39,93 @@ memory per multiprocessor by compute capability).
 
 @dataclasses.dataclass(frozen=True)
 class PassPlan:
-    """The plan of one pass, and what it is expected to move.
+    """The launch plan of one pass, with the bytes that it is expected to read and write.
 
-    The tensor is cut into slices of whole adjacent channels. A *team* of blocks keeps a slice in their shared memory
-    between the two uses of its values, so that one kernel does the pass; where there is no team, the pass takes the
-    multi-kernel path: one kernel for each use.
+    The tensor is cut into slices of whole adjacent channels. On the single-pass path, a team of blocks holds a slice in
+    shared memory between the two uses of its values, so one kernel computes the pass. The multi-kernel path has no
+    teams and launches one kernel per step. All counts of bytes concern activation tensors and masks; per-channel
+    tensors and partial sums, a few per cent, are not counted.
+
+    Examples:
+        >>> plan = bn_ext.explain((32, 64, 56, 56), device="H200").forward
+        >>> plan.direction, plan.launches, plan.bytes_moved == plan.bytes_read + plan.bytes_written
+        ('forward', 1, True)
     """
 
     direction: str
     """"forward" or "backward"."""
     team: str
-    """Who keeps a slice on chip: "block" (one), "cluster" (a few, which see each other's shared memory), "grid" (many,
-    which exchange by global memory and take slice after slice) or "none"."""
+    """The team that holds a slice on chip: "block" (one block), "cluster" (a few, which access each other's shared
+    memory), "grid" (many, which exchange sums through global memory and process slice after slice) or "none"."""
     launches: int
-    """Kernels."""
+    """Number of kernels."""
     slices: int
-    """Of the tensor."""
+    """Number of slices of the tensor."""
     slice_channels: int
-    """Channels of a slice; the last one may have fewer."""
+    """Channels per slice; the last slice may have fewer."""
     slice_bytes: int
-    """Of one tensor, in a slice."""
+    """Bytes of one tensor per slice."""
     blocks_per_slice: int
-    """The team's, or those that the multi-kernel path has for a slice."""
+    """Blocks of a team; without teams, blocks per slice on the multi-kernel path."""
     blocks: int
-    """In the grid. A grid's teams are fewer than slices where the GPU cannot run them all at a time."""
+    """Blocks in the grid. A cooperative grid has fewer teams than slices if not all teams fit on the GPU together."""
     threads: int
-    """Of a block."""
+    """Threads per block."""
     access_bytes: int
-    """That a thread reads or writes at a time: 16, or less where the shape allows no more."""
+    """Bytes that a thread reads or writes in one access: 16, or fewer if the shape requires it."""
     shared_bytes: int
-    """Shared memory that a block of a team takes, in bytes; 0 where there is no team."""
+    """Shared memory per block of a team, in bytes; 0 without teams."""
     kept: float
-    """The part of every slice that its team keeps on chip, 0 to 1. The rest of what is kept is read twice."""
+    """Fraction of each slice that its team holds on chip, from 0 to 1. The remaining rows are read twice."""
     bytes_read: int
-    """From memory: activation tensors and masks. Vectors of channels and partial sums, a few per cent, are not
-    counted, here and below."""
+    """Bytes read from memory."""
     bytes_written: int
-    """To memory: activation tensors and masks."""
+    """Bytes written to memory."""
     mask_bytes: int
-    """Of these, both together, those of the mask: one bit per value, as often as it is read or written."""
+    """Bytes of masks in `bytes_read` and `bytes_written` together: one bit per value, per read or write."""
     multi_kernel_launches: int
-    """Kernels, where no team keeps anything."""
+    """Number of kernels on the multi-kernel path."""
     multi_kernel_bytes: int
-    """What they would read and write, in bytes."""
+    """Bytes that the multi-kernel path would read and write."""
     can_have_team: bool
-    """Whether a team could keep what this pass needs twice, on a GPU that is large enough."""
+    """Whether a team could hold the tensors that this pass reads twice, on a sufficiently large GPU."""
 
     @property
     def bytes_moved(self) -> int:
-        """Read and written."""
+        """Bytes read and written."""
         return self.bytes_read + self.bytes_written
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` tells; `print` it, or use its attributes."""
+    """The launch plans of a batch norm, as attributes; `print` shows them as text.
+
+    Examples:
+        >>> explanation = bn_ext.explain((8, 64, 7, 7), activation="relu", device="A100")
+        >>> explanation.activation, explanation.gpu.name, explanation.tensor_bytes == 4 * 8 * 64 * 7 * 7
+        ('relu', 'A100', True)
+    """
 
     input_shape: tuple[int, ...]
-    """(N, C, ...)."""
+    """Shape of the input, (N, C, ...)."""
     dtype: torch.dtype
-    """Of activation tensors."""
+    """Dtype of the activation tensors."""
     memory_format: torch.memory_format
-    """Of activation tensors."""
+    """Memory format of the activation tensors."""
     training: bool
-    """Statistics of the batch, or running ones."""
+    """Whether the statistics are those of the batch; otherwise they are the running statistics."""
     activation: str
-    """In words, "None" for none."""
+    """The activation as readable text; "None" if there is none."""
     residual: bool
-    """Whether there is one."""
+    """Whether a residual is added."""
     gpu: Gpu
-    """That the plans are for."""
+    """The GPU that the plans are for."""
     tensor_bytes: int
-    """N of the words: bytes of one activation tensor."""
+    """Bytes of one activation tensor; N in the printed text."""
     forward: PassPlan
-    """The forward pass."""
+    """Plan of the forward pass."""
     backward: PassPlan
-    """The backward pass, with gradients of input, weight, bias and residual."""
+    """Plan of the backward pass, with gradients of input, weight, bias and residual."""
 
     def __str__(self) -> str:
         """Several lines of plain words."""
@@ -131,34 +142,42 @@ def explain(
     residual: bool = False,
     device: str | torch.device | int | None = None,
 ) -> Explanation:
-    """Tell how batch_norm's CUDA kernels would go about an input, and what they would move; nothing runs.
+    """Return the launch plans of batch_norm's CUDA kernels for an input shape, without a GPU and without running them.
 
-    It is what is planned, by the very code that plans a call. At the launch CUDA is asked whether it has room for teams
-    of several blocks at a time; if not, the pass takes the multi-kernel path, which moves `multi_kernel_bytes`.
-    CPU tensors have no such plan.
+    The code that plans a real call computes the plans. At the launch, the host code also asks CUDA whether all blocks
+    of a cluster or cooperative grid can be resident together; if not, the multi-kernel path runs, which moves
+    `multi_kernel_bytes`. The CPU kernels have no launch plan.
 
-    Assumed are tensors whose addresses are multiples of 16 bytes, as torch allocates them; a gradient of the output
-    that is a whole tensor, not one value expanded; a momentum that is a number; and that all gradients are wanted, as
-    in a training step (without them no mask is written).
+    The plans assume that addresses are multiples of 16 bytes, as torch allocates tensors; that the gradient of the
+    output is a full tensor, not one expanded value; that momentum is a number; and that all gradients are needed, as in
+    a training step (otherwise no mask is written).
 
     Args:
-        input_shape: (N, C, ...), at least two dimensions, none of them zero.
+        input_shape: (N, C, ...), at least two dimensions, no zero.
         dtype: float32, float64, float16 or bfloat16.
-        memory_format: torch.contiguous_format; torch.channels_last of four, torch.channels_last_3d of five dimensions.
-        training: Statistics of the batch; otherwise running ones.
-        activation: As batch_norm's.
-        residual: Whether one is added before the activation.
-        device: A CUDA device, of which torch is asked; or "H200", "H100" or "A100", whose published figures are used.
-            None: the current CUDA device if there is one, otherwise "H200".
+        memory_format: torch.contiguous_format; also torch.channels_last for four and torch.channels_last_3d for five
+            dimensions.
+        training: Whether to use the statistics of the batch; otherwise the running statistics.
+        activation: The activation, as for `bn_ext.batch_norm`.
+        residual: Whether a residual is added before the activation.
+        device: A CUDA device, whose properties torch reports; or "H200", "H100" or "A100", whose published properties
+            are used. None means the current CUDA device if there is one, otherwise "H200".
 
     Returns:
-        An :class:`Explanation`; `print(bn_ext.explain(...))` shows it.
+        An `Explanation`; `print(bn_ext.explain(...))` shows it as text.
 
     Raises:
-        ValueError: One value per channel in training; an unknown activation, memory format or GPU; an empty tensor.
-        RuntimeError: Fewer than two dimensions; a negative one; a device that torch cannot ask; bn_ext is not built.
-        NotImplementedError: `dtype` is not float32, float64, float16 or bfloat16.
-        TypeError: A shape that is not made of numbers, a dtype that is none.
+        ValueError: If training has one value per channel, the activation, memory format or GPU is unknown, or the
+            tensor is empty.
+        RuntimeError: If the shape has fewer than two dimensions or a negative size, torch does not see the device, or
+            bn_ext is not built.
+        NotImplementedError: If dtype is not float32, float64, float16 or bfloat16.
+        TypeError: If input_shape is not a sequence of integers, dtype not a torch.dtype, or residual not a bool.
+
+    Examples:
+        >>> explanation = bn_ext.explain((32, 64, 56, 56), torch.bfloat16, activation="relu", device="H200")
+        >>> explanation.forward.launches, explanation.backward.launches
+        (1, 1)
     """
     if _extension.module is None:
         raise RuntimeError(_extension.reason)
@@ -187,7 +206,7 @@ def explain(
 
 
 def _pass_plan(direction: str, facts: dict[str, Any]) -> PassPlan:
-    """From what the extension tells (csrc/explain.cpp)."""
+    """Build a PassPlan from the numbers that the extension returns (csrc/explain.cpp)."""
     own = {field.name for field in dataclasses.fields(PassPlan)}
     kept = 1 - facts["spilled_rows"] / facts["rows"]
     given = {name: value for name, value in facts.items() if name in own}
@@ -198,7 +217,7 @@ def _shape_of(input_shape: Sequence[int]) -> tuple[int, ...]:
     try:
         shape = tuple(torch.Size(input_shape))
     except (TypeError, OverflowError):
-        raise TypeError(f"explain(): input_shape must be numbers as (N, C, H, W), got {input_shape!r}") from None
+        raise TypeError(f"explain(): input_shape must be integers such as (N, C, H, W), got {input_shape!r}") from None
     if any(size >= 2**63 for size in shape):
         raise ValueError(f"input_shape must have sizes below 2^63, got {shape}")
     return shape
@@ -212,17 +231,17 @@ def _check(
     activation: Activation,
     residual: bool,
 ) -> None:
-    """What batch_norm refuses is refused here, in its own words: it is asked, with tensors without memory."""
+    """Raise batch_norm's own errors: call it on meta tensors, which have no memory."""
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"explain(): dtype must be torch.dtype, not {type(dtype).__name__}")
     if not isinstance(residual, bool):
-        raise TypeError(f"explain(): residual must be bool, whether there is one, not {type(residual).__name__}")
+        raise TypeError(f"explain(): residual must be True or False, not {type(residual).__name__}")
     dimensions = {torch.contiguous_format: len(shape), torch.channels_last: 4, torch.channels_last_3d: 5}
     known = isinstance(memory_format, torch.memory_format)
     if not known or dimensions.get(memory_format) != len(shape):
         raise ValueError(
-            "memory_format must be torch.contiguous_format, torch.channels_last of 4 dimensions (N, C, H, W) or "
-            f"torch.channels_last_3d of 5, got {memory_format} and input_shape {shape}"
+            "memory_format must be torch.contiguous_format, torch.channels_last for 4 dimensions (N, C, H, W) or "
+            f"torch.channels_last_3d for 5, got {memory_format} and input_shape {shape}"
         )
     x = torch.empty(shape, dtype=dtype, device="meta")
     vector: Tensor | None = None
@@ -230,7 +249,7 @@ def _check(
         vector = torch.empty(shape[1], dtype=dtype, device="meta")
     batch_norm(x, vector, vector, training=training, activation=activation, residual=x if residual else None)
     if 0 in shape:
-        raise ValueError(f"input_shape must have no zero, for an empty tensor there is nothing to plan, got {shape}")
+        raise ValueError(f"input_shape must have no zero, because an empty tensor needs no plan, got {shape}")
 
 
 def _gpu_of(device: str | torch.device | int | None) -> Gpu:
@@ -245,7 +264,7 @@ def _gpu_of(device: str | torch.device | int | None) -> Gpu:
     if asked.type != "cuda":
         raise ValueError(f"device must be a CUDA device or one of {', '.join(GPUS)}, got {str(device)!r}")
     if not torch.cuda.is_available():
-        raise RuntimeError(f"torch sees no CUDA device here, name a GPU instead: {', '.join(GPUS)}")
+        raise RuntimeError(f"torch sees no CUDA device: pass the name of a GPU as device instead ({', '.join(GPUS)})")
     found = torch.cuda.get_device_properties(asked)
     shared = found.shared_memory_per_multiprocessor
     return Gpu(found.name, found.multi_processor_count, shared, found.major >= 9)

@@ -1,4 +1,4 @@
-"""Whole models: batch norms take over the activations and additions that follow them."""
+"""Whole models: fuse batch norms with the activations and additions that follow them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,31 +23,45 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 @dataclass
 class FuseRow:
-    """What became of one batch norm."""
+    """The outcome for one batch norm: what its call computes now, or why nothing was fused."""
 
     place: str
     """Its name in the model."""
     what: str = "batch_norm"
-    """All that its call does now."""
+    """All operations that its call computes now."""
     where: str = ""
-    """The module whose forward() calls it so, or for which `reason` was found."""
+    """The module whose forward() makes that call, or to which `reason` refers."""
     reason: str = ""
-    """Why it does no more than normalise; empty if it does."""
+    """Why it only normalises; empty if something was fused."""
 
 
 @dataclass
 class FuseReport:
-    """What :func:`fuse` did, a row for each batch norm; prints as a table."""
+    """The outcome of `fuse`: one row per batch norm; `print` shows it as a table.
+
+    Args:
+        rows: One `FuseRow` per batch norm, in the order of `model.named_modules()`.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU(), torch.nn.BatchNorm1d(4))
+        >>> model, report = bn_ext.fuse(model, report=True)
+        >>> print(report)
+        batch norm  computes           in       reason
+        0           batch_norm + relu  (model)
+        2           batch_norm         (model)  nothing to fuse: its result is returned
+        1 of 2 batch norms fused
+    """
 
     rows: list[FuseRow]
+    """One row per batch norm."""
 
     @property
     def fused(self) -> list[FuseRow]:
-        """The rows of those that do more than normalise."""
+        """The rows of the batch norms that compute more than the normalisation."""
         return [row for row in self.rows if not row.reason]
 
     def __str__(self) -> str:
-        table = [("batch norm", "does", "in", "why no more")]
+        table = [("batch norm", "computes", "in", "reason")]
         table += [(r.place or "(model)", r.what, r.where or "(model)", r.reason) for r in self.rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
@@ -60,30 +74,41 @@ def fuse(model: Model, *, recompute: bool = False, report: Literal[False] = Fals
 @overload
 def fuse(model: Model, *, recompute: bool = False, report: Literal[True]) -> tuple[Model, FuseReport]: ...
 def fuse(model: Model, *, recompute: bool = False, report: bool = False) -> Model | tuple[Model, FuseReport]:
-    """Make batch norms do the additions and activations after them: act(bn(x)), bn(x) + y and act(bn(x) + y); in place.
+    """Fuse each batch norm with the addition and activation after it: act(bn(x)), bn(x) + y, act(bn(x) + y); in place.
 
-    Calls :func:`convert`, then traces the forward() of each module around batch norms by torch.fx, in training and in
-    evaluation. Where something can be fused, the module's class becomes a subclass of the same name whose forward()
-    calls ``bn(x, y, activation="relu")``. Modules, parameters, buffers and their names stay; activation modules stay,
-    unused. :func:`revert` undoes it; a second call starts anew; deepcopy, pickle and torch.compile work.
+    Equivalent to `convert(model)`, with `bn(x, y, activation="relu")` in place of `torch.relu(bn(x) + y)` in the
+    forward methods. `fuse` traces the forward() of each module that contains batch norms with torch.fx, in training
+    and in evaluation. If something can be fused, the module's class becomes a subclass of the same name whose forward()
+    is generated. Modules, parameters, buffers and their names do not change; fused activation modules are not called.
+    `revert` undoes it, another call fuses again, and deepcopy, pickle and torch.compile work.
 
-    The generated code holds for the state that forward() read while it was traced: attributes of modules, contents of
-    containers and objects, globals, closures. Each call compares that state with the present one; after a change the
-    original forward() runs, until the model is fused again. The code runs on positional Tensors only; a trace by
-    torch.fx from outside sees the original forward().
+    The generated code is valid for the state that forward() read while it was traced: attributes of modules, contents
+    of containers and objects, globals, closures. Each call compares that state with the present one; after a change,
+    the original forward() runs until the model is fused again. The code accepts only positional Tensors; if torch.fx
+    traces the model from outside, it sees the original forward().
 
-    Left alone, with the reason in the report: a batch norm whose result is used elsewhere too, that is called twice
-    or has hooks, whose input or summand may be changed in place meanwhile; a module whose forward() cannot be traced
-    (it branches on values), has effects beyond its result (attributes, contexts, output, random numbers), or reads
-    state that cannot be compared later. docs/fusing.md has the exact guarantee.
+    The report states the reason if a batch norm is not fused: its result is used elsewhere too, it is called twice or
+    has hooks, or its input or residual may be changed in place in between; or if a forward() is not: it cannot be
+    traced (it branches on values), has effects beyond its result (attributes, contexts, output, random numbers), or
+    reads state that cannot be compared later. docs/fusing.md states the exact guarantee.
 
     Args:
         model: Any module.
-        recompute: Whether the model's forward() shall run within :func:`bn_ext.recompute`: less is kept for backward.
-        report: Whether to return a report as well.
+        recompute: Whether the model's forward() runs inside `bn_ext.recompute`, which keeps less for backward.
+        report: Whether to also return a report.
 
     Returns:
-        `model`; with `report`, a pair of it and a :class:`FuseReport`.
+        `model`; with `report`, the pair of `model` and a `FuseReport`.
+
+    Raises:
+        TypeError: If model is not a torch.nn.Module, or recompute is True and its class cannot have subclasses.
+
+    Numerics: see `bn_ext.batch_norm`; float16 and bfloat16 results round once instead of after every operation.
+
+    Examples:
+        >>> model = bn_ext.fuse(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU()))
+        >>> bool((model(torch.randn(8, 4)) >= 0).all())
+        True
     """
     convert(model)
     fusing = _Fusing(model)
@@ -95,21 +120,21 @@ def fuse(model: Model, *, recompute: bool = False, report: bool = False) -> Mode
             model.__class__ = fused_class(original_class(type(model)), forms_of(model)._replace(recomputes=True))
         except Exception as error:
             raise TypeError(
-                f"recompute=True needs a subclass of {type(model).__name__}, which cannot be made ({error}): use `with "
-                "bn_ext.recompute():` around the forward pass"
+                f"recompute=True requires a subclass of {type(model).__name__}, which cannot be created ({error}): use "
+                "`with bn_ext.recompute():` around the forward pass instead"
             ) from error
     return (model, FuseReport(list(fusing.rows.values()))) if report else model
 
 
 class _Traced(NamedTuple):
-    """One mode of one module: what is fused, and the code that does it, if anything is."""
+    """One mode of one module: the matches, and the generated code if there are any."""
 
     found: Found
     form: Form | None
 
 
 class _Fusing:
-    """One call of fuse: what is known of the modules of a model."""
+    """One call of fuse: the state of each module of the model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         names = dict(model.named_modules())
@@ -122,14 +147,14 @@ class _Fusing:
             if inner is not None and inner[0] is not None:
                 row.what, row.where, row.reason = f"batch_norm + {describe(inner)}", row.place, ""
         self.open = {norm for norm, row in self.rows.items() if row.reason}
-        """Batch norms of which nothing is known but that they are called and their result is returned."""
+        """Batch norms that no traced forward() has called, or whose result it returns: a container may fuse them."""
         self.containers = {m for m in names.values() if m not in self.rows and self.rows.keys() & set(m.modules())}
         self.opaque: set[torch.nn.Module] = set()
-        """Containers whose forward() cannot be traced by itself."""
+        """Containers whose own forward() cannot be traced."""
 
     def fuse(self, name: str, module: torch.nn.Module) -> None:
-        """Swap the class of one module, if something in its forward() can be fused; those in it come first."""
-        if type(module).forward is torch.nn.Module.forward:  # ModuleList and its kin
+        """Swap the class of one module if its forward() can be fused; its submodules come before it."""
+        if type(module).forward is torch.nn.Module.forward:  # ModuleList and similar containers
             return
         try:
             modes = [self._trace(module, training) for training in (True, False)]
@@ -149,14 +174,14 @@ class _Fusing:
         needed = inlined & set(_stack(found, module))
         if not found.matches:
             return _Traced(found, None)
-        if needed != inlined:  # the others keep their own forward()
+        if needed != inlined:  # the remaining modules keep their own forward()
             traced = trace(module, training=training, inlined=needed, functions=functions)
             small = find(traced.graph, module, training)
             found = Found(small.matches, {**found.obstacles, **small.obstacles})
         return _Traced(found, _form(traced, found, module, needed, training))
 
     def _trace_widely(self, module: torch.nn.Module, training: bool) -> tuple[Trace, set[torch.nn.Module], bool]:
-        """With as many containers inlined as can be; those, and whether functions were inlined as well."""
+        """Trace with as many inlined containers as possible; return also these, and whether functions are inlined."""
         inner = {m for m in module.modules() if m in self.containers and m is not module and plain(m)}
         error = NotFaithfulError()
         for inlined in (inner, inner - self.opaque, set[torch.nn.Module]()):
@@ -192,7 +217,7 @@ def _is_norm(module: torch.nn.Module) -> bool:
 
 
 def _stack(found: Found, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules whose forward() the matches are part of, or rely on: as calls, these might do anything."""
+    """The modules whose forward() contains the matches or is relied on: as opaque calls, they could do anything."""
     for match in found.matches.values():
         for node in (match.norm, *match.nodes, *match.relied):
             for path, _ in node.meta.get("nn_module_stack", {}).values():
@@ -244,7 +269,7 @@ def _guards_of_parts(match: Match, root: torch.nn.Module, snapshots: Snapshots) 
         module = called(node, root)
         if module is not None:
             guard = guard_part(snapshots, root, str(node.target), *_ASSUMED)
-            if getattr(module, "p", 0):  # a dropout that drops nothing because of its mode
+            if getattr(module, "p", 0):  # a dropout that drops nothing because it is in evaluation
                 guard = guard._replace(reads=(*guard.reads, ("training", Constant(bool, False))))
             yield guard
     for node in match.relied:

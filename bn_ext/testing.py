@@ -1,13 +1,7 @@
-"""Check a batch-norm operator against float64 formulas: this package's own, or yours.
+"""Check a batch-norm operator, this package's or yours, against float64 formulas.
 
-An operator is anything that is called like :func:`torch.nn.functional.batch_norm`::
-
-    from bn_ext.testing import Case, check
-
-    errors = check(my_batch_norm, Case(shape=(8, 64, 56, 56), dtype=torch.bfloat16))
-    assert max(errors.values()) <= 1  # each is a share of its tolerance
-
-`python -m bn_ext verify` runs :func:`verify` over dtypes and layouts on the devices of the machine.
+An operator is any callable with the signature of `torch.nn.functional.batch_norm`. `check` runs it on one `Case`;
+`verify`, or `python -m bn_ext verify`, runs it over dtypes and layouts on the devices of this machine.
 """
 
 import dataclasses
@@ -23,40 +17,37 @@ from bn_ext.activations import Activation, apply, resolve
 from bn_ext.functional import batch_norm
 
 TOLERANCE = {
-    # Float32 sums of up to some thousand values, merged in float64; rounding of mean, rstd and coefficients.
+    # Float32 sums of a few thousand values, merged in float64; rounding of mean, rstd and coefficients.
     torch.float32: 4.0,
     torch.float64: 4.0,
-    # Computed as in float32; what counts is the one rounding to the output's dtype, half a unit in the last place.
+    # Computed as in float32; the single rounding to the output's dtype dominates: half a unit in the last place.
     torch.float16: 1.0,
     torch.bfloat16: 1.0,
 }
-"""Largest allowed error of a result, in units of its dtype's eps times the magnitude of the terms it is made of."""
+"""Largest allowed error of a result, in units of its dtype's eps times the magnitude of its terms."""
 
 QUANTITIES = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
-"""What is compared, in the order of the tables; with a residual, dresidual too."""
+"""The results that are compared, in the order of the tables; with a residual, dresidual is added."""
 
 STEEPEST = 1.5
-"""No activation, and no activation's derivative, is steeper, up to its parameter."""
+"""An upper bound of the slope of every activation and of its derivative, up to a factor of its parameter."""
 
 KINKS = {"relu": (0.0,), "leaky_relu": (0.0,), "relu6": (0.0, 6.0)}
-"""Where an activation's derivative jumps."""
+"""The points at which an activation's derivative jumps."""
 
-_FORMATS = {
-    "contiguous": {},
-    "channels_last": {4: torch.channels_last, 5: torch.channels_last_3d},
-}
+_FORMATS = {"contiguous": {}, "channels_last": {4: torch.channels_last, 5: torch.channels_last_3d}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of the operator: random values of the given mean and deviation, drawn from `seed`."""
+    """One call of an operator: input has random values of the given mean and deviation, drawn from `seed`."""
 
     shape: tuple[int, ...]
-    """Of input, (N, C, ...)."""
+    """Shape of input, (N, C, ...)."""
     dtype: torch.dtype = torch.float32
-    """Of input; weight, bias and running statistics are float64 for float64, else float32."""
+    """Dtype of input; weight, bias and running statistics are float64 if it is float64, else float32."""
     layout: str = "contiguous"
-    """Of input and gradient: "contiguous", or "channels_last" (4D and 5D input)."""
+    """Layout of input and gradient: "contiguous", or "channels_last" (4D and 5D input)."""
     training: bool = True
     momentum: float = 0.1
     eps: float = 1e-5
@@ -66,17 +57,17 @@ class Case:
     seed: int = 0
     activation: Activation = None
     residual: bool = False
-    """Whether one is added."""
+    """Whether a residual is added."""
 
     @property
     def params_dtype(self) -> torch.dtype:
-        """Of weight, bias and running statistics."""
+        """Dtype of weight, bias and running statistics."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The tensors of a case, rounded to their dtypes. None of them is changed by :func:`check`."""
+    """The tensors of a case, rounded to their dtypes; `check` changes none of them."""
 
     input: Tensor
     dy: Tensor
@@ -88,7 +79,19 @@ class Inputs:
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Draw the tensors of a case; the same for the same case."""
+    """Draw the tensors of a case; equal cases get equal tensors.
+
+    Args:
+        case: Shapes, dtypes, device and seed.
+
+    Returns:
+        The `Inputs` of the case.
+
+    Examples:
+        >>> inputs = bn_ext.testing.make_inputs(bn_ext.testing.Case((8, 3, 4, 4), layout="channels_last"))
+        >>> inputs.input.is_contiguous(memory_format=torch.channels_last)
+        True
+    """
     generator = torch.Generator().manual_seed(case.seed)
 
     def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -109,7 +112,7 @@ def make_inputs(case: Case) -> Inputs:
         running_var=normal(channels, case.params_dtype).abs() + 0.5,
         residual=activation(normal(case.shape, torch.float64)) if case.residual else None,
     )
-    # At a kink, rounding decides which derivative it is: no gradient comes from there.
+    # Near a kink, rounding decides which derivative applies, so the incoming gradient there is 0.
     u = _Exact(case, inputs).u
     for kink in KINKS.get(resolve(case.activation)[0] or "", ()):
         inputs.dy[(u - kink).abs() < 1e-3] = 0
@@ -119,9 +122,18 @@ def make_inputs(case: Case) -> Inputs:
 def reference(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
     """Compute every quantity in float64 from its formula.
 
+    Args:
+        case: The call.
+        inputs: The tensors of the case.
+
     Returns:
-        For each quantity its value, and its magnitude: the same formula on the absolute values of its terms,
-        which is what rounding errors are proportional to.
+        A dict from each quantity to its value and its magnitude: the same formula on the absolute values of its terms.
+            Rounding errors are proportional to the magnitude.
+
+    Examples:
+        >>> case = bn_ext.testing.Case((8, 3, 4, 4))
+        >>> list(bn_ext.testing.reference(case, bn_ext.testing.make_inputs(case)))
+        ['y', 'dx', 'dweight', 'dbias', 'running_mean', 'running_var']
     """
     e = _Exact(case, inputs)
     activation = resolve(case.activation)
@@ -129,7 +141,7 @@ def reference(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
     u = e.u.clone().requires_grad_()
     y = apply(u, activation)
     (g,) = torch.autograd.grad(y, u, inputs.dy.double())
-    # The batch's mean is off by rounding errors of values as large as the mean and the deviation.
+    # The batch's mean has rounding errors proportional to the mean and to the deviation.
     u_size = (e.xhat_size + (1 if case.training else 0)) * e.weight.abs() + e.bias.abs() + e.residual.abs()
     g_size = inputs.dy.double().abs() * (1 if activation[0] is None else steepest * (1 + u_size))
 
@@ -160,7 +172,7 @@ def reference(case: Case, inputs: Inputs) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 class _Exact:
-    """What a case's formulas have in common, in float64; all but mean and var with the input's dimensions."""
+    """The float64 terms that a case's formulas share; all but mean and var have the input's number of dimensions."""
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.dims = [0, *range(2, len(case.shape))]
@@ -176,24 +188,38 @@ class _Exact:
         mean = self.mean.view(per_channel)
         self.rstd = (self.var + case.eps).rsqrt().view(per_channel)
         self.xhat = (x - mean) * self.rstd
-        # The mean is kept in float32: its rounding shows in xhat, and so in the gradients.
+        # The mean is stored in float32: its rounding affects xhat, and thereby the gradients.
         self.xhat_size = self.xhat.abs() + mean.abs() * self.rstd
         self.u = self.xhat * self.weight + self.bias + self.residual
 
 
 def _rounding_of_variance(case: Case, mean: Tensor, var: Tensor) -> Tensor:
-    """What rounded means add to the variance's magnitude.
+    """The part of the variance's magnitude that comes from rounded means.
 
-    Deviations are taken from a mean that is rounded to the dtype of statistics, so equal values need not give a
-    variance of exactly zero; and means of parts, which are merged, are rounded to float64.
+    Deviations are taken from a mean that is rounded to the dtype of the statistics, so the variance of equal values
+    need not be exactly zero. The means of segments are rounded to float64 before they are merged.
     """
     rounding = torch.finfo(case.params_dtype).eps * mean
-    share_of_parts = torch.finfo(torch.float64).eps / torch.finfo(case.params_dtype).eps
-    return rounding.square() + share_of_parts * mean.abs() * var.sqrt()
+    segment_share = torch.finfo(torch.float64).eps / torch.finfo(case.params_dtype).eps
+    return rounding.square() + segment_share * mean.abs() * var.sqrt()
 
 
 def run(operator: Callable[..., Tensor], case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Call the operator on copies of a case's tensors, forward and backward."""
+    """Call an operator on copies of a case's tensors, forward and backward.
+
+    Args:
+        operator: As for `check`.
+        case: The call.
+        inputs: The tensors of the case.
+
+    Returns:
+        A dict from each quantity to the operator's result.
+
+    Examples:
+        >>> case = bn_ext.testing.Case((8, 3, 4, 4))
+        >>> bn_ext.testing.run(bn_ext.batch_norm, case, bn_ext.testing.make_inputs(case))["dx"].shape
+        torch.Size([8, 3, 4, 4])
+    """
     given = [t for t in (inputs.input, inputs.weight, inputs.bias, inputs.residual) if t is not None]
     leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in given]
     x, w, b, *residual = leaves
@@ -211,13 +237,18 @@ def check(operator: Callable[..., Tensor], case: Case) -> dict[str, float]:
     """Compare an operator with the float64 reference.
 
     Args:
-        operator: Called like :func:`torch.nn.functional.batch_norm`; differentiable. Where the case has them, with the
-            keyword arguments activation and residual of :func:`bn_ext.batch_norm`.
-        case: What to call it on.
+        operator: A differentiable callable with the signature of `torch.nn.functional.batch_norm`. If the case has
+            them, the keyword arguments activation and residual of `bn_ext.batch_norm` are passed too.
+        case: The call.
 
     Returns:
-        For each of `QUANTITIES`, and for dresidual where there is a residual, the largest error as a share of its
-        tolerance: at most 1 if right, inf where a value is not finite or has the wrong shape or dtype.
+        A dict from each of `QUANTITIES`, and dresidual if there is a residual, to its largest error as a fraction of
+            its tolerance: at most 1 if correct, inf if a value is not finite or has the wrong shape or dtype.
+
+    Examples:
+        >>> errors = bn_ext.testing.check(bn_ext.batch_norm, bn_ext.testing.Case((8, 3, 4, 4)))
+        >>> max(errors.values()) <= 1
+        True
     """
     inputs = make_inputs(case)
     results = run(operator, case, inputs)
@@ -229,7 +260,7 @@ def check(operator: Callable[..., Tensor], case: Case) -> dict[str, float]:
             shares[name] = math.inf
             continue
         limits = torch.finfo(result.dtype)
-        # A subnormal result is rounded to a whole number of the smallest steps there are.
+        # A subnormal result is rounded to a multiple of the smallest subnormal number.
         tolerance = TOLERANCE[result.dtype] * limits.eps * magnitude + limits.smallest_normal * limits.eps
         share = ((result.double() - value).abs() / tolerance).max().item()
         shares[name] = share if math.isfinite(share) else math.inf
@@ -237,19 +268,19 @@ def check(operator: Callable[..., Tensor], case: Case) -> dict[str, float]:
 
 
 SHAPES = ((64, 32), (16, 24, 50), (8, 64, 28, 28), (4, 512, 7, 7), (2, 3, 33, 35), (2, 16, 4, 9, 10))
-"""What verify runs: (N, C), (N, C, L), wide and narrow planes, odd sizes, 3D."""
+"""The shapes that `verify` checks: (N, C), (N, C, L), wide and narrow planes, odd sizes, 3D."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The outcome of verify for one device, dtype, layout and mode."""
+    """The outcome of `verify` for one device, dtype, layout and mode."""
 
     device: str
     dtype: torch.dtype
     layout: str
     training: bool
     shares: dict[str, float]
-    """For each of `QUANTITIES` the worst error of all shapes, as a share of its tolerance."""
+    """For each of `QUANTITIES`, the largest error over all shapes as a fraction of its tolerance."""
 
     @property
     def passed(self) -> bool:
@@ -258,7 +289,12 @@ class Row:
 
 
 def devices() -> list[str]:
-    """The devices of this machine that bn_ext has kernels for."""
+    """Return the devices of this machine that bn_ext has kernels for: "cpu", and "cuda" if its kernels can run.
+
+    Examples:
+        >>> bn_ext.testing.devices()[0]
+        'cpu'
+    """
     return ["cpu", "cuda"] if build_info().cuda and torch.cuda.is_available() else ["cpu"]
 
 
@@ -270,12 +306,17 @@ def verify(
     """Check an operator over dtypes, layouts and modes.
 
     Args:
-        operator: See :func:`check`.
-        on: Devices; those of this machine that bn_ext has kernels for, if None.
-        shapes: Of input.
+        operator: As for `check`.
+        on: Devices to check; None means `devices()`.
+        shapes: Shapes of input.
 
     Yields:
-        One :class:`Row` after another, as they are done.
+        One `Row` for each device, dtype, layout and mode, as soon as it is complete.
+
+    Examples:
+        >>> rows = bn_ext.testing.verify(on=["cpu"], shapes=[(8, 3, 4, 4)])
+        >>> all(row.passed for row in rows)
+        True
     """
     for device in devices() if on is None else on:
         for dtype in TOLERANCE:

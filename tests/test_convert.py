@@ -88,7 +88,7 @@ def test_a_batch_norm_itself_and_twice() -> None:
 
 def test_unknown_subclasses_are_left_alone_and_named() -> None:
     model = nn.Sequential(Renamed(3), nn.BatchNorm2d(3), nn.Sequential(Renamed(3)))
-    with pytest.warns(UserWarning, match=r"left these alone.*: 0 \(.*Renamed\), 2\.0 \(.*Renamed\)$") as record:
+    with pytest.warns(UserWarning, match=r"did not convert these .*: 0 \(.*Renamed\), 2\.0 \(.*Renamed\)$") as record:
         bn_ext.convert(model)
     assert len(record) == 1
     assert [type(m) for m in model] == [Renamed, bn_ext.BatchNorm2d, nn.Sequential]

@@ -261,7 +261,7 @@ def test_inner_backward(device: str, changes: dict[str, Any], words: str) -> Non
         ({"residual": 3}, "argument 'residual' must be Tensor, not int"),
         ({"activation": "foo"}, "activation must be None, one of relu, .* got 'foo'"),
         ({"activation": nn.Softmax(1)}, "activation must be .* got 'torch.nn.modules.activation.Softmax'"),
-        ({"activation": ("relu", 1.0)}, "activation 'relu' has no parameter, got 1.0"),
+        ({"activation": ("relu", 1.0)}, "activation 'relu' takes no parameter, got 1.0"),
         ({"activation": 3}, "activation must be None, one of relu, .* got 3"),
     ],
 )

@@ -173,7 +173,7 @@ def test_batch_norm_itself_and_not_a_module() -> None:
 def test_report_prints_as_a_table() -> None:
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()), nn.BatchNorm2d(3))
     expected = """
-batch norm  does               in       why no more
+batch norm  computes           in       reason
 0.1         batch_norm + relu  0
 1           batch_norm         (model)  nothing to fuse: its result is returned
 1 of 2 batch norms fused

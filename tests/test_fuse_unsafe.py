@@ -167,7 +167,7 @@ class Sub(nn.BatchNorm2d):
     """Who knows."""
 
 
-@pytest.mark.filterwarnings("ignore:bn_ext.convert left these alone")
+@pytest.mark.filterwarnings("ignore:bn_ext.convert did not convert these")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -88,7 +88,7 @@ def test_verify_on_one_device(device: str, monkeypatch: pytest.MonkeyPatch, caps
     rows = [line for line in printed.out.splitlines() if line.endswith("ok")]
     assert all(line.startswith(device) for line in rows)
     assert bool(rows) is there
-    assert ("--device cuda: bn_ext cannot run there" in printed.err) is not there
+    assert ("--device cuda: bn_ext cannot run on it" in printed.err) is not there
 
 
 FAULTS = {
