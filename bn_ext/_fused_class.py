@@ -1,4 +1,4 @@
-"""Classes of fused modules: what torch.fx generated runs where it is surely right, the original forward() elsewhere."""
+"""Classes of fused modules: they run generated code while its guards hold, and the original forward() otherwise."""
 
 import copy
 import copyreg
@@ -24,37 +24,37 @@ from bn_ext._snapshots import Seen, SeenByCompiler, find, is_of, is_traceable, o
 
 
 class Guard(NamedTuple):
-    """What was so of one module when the code was generated, and must be so where it runs."""
+    """The state of one module when the code was generated; the code may run only if the state is the same."""
 
     path: tuple[str, ...]
     kind: type[torch.nn.Module]
     number: int
     is_plain: bool
-    """Whether the code does in its own way what a call of the module does: then it must have no hooks."""
+    """Whether the code replaces a call of the module, which must then have no hooks."""
     reads: tuple[tuple[str, Any], ...]
     """Names of attributes, and snapshots of their values."""
     base: tuple[str, ...] = ()
-    """The module that was traced, and from which numbers are counted and the path starts."""
+    """Path of the traced module, at which `path` and the numbering of objects start."""
 
     def holds(self, root: torch.nn.Module, seen: Seen) -> bool:
-        """Whether it is still so."""
+        """Whether the module's state is still the same."""
         module = submodule(root, self.base + self.path)
         if module is None or not is_of(self.kind, module) or not seen.is_same(self.number, module):
             return False
         if self.is_plain and not plain(module):
             return False
-        for name, expected in self.reads:  # noqa: SIM110, a generator takes longer
+        for name, expected in self.reads:  # noqa: SIM110, a generator is slower
             if not expected.holds(find(module, name), seen):
                 return False
         return True
 
     def within(self, path: tuple[str, ...]) -> "Guard":
-        """The same guard, for the module that has the present one at a path."""
+        """The same guard for a root module that contains this root at `path`."""
         return self._replace(base=path + self.base)
 
 
 class Form(NamedTuple):
-    """Generated code and where it may run; equal ones are shared, and pickled with the modules."""
+    """Generated code and its guards; equal forms are shared, and modules are pickled with their forms."""
 
     source: str
     arguments: int
@@ -63,7 +63,7 @@ class Form(NamedTuple):
     """Guards for globals and classes."""
 
     def compile(self) -> Callable[..., Any]:
-        """The function that the source defines."""
+        """Return the function that the source defines."""
         names: dict[str, Any] = {"__name__": __name__}
         exec(compile(self.source, "<bn_ext.fuse>", "exec"), names)
         function: Callable[..., Any] = names["forward"]
@@ -77,24 +77,24 @@ class Form(NamedTuple):
         return function
 
     def is_traceable(self) -> bool:
-        """Whether torch.compile can follow holds()."""
+        """Whether torch.compile can trace holds()."""
         snapshots = [snapshot for guard in self.guards for _, snapshot in guard.reads]
         return all(map(is_traceable, [*snapshots, *(guard.expected for guard in self.outside)]))
 
     def takes(self, module: torch.nn.Module, args: tuple[Any, ...]) -> bool:
-        """Whether the code is for arguments like these, where this module is called."""
+        """Whether the code accepts these arguments of a call of the module."""
         if len(args) != self.arguments or _has_any_global_hook():
             return False
         for argument in args:
             if isinstance(argument, TracedValue):
                 if module not in argument.tracer.inlined:  # type: ignore[attr-defined]
-                    return False  # a direct call of .forward(): the original runs, so that its reads are recorded
+                    return False  # a direct call of .forward(): the trace must record the original's reads
             elif not isinstance(argument, Tensor):
                 return False
         return True
 
     def holds(self, module: torch.nn.Module) -> bool:
-        """Whether it does what the original forward() of a module would do, in words that torch.compile knows."""
+        """Whether the code computes the same as the module's original forward(); torch.compile can trace this check."""
         seen: dict[tuple[str, ...], SeenByCompiler] = {(): SeenByCompiler()}
         for guard in self.guards:
             if guard.base not in seen:
@@ -105,11 +105,11 @@ class Form(NamedTuple):
 
 
 class TracedValue(Proxy):
-    """A proxy of fuse()'s own trace. Others see the original forward(): they want its nodes and values."""
+    """A proxy of fuse()'s own trace. Other traces see the original forward(), because they need its nodes."""
 
 
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that torch.fx need not look into, as for the code that calls it."""
+    """Wrap a function that the code calls so that torch.fx records a call and does not trace into it."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -122,9 +122,9 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guard_part(snapshots: Snapshots, root: torch.nn.Module, path: str, *names: str) -> Guard:
-    """A guard for a module about which the code makes assumptions: its class and forward(), and some attributes."""
+    """A guard for a module that the code replaces: its class, its forward() and the attributes `names`."""
     module = root.get_submodule(path)
-    if not type(module).__module__.startswith("bn_ext."):  # the forward() of this package's classes cannot be another
+    if not type(module).__module__.startswith("bn_ext."):  # this package's forward() needs no guard
         names = (*names, "forward")
     reads = [(name, snapshots.of_attribute(module, name)) for name in names if find(module, name) is not ABSENT]
     place, kind = tuple(path.split(".")), original_class(type(module))
@@ -136,19 +136,19 @@ def _has_any_global_hook() -> bool:
 
 
 class Forms(NamedTuple):
-    """All that makes a fused class of a class: the same forms, the same class."""
+    """The forms that define a fused class of an original class; equal forms give the same class."""
 
     training: Form | None = None
     evaluation: Form | None = None
     recomputes: bool = False
-    """Whether forward() runs within recompute()."""
+    """Whether forward() runs inside recompute()."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Forms":
         parts: Any = copy.deepcopy(tuple(self), memo)
         return Forms(*parts)
 
     def __reduce__(self) -> Any:
-        """Without the forms if these hold something that only this process has, as a decorator's inner function."""
+        """Pickle; drop the forms if they hold an object of this process only, such as a decorator's inner function."""
         try:
             return _forms, (pickle.dumps(tuple(self)), self.recomputes)
         except Exception:
@@ -156,7 +156,7 @@ class Forms(NamedTuple):
 
 
 def _forms(pickled: bytes, recomputes: bool) -> Forms:
-    """Without the forms if what they refer to has gone from the program, as a function that was renamed."""
+    """Unpickle; drop the forms if they refer to an object that no longer exists, such as a renamed function."""
     try:
         return Forms(*pickle.loads(pickled))
     except Exception:
@@ -164,13 +164,13 @@ def _forms(pickled: bytes, recomputes: bool) -> Forms:
 
 
 def forms_of(module: torch.nn.Module) -> Forms:
-    """Those of a fused module."""
+    """The forms of a module; empty if it is not fused."""
     forms: Forms = getattr(type(module), "_bn_ext_forms", Forms())
     return forms
 
 
 def fused_class(original: type, forms: Forms) -> type:
-    """A subclass of the same name that runs the forms; always the same one."""
+    """A subclass of the same name that runs the forms; the same subclass for equal arguments."""
     return original if forms == Forms() else _fused_class(original, forms)
 
 
@@ -178,7 +178,7 @@ def fused_class(original: type, forms: Forms) -> type:
 def _fused_class(original: Any, forms: Forms) -> type:
     training, evaluation, recomputes = forms
     run_training, run_evaluation = _runner(training), _runner(evaluation)
-    compiling, within = is_compiling, recompute  # no global names, see _in_the_place_of
+    compiling, within = is_compiling, recompute  # local, because the global names are replaced: see _in_the_place_of
 
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         form, (run, is_traceable, holds) = (training, run_training) if self.training else (evaluation, run_evaluation)
@@ -193,7 +193,7 @@ def _fused_class(original: Any, forms: Forms) -> type:
             return forward(self, *args, **kwargs)
 
     def reduce(self: torch.nn.Module, protocol: Any) -> Any:
-        """By class and forms: the class itself has no place to be imported from."""
+        """Pickle the original class and the forms, because the fused class itself cannot be imported."""
         reduced: Any = original.__reduce_ex__(self, max(protocol, 2))
         made, arguments, *state = reduced
         if made is not copyreg.__newobj__ or arguments[0] is not kind:  # type: ignore[attr-defined]
@@ -219,16 +219,16 @@ def _fused_class(original: Any, forms: Forms) -> type:
 
 
 _NESTED_PATCHES = 16
-"""How many earlier values of an attribute of a class are kept."""
+"""How many previous values of each class attribute are kept, for nested patches."""
 
 
 @functools.cache
 def _metaclass(original: Any) -> Any:
-    """Of classes whose attributes are set and deleted in the original class: type(model).name = value changes that."""
+    """A metaclass that redirects class attributes to the original class, so type(model).name = value changes that."""
 
     class _Fused(original):
         def __setattr__(self, name: str, value: Any) -> None:
-            # forward is that of this class: what was read here, and may be wrapped, is not the original one.
+            # Not forward: a wrapper of it was built around this class's forward, not around the original one.
             if not _is_made(self) or name == "forward":
                 super().__setattr__(name, value)
                 return
@@ -241,7 +241,7 @@ def _metaclass(original: Any) -> Any:
             if not _is_made(self) or name == "forward":
                 super().__delattr__(name)
             elif self._bn_ext_replaced.get(name):
-                # unittest.mock.patch deletes an attribute that it found in a base class, instead of restoring it.
+                # unittest.mock.patch deletes an attribute that it found in a base class instead of restoring it.
                 setattr(self._bn_ext_original, name, self._bn_ext_replaced[name].pop())
             else:
                 delattr(self._bn_ext_original, name)
@@ -250,29 +250,29 @@ def _metaclass(original: Any) -> Any:
 
 
 def _is_made(kind: type) -> bool:
-    """Whether this is a fused class that is ready, and not a subclass of one."""
+    """Whether this is a complete fused class, and not a subclass of one."""
     return "_bn_ext_fused" in vars(kind)
 
 
 @functools.cache
 def _runner(form: Form | None) -> tuple[Any, bool, Any]:
-    """The function of a form, whether torch.compile can follow its guards, and their comparison."""
+    """A form's function, whether torch.compile can trace its guards, and the comparison of its guards."""
     if form is None:
         return None, False, None
     return form.compile(), form.is_traceable(), comparison(form.guards, form.outside)
 
 
 def _in_the_place_of(original: FunctionType, function: Any) -> Any:
-    """A function that needs no global names, with those of the original.
+    """A copy of a function, which must use no global names, with the global names of the original.
 
-    torch.jit.script compiles the source of what is wrapped, the original, and looks its names up here.
+    torch.jit.script compiles the source of the wrapped original and looks up its names in the wrapper.
     """
     same = FunctionType(function.__code__, original.__globals__, closure=function.__closure__)
     return functools.wraps(original)(same)
 
 
 def _new(original: type[torch.nn.Module], forms: Forms, *arguments: Any) -> Any:
-    """An empty module of a fused class, for pickle."""
+    """Create an empty module of a fused class, for pickle."""
     kind = fused_class(original, forms)
     return kind.__new__(kind, *arguments)
 

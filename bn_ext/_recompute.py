@@ -1,4 +1,4 @@
-"""`recompute`: outputs of batch norms are computed again in backward, instead of being kept for it."""
+"""`recompute`: backward recomputes the outputs of batch norms instead of keeping them."""
 
 import contextlib
 import threading
@@ -14,29 +14,36 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class recompute:  # noqa: N801, as torch's context managers are named
-    """Keep for backward how a batch norm's output is made, not the output.
+    """Context manager: backward recomputes the outputs of this package's batch norms instead of keeping them.
 
-    A layer behind a batch norm, as a convolution, keeps its input for its own backward. That input is cheap to compute
-    again from what the batch norm keeps anyway: its own input and a few numbers per channel. Within ::
+    A layer after a batch norm, such as a convolution, keeps its input for backward. That input is cheap to recompute
+    from the tensors that the batch norm keeps anyway: its own input and a few numbers per channel. Inside the block, a
+    layer that saves an output of a batch norm saves a recipe instead. Backward recomputes the output once, no matter
+    how many layers saved it. This saves memory if the batch norm computes the activation (see `bn_ext.fuse`); if a
+    separate activation changes the output in place, or later layers save the activation's result, it saves nothing.
 
-        with bn_ext.recompute():
-            loss = model(images).mean()
-        loss.backward()
+    These tensors are kept as usual: an output that is changed in place; a view of an output; an output whose residual
+    nothing else keeps; tensors saved inside torch.utils.checkpoint or other saved-tensor hooks, or with these around
+    the block; and all tensors in compiled or traced code or under a TorchFunctionMode such as that of
+    torch.set_default_device.
 
-    a layer that saves an output of this package's batch norms saves the recipe instead, and backward brings the output
-    back, bit-equal and once, however many layers ask for it. Nothing else changes: not the weights' meaning, not a bit
-    of the result. It pays where the activation is inside the batch norm (see :func:`bn_ext.fuse`); an output that a
-    separate activation changes in place, or whose result is what later layers save, is kept as ever.
-
-    Kept as ever, too: an output that was changed in place; a view of one; one with a residual that nobody keeps; what
-    is saved inside torch.utils.checkpoint or other saved-tensor hooks, also where these are around it; and all within
-    compiled or traced code and under a TorchFunctionMode, as torch.set_default_device makes it.
-
-    Uses :class:`torch.autograd.graph.saved_tensors_hooks`, and like these it holds for the thread that enters it. It
-    may be entered within itself, and again after it was left.
+    It uses `torch.autograd.graph.saved_tensors_hooks` and therefore applies to the current thread only. Blocks may be
+    nested, and one object may be entered several times.
 
     Raises:
-        RuntimeError: In backward, where a tensor that is kept was changed in place since, as ever.
+        RuntimeError: In backward, if a kept tensor was changed in place after the forward pass, as without `recompute`.
+
+    Numerics: results and gradients are bit-equal to those without `recompute`.
+
+    Source: `torch.autograd.graph.saved_tensors_hooks`, torch's page on autograd mechanics.
+
+    Examples:
+        >>> norm, layer = bn_ext.BatchNorm1d(4, activation="relu"), torch.nn.Linear(4, 4)
+        >>> with bn_ext.recompute():
+        ...     loss = layer(norm(torch.randn(8, 4))).sum()
+        >>> loss.backward()
+        >>> norm.weight.grad.shape
+        torch.Size([4])
     """
 
     def __init__(self) -> None:
@@ -65,7 +72,7 @@ class recompute:  # noqa: N801, as torch's context managers are named
 
 
 def _may_hook(outer: "_Outputs | None") -> bool:
-    """Whether hooks can be set, and would not switch off those of somebody else, as of a checkpoint."""
+    """Whether hooks can be set without disabling the hooks of other code, such as a checkpoint."""
     autograd: Any = torch._C._autograd
     if torch._C._is_tracing() or not autograd._saved_tensors_hooks_is_enabled():
         return False
@@ -74,14 +81,14 @@ def _may_hook(outer: "_Outputs | None") -> bool:
 
 
 class _Kept:
-    """A tensor that is kept as it is. Detached: one that holds its own graph would never be freed."""
+    """A tensor that is kept itself. It is detached, because a tensor that holds its own graph is never freed."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
         self.version = _version(tensor)
 
     def unchanged(self) -> Tensor:
-        """The tensor; in the place of torch's own check, which hooks switch off."""
+        """The tensor, if its version is still the same; replaces torch's own check, which hooks disable."""
         version = _version(self.tensor)
         if version != self.version:
             raise RuntimeError(
@@ -93,36 +100,36 @@ class _Kept:
 
 
 class Recipe:
-    """How one output is made again."""
+    """The tensors and options from which one output is recomputed."""
 
     def __init__(
         self, input: _Kept, residual: _Kept | None, saved: Tensor, activation: tuple[str | None, float]
     ) -> None:
         self._input, self._residual, self._saved, self._activation = input, residual, saved, activation
         self._output: Tensor | None = None
-        self._asked = 0
+        self._requests = 0
         self._lock = threading.Lock()
         self.savers = 0
-        """How many times it was saved: as often it is asked for in a backward pass."""
+        """How often the output was saved; a backward pass requests it as often."""
 
     def output(self) -> Tensor:
-        """The output; it is held until all who saved it have asked, or backward is over."""
+        """The output, which is held until all savers have requested it or backward ends."""
         with self._lock:
             output = self._output
             if output is None:
-                output = self._output = self._repeat()
+                output = self._output = self._recompute()
                 _after_backward(self._release)
-            self._asked += 1
-            if self._asked >= self.savers:
+            self._requests += 1
+            if self._requests >= self.savers:
                 self._forget()
             return output
 
     def tensors(self) -> list[Tensor]:
-        """All that it holds."""
+        """All tensors that the recipe holds."""
         kept = [self._input, *([] if self._residual is None else [self._residual])]
         return [*(k.tensor for k in kept), self._saved]
 
-    def _repeat(self) -> Tensor:
+    def _recompute(self) -> Tensor:
         input = self._input.unchanged()
         residual = None if self._residual is None else self._residual.unchanged()
         with torch.no_grad():
@@ -130,7 +137,7 @@ class Recipe:
         return y
 
     def _forget(self) -> None:
-        self._output, self._asked = None, 0
+        self._output, self._requests = None, 0
 
     def _release(self) -> None:
         with self._lock:
@@ -138,28 +145,28 @@ class Recipe:
 
 
 def _after_backward(call: Callable[[], None]) -> None:
-    """Call at the end of the running backward pass; not at all outside of one."""
+    """Call a function at the end of the running backward pass; do nothing outside of a backward pass."""
     with contextlib.suppress(RuntimeError):
         torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 class _Output:
-    """What is known of one output while the forward pass goes on; keeps no tensor of its size alive."""
+    """The record of one output during the forward pass; it keeps no tensor of the output's size alive."""
 
     def __init__(
         self, y: Tensor, input: Tensor, residual: Tensor | None, saved: Tensor, activation: tuple[str | None, float]
     ) -> None:
         self.storage = StorageWeakRef(y.untyped_storage())
         self.state = _state(y)
-        self.input = _place(input)
-        self.residual = None if residual is None else _place(residual)
+        self.input = _key(input)
+        self.residual = None if residual is None else _key(residual)
         self.saved = saved
         self.activation = activation
         self.recipe: weakref.ref[Recipe] | None = None
 
 
 class _Outputs:
-    """The outputs of a forward pass, and the tensors that are kept for backward as they are."""
+    """The outputs of a forward pass, and the tensors that are kept for backward themselves."""
 
     def __init__(self) -> None:
         self._known: dict[int, _Output] = {}
@@ -169,7 +176,7 @@ class _Outputs:
     def add(
         self, y: Tensor, input: Tensor, residual: Tensor | None, saved: Tensor, activation: tuple[str | None, float]
     ) -> None:
-        """Learn of an output."""
+        """Record an output."""
         if len(self._known) >= self._limit:
             self._known = {key: known for key, known in self._known.items() if not known.storage.expired()}
             self._limit = 2 * len(self._known) + 64
@@ -177,20 +184,20 @@ class _Outputs:
         self._known[known.storage.cdata] = known
 
     def pack(self, tensor: Tensor) -> Any:
-        """What is to be kept for backward in the place of a tensor."""
+        """The recipe that replaces a tensor until backward, or the tensor itself if it has none."""
         recipe = self._recipe(tensor)
         if recipe is not None:
             recipe.savers += 1
             return recipe
         kept = _Kept(tensor)
         if tensor.layout == torch.strided and type(tensor) is Tensor:
-            self._kept[_place(tensor)] = kept
+            self._kept[_key(tensor)] = kept
         return kept
 
     def _recipe(self, tensor: Tensor) -> Recipe | None:
         if type(tensor) is not Tensor or tensor.layout != torch.strided:
             return None
-        # While a weak reference is held, no other storage has its address.
+        # While _Output holds a weak reference to a storage, no other storage can have its address.
         known = self._known.get(tensor.untyped_storage()._cdata)
         if known is None or _state(tensor) != known.state:
             return None
@@ -201,7 +208,7 @@ class _Outputs:
         return recipe
 
     def _new_recipe(self, known: "_Output") -> Recipe | None:
-        """None where a tensor that it needs is not kept anyway."""
+        """A recipe; None if it would keep a tensor that nothing else keeps."""
         input = self._kept.get(known.input)
         residual = None if known.residual is None else self._kept.get(known.residual)
         if input is None or (known.residual is not None and residual is None):
@@ -214,12 +221,12 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
-    """The version, and where in its storage a tensor lies."""
+    """A tensor's version, and its location in its storage."""
     return _version(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Tells tensors apart while their storages live; whoever is kept keeps its storage."""
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    """Identifies a tensor as long as its storage lives; a kept tensor keeps its storage."""
     return tensor.untyped_storage()._cdata, *_state(tensor)
 
 
@@ -235,5 +242,5 @@ _local = _Local()
 
 
 def current() -> _Outputs | None:
-    """Where this thread's outputs are noted; None outside of :class:`recompute`."""
+    """The record of this thread's outputs; None outside of `recompute`."""
     return _local.outputs

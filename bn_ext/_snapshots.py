@@ -1,4 +1,4 @@
-"""Values as they were when a forward was traced, to be compared with those that it would read now."""
+"""Snapshots of the values that forward() read during the trace, for comparison with the present values."""
 
 import copy
 import hashlib
@@ -14,9 +14,9 @@ from bn_ext._contents import ABSENT, attributes, description, parts, state_of_fu
 
 
 class Seen:
-    """The objects that one comparison has met, by the numbers that they had when they were recorded.
+    """The objects that one comparison has visited, by the numbers that the trace gave them.
 
-    The same number must be the same object, and another number another one: forward() may ask for `a is b`.
+    Equal numbers must be the same object, and different numbers different objects, because forward() may test `a is b`.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Seen:
         self._numbers: dict[int, int] = {}
 
     def is_same(self, number: int, value: object) -> bool:
-        """Whether an object is the one of this number, so far as is known."""
+        """Whether an object is the one of this number, as far as visited objects show."""
         if number in self._objects:
             return self._objects[number] is value
         self._objects[number] = value
@@ -32,10 +32,10 @@ class Seen:
 
 
 class SeenByCompiler(Seen):
-    """The same in words that torch.compile knows: it may have no id() of tensors and lists."""
+    """The same for torch.compile, which may not support id() of tensors and lists."""
 
     def is_same(self, number: int, value: object) -> bool:
-        """Whether an object is the one of this number, so far as is known; tensors may have several."""
+        """Whether an object is the one of this number, as far as visited objects show; a tensor may have several."""
         if self._objects.setdefault(number, value) is not value:
             return False
         if isinstance(value, Tensor):
@@ -46,11 +46,11 @@ class SeenByCompiler(Seen):
 
 
 _HAS_NO_ID = torch.__version__ < "2.13"
-"""Whether torch.compile may know no id() of lists."""
+"""Whether torch.compile does not support id() of lists."""
 
 
 class Same(NamedTuple):
-    """The same object: None, functions, classes, members of an Enum, dtypes."""
+    """A value compared by identity: None, functions, classes, members of an Enum, dtypes."""
 
     value: Any
 
@@ -60,7 +60,7 @@ class Same(NamedTuple):
 
 
 class Property(NamedTuple):
-    """A property of a class: the same object. Pickled by its name and a digest of its code."""
+    """A property of a class, compared by identity. It is pickled by its name and a digest of its code."""
 
     owner: type
     name: str
@@ -78,14 +78,14 @@ class Property(NamedTuple):
 
 
 def _property(owner: type, name: str, digest_then: str) -> Property:
-    """The property, if a program that reads the pickle has the same; otherwise one that does not hold."""
+    """The property, if the program that unpickles it has the same one; otherwise one that never holds."""
     now = getattr(owner, name, ABSENT)
     is_same = isinstance(now, property) and digest(getattr(now.fget, "__code__", None)) == digest_then
     return Property(owner, name, now if is_same else object())
 
 
 def digest(code: types.CodeType | None) -> str:
-    """The same for the same code in another process, as the value of a frozenset's repr is not."""
+    """A digest that is the same in every process; the repr of a frozenset, for example, is not."""
     if code is None:
         return ""
     constants = [
@@ -101,70 +101,70 @@ def digest(code: types.CodeType | None) -> str:
 
 
 class Constant(NamedTuple):
-    """A number, a string or the like: an equal one of the same type."""
+    """A number, a string or similar, compared by type and value."""
 
     kind: type
     value: Any
 
     def holds(self, now: object, seen: Seen) -> bool:
-        """Whether the value is still the same; repr tells 0.0 from -0.0 and finds NaN equal to itself."""
+        """Whether the value is still the same; repr distinguishes 0.0 from -0.0, and NaN equals itself."""
         if now is self.value:
             return True
-        if is_compiling():  # which knows no repr of numbers
+        if is_compiling():  # torch.compile does not support repr of numbers
             return bool(type(now) is self.kind and now == self.value)
         return type(now) is self.kind and repr(now) == repr(self.value)
 
 
 class Library(NamedTuple):
-    """A Python module, by its name, because modules cannot be pickled."""
+    """A Python module, stored by name because modules cannot be pickled."""
 
     name: str
 
     def holds(self, now: object, seen: Seen) -> bool:
-        """Whether it still is that module."""
+        """Whether the value is still that module."""
         return now is sys.modules.get(self.name)
 
 
 class AnyTensor(NamedTuple):
-    """A parameter or buffer that the graph reads anew: it must be there, the same one as elsewhere."""
+    """A parameter or buffer that the graph reads at each call; it must exist and match its number."""
 
     number: int
 
     def holds(self, now: object, seen: Seen) -> bool:
-        """Whether there still is a tensor."""
+        """Whether the value is still a tensor, the one of this number."""
         return isinstance(now, Tensor) and seen.is_same(self.number, now)
 
 
 class TensorLike(NamedTuple):
-    """A tensor whose description, but not whose values, forward() could read."""
+    """A tensor of which forward() could read only the description (shape, dtype and so on), not the values."""
 
     description: tuple[Any, ...]
     number: int
 
     def holds(self, now: object, seen: Seen) -> bool:
-        """Whether it still is a tensor of that description, the same one as elsewhere."""
+        """Whether the value is still a tensor of that description, the one of this number."""
         return isinstance(now, Tensor) and description(now) == self.description and seen.is_same(self.number, now)
 
 
 class Child(NamedTuple):
-    """A module of a certain class."""
+    """A module of a given class."""
 
     kind: type
     number: int
 
     def holds(self, now: object, seen: Seen) -> bool:
-        """Whether it still is a module of that class, the same one as elsewhere."""
+        """Whether the value is still a module of that class, the one of this number."""
         return is_of(self.kind, now) and seen.is_same(self.number, now)
 
 
 class Children(NamedTuple):
-    """The children of a module in their order: names, and snapshots of them; None among them too."""
+    """The children of a module in order: names and snapshots, including children that are None."""
 
     names: tuple[str, ...]
     children: tuple[Any, ...]
 
     def holds(self, now: Any, seen: Seen) -> bool:
-        """Whether it still has such children."""
+        """Whether the children are still the same."""
         return tuple(now) == self.names and _all_hold(self.children, tuple(now.values()), seen)
 
 
@@ -176,7 +176,7 @@ class Function(NamedTuple):
     state: tuple[Any, ...]
 
     def holds(self, now: object, seen: Seen) -> bool:
-        """Whether it still is that function, with such contents."""
+        """Whether the value is still that function, with equal contents."""
         if now is not self.function or is_compiling():  # torch.compile guards a function's defaults
             return now is self.function
         if getattr(now, "__code__", None) is not self.code:
@@ -191,26 +191,26 @@ class Function(NamedTuple):
 
 
 class UserClass(NamedTuple):
-    """A class, with its data."""
+    """A class with its data attributes."""
 
     kind: type
     attributes: tuple[tuple[str, Any], ...]
 
     def holds(self, now: object, seen: Seen) -> bool:
-        """Whether it still is that class, with such data."""
+        """Whether the value is still that class, with equal data."""
         if now is not self.kind:
             return False
         return all([expected.holds(getattr(now, name, ABSENT), seen) for name, expected in self.attributes])
 
 
 def _function(function: Any, digest_then: str, state: tuple[Any, ...]) -> Function:
-    """The function, if a program that reads the pickle has the same; otherwise one that does not hold."""
+    """The function, if the program that unpickles it has the same one; otherwise one that never holds."""
     is_same = digest(function.__code__) == digest_then
     return Function(function if is_same else object(), function.__code__, state)
 
 
 class Composite(NamedTuple):
-    """A container or an object: its type, its parts, and its attributes."""
+    """A container or an object, compared by type, parts in order, and attributes."""
 
     kind: type
     number: int
@@ -218,7 +218,7 @@ class Composite(NamedTuple):
     attributes: tuple[tuple[str, Any], ...]
 
     def holds(self, now: object, seen: Seen) -> bool:
-        """Whether there still is one of this type with such contents, the same one as elsewhere; order counts."""
+        """Whether the value still has this type and equal contents, and is the one of this number."""
         if type(now) is not self.kind or not seen.is_same(self.number, now):
             return False
         found = attributes(now)
@@ -234,23 +234,23 @@ def _all_hold(expected: tuple[Any, ...], now: tuple[Any, ...], seen: Seen) -> bo
 
 
 def original_class(kind: type) -> type:
-    """The class that a fused module had. A class that FSDP makes of a fused one counts as it, a user's does not."""
+    """The class before fusing. FSDP's subclass of a fused class counts as fused, a user's subclass does not."""
     fused: Any = getattr(kind, "_bn_ext_fused", None)
     if fused is None or (fused is not kind and not kind.__module__.startswith("torch.")):
         return kind
-    if fused.forward is not fused._bn_ext_forward:  # type(model).forward = another
+    if fused.forward is not fused._bn_ext_forward:  # forward was replaced: type(model).forward = ...
         return kind
     original: type = fused._bn_ext_original
     return original
 
 
 def is_of(kind: type, module: object) -> bool:
-    """Whether a module is of this class, or was before it was fused."""
+    """Whether a module has this class, or had it before it was fused."""
     return type(module) is kind or original_class(type(module)) is kind
 
 
 def submodule(root: Any, path: tuple[str, ...]) -> Any:
-    """The module at a path, or None."""
+    """The module at a path, or None if there is none."""
     for name in path:
         if root is None:
             return None
@@ -259,7 +259,7 @@ def submodule(root: Any, path: tuple[str, ...]) -> Any:
 
 
 def find(module: torch.nn.Module, name: str) -> Any:
-    """What `module.name` reads, without running code: descriptors themselves, not what they return."""
+    """The value of `module.name` without running code: a descriptor itself, not its result."""
     own = module.__dict__
     if name in own:
         return own[name]
@@ -269,15 +269,15 @@ def find(module: torch.nn.Module, name: str) -> Any:
         return own["_parameters"][name]
     if name in own["_buffers"]:
         return own["_buffers"][name]
-    kind = type(module)  # a fused class has the attributes of the original one, and those that a user gave it since
+    kind = type(module)  # a fused class has the original's attributes, and those set by a user later
     value = getattr(original_class(kind) if name == "forward" else kind, name, ABSENT)
     if is_compiling() and not isinstance(value, property):
-        getattr(module, name, ABSENT)  # torch.compile guards this, but not that a name is missing in a __dict__
+        getattr(module, name, ABSENT)  # torch.compile guards this read, but not the absence of a name in a __dict__
     return value
 
 
 def is_traceable(snapshot: Any) -> bool:
-    """Whether torch.compile can follow, and guard, the comparison with a snapshot."""
+    """Whether torch.compile can trace and guard the comparison with a snapshot."""
     if isinstance(snapshot, Composite):
         return snapshot.kind in (list, tuple, dict) and all(map(is_traceable, snapshot.parts))
     if isinstance(snapshot, Children):

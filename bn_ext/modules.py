@@ -1,4 +1,4 @@
-"""Modules that drop in for torch.nn's batch norms: they differ in the operator that does the work."""
+"""Drop-in modules for torch.nn's batch norms; only the operator differs."""
 
 import functools
 import inspect
@@ -14,24 +14,22 @@ from bn_ext._eps import HIDDEN, GuardedEps, hidden_eps, lost_activation
 from bn_ext.activations import NAMES, Activation, apply, describe, resolve
 from bn_ext.functional import batch_norm
 
-_OF_ALL_MODULES = (_global_forward_hooks, _global_forward_pre_hooks)  # dicts, which torch changes in place
+_GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks)  # dicts, which torch changes in place
 _MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 OPTIONS = ("activation", "skip_nonfinite", "skip_recomputed")
-"""What the modules have beyond torch.nn's: arguments of the constructor, and attributes."""
+"""Constructor arguments and attributes that torch.nn's modules do not have."""
 
 
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
-    """torch.nn's constructor and forward with this package's operator and what that does beyond torch's."""
+    """torch.nn's constructor and forward(), with this package's operator and options."""
 
     __constants__ = [*torch.nn.modules.batchnorm._BatchNorm.__constants__, *OPTIONS, "_names"]  # noqa: RUF012
-    _names = list(NAMES)  # noqa: RUF012, torch.jit.script takes no tuple here
+    _names = list(NAMES)  # noqa: RUF012, torch.jit.script accepts no tuple here
 
     activation: tuple[str, float] | None = None
-    """Name and parameter of what forward() applies to its result. It may be set to all that `batch_norm` takes."""
+    """Name and parameter of the activation. It can be set to any activation that `batch_norm` accepts."""
     skip_nonfinite: bool = False
-    """Whether channels keep running statistics that a batch would make inf or NaN."""
     skip_recomputed: bool = False
-    """Whether a forward pass that runs again within backward, as for a checkpoint, updates and counts nothing."""
 
     eps = GuardedEps()
     if HIDDEN:
@@ -39,7 +37,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         __jit_unused_properties__ = ["_hidden_eps"]
 
     _has_properties = False
-    """Whether a subclass defines a parameter or buffer as something else."""
+    """Whether a subclass defines the name of a parameter or buffer as a class attribute."""
 
     def __init__(
         self,
@@ -55,7 +53,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         self.skip_recomputed = skip_recomputed
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Take an activation of any kind by its name: a module would become a child. Refuse flags that are none."""
+        """Store an activation by name, because a module would become a child; reject options that are not bool."""
         if name == "activation":
             value = None if value is None else resolve(value)
         elif name in OPTIONS and not isinstance(value, bool):
@@ -65,11 +63,10 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        """All that may be read."""
         return [name for name in super().__dir__() if name != "eps" or self.activation is None]
 
     def __init_subclass__(cls) -> None:
-        """Show the constructor's arguments: those of the torch in use, and those of this class."""
+        """Set the constructor's signature: the arguments of the torch in use, and those of this class."""
         super().__init_subclass__()
         cls._has_properties = any(hasattr(cls, name) for name in _MEMBERS)
         if cls.__init__ is not _FusedForward.__init__:
@@ -86,7 +83,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         cls.__init__ = construct  # type: ignore[method-assign]
 
     def extra_repr(self) -> str:
-        """torch.nn's, and what differs from it."""
+        """torch.nn's text, and each option that is not at its default."""
         shown = [super().extra_repr()]
         if self.activation is not None:
             shown.append(f"activation={describe(self.activation)}")
@@ -103,17 +100,17 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         """Normalise `input`, add `residual` and apply the activation; in training, update the running statistics.
 
         Args:
-            input: (N, C, ...); see :func:`bn_ext.batch_norm`.
-            residual: Added before the activation; like input, or None.
-            activation: In place of the module's own, where that is None; what :func:`bn_ext.fuse` calls it with.
-            unlike: "add" or "add_", a method of Tensor: adds a residual that is not like input (broadcast, another
-                dtype, a number), which is refused otherwise; then the activation runs by itself too.
+            input: (N, C, ...); `bn_ext.batch_norm` describes dtypes, result, errors and numerics.
+            residual: Added before the activation: shape, dtype and device of input; or None.
+            activation: Used if the module's own activation is None; `bn_ext.fuse` passes it.
+            unlike: "add" or "add_", the Tensor method that adds a residual unlike input (broadcast, another dtype, a
+                number); the activation is then a separate operation. None rejects such a residual.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if unlike is not None:
-                assert residual is not None, "unlike needs a residual"
+                assert residual is not None, "unlike requires a residual"
                 alike = residual.shape == input.shape and residual.dtype == input.dtype
-                assert alike, "a scripted batch norm takes only a residual of its input's shape and dtype"
+                assert alike, "a scripted batch norm requires a residual of its input's shape and dtype"
             return self._scripted_forward(input, residual, activation)
         return self._forward(input, residual, activation, unlike)
 
@@ -125,16 +122,16 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
                 return _call_in_graph(self, path, input, residual, options)
         if unlike is not None and not _alike(input, residual):
             return apply(getattr(self.forward(input), unlike)(residual), resolve(activation))
-        if not isinstance(input, Proxy):  # there are no dimensions to look at
+        if not isinstance(input, Proxy):  # a Proxy has no dimensions to check
             self._check_input_dim(input)
         if activation is None:
             activation = self.activation
         elif self.activation is not None:
-            raise ValueError(f"forward() was given activation={activation!r}, but the module has one: {self}")
+            raise ValueError(f"forward() got activation={activation!r}, but the module has its own: {self}")
         mean, var, count = self._member("running_mean"), self._member("running_var"), None
         try:
             eps = self._hidden_eps if HIDDEN and is_compiling() else self.__dict__["eps"]
-        except KeyError:  # a Parameter, or a property of a subclass
+        except KeyError:  # eps is a Parameter, or a property of a subclass
             eps = self.eps
         training, momentum = bool(self.training), self.momentum
         if training:
@@ -155,15 +152,9 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         )
 
     def _scripted_forward(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        activation: str | tuple[str, float] | None,
+        self, input: Tensor, residual: Tensor | None, activation: str | tuple[str, float] | None
     ) -> Tensor:
-        """_forward() in the Python that torch.jit.script compiles.
-
-        Without options of its own it is torch's operator, which alone torch.jit.freeze folds and other passes know.
-        """
+        """_forward() for torch.jit.script; without options, torch's operator, which TorchScript's passes recognise."""
         self._check_input_dim(input)
         training = self.training or (self.running_mean is None and self.running_var is None)
         is_tracked = self.track_running_stats or not self.training
@@ -171,7 +162,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         var: Tensor | None = self.running_var if is_tracked else None
         count: Tensor | None = self.num_batches_tracked if is_tracked and self.training else None
         if self.activation is not None:
-            assert activation is None, "forward() was given an activation, but the module has one"
+            assert activation is None, "forward() got an activation, but the module has its own"
             return self._operator(input, mean, var, count, training, residual, self.activation)
         elif self.skip_nonfinite or self.skip_recomputed:
             return self._operator(input, mean, var, count, training, residual, activation)
@@ -225,13 +216,13 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         return y
 
     def _name_and_parameter(self, activation: str | tuple[str, float]) -> tuple[str, float]:
-        """resolve()'s, in the Python that torch.jit.script compiles."""
+        """resolve() for torch.jit.script."""
         if isinstance(activation, str):
             return activation, 0.01 if activation == "leaky_relu" else 1.0 if activation == "elu" else 0.0
         return activation
 
     def _member(self, name: str) -> Any:
-        """self.name, found at once: torch.nn.Module searches long, and on small tensors that shows."""
+        """self.name without torch.nn.Module's search, which takes a visible share of the time of small tensors."""
         if self._has_properties:
             return getattr(self, name)
         if name in self._parameters:
@@ -240,15 +231,15 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
 
 
 def _path_in_graph(module: torch.nn.Module, input: Proxy) -> str:
-    """Where a module lies in the model that torch.fx.symbolic_trace goes through; empty if it is no part of one."""
+    """The module's path in the model that torch.fx.symbolic_trace traces; empty if it is not part of it."""
     try:
         return str(input.tracer.path_of_module(module))  # type: ignore[attr-defined]
-    except (AttributeError, NameError):  # another kind of tracer; a module from elsewhere
+    except (AttributeError, NameError):  # another tracer; a module of another model
         return ""
 
 
 def _call_in_graph(module: torch.nn.Module, path: str, input: Proxy, residual: object, options: dict[str, Any]) -> Any:
-    """One call in the graph, as torch.nn's modules come out; training stays the module's own."""
+    """Record one call in the graph, like a torch.nn module; the call follows the module's training flag."""
     create, arguments = input.tracer.create_proxy, (input,) if residual is None else (input, residual)
     given = {name: value for name, value in options.items() if value is not None}
     if _is_plain(module):
@@ -257,62 +248,90 @@ def _call_in_graph(module: torch.nn.Module, path: str, input: Proxy, residual: o
 
 
 def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether a call is this package's forward(): what hooks and subclasses do besides lies in the graph already."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, *_OF_ALL_MODULES)
+    """Whether a call runs only this package's forward(); the trace records additions by hooks and subclasses."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, *_GLOBAL_HOOKS)
     forward = type(module).forward
     is_ours = forward is _FusedForward.forward or forward.__module__ == "bn_ext._timm"
     return is_ours and "forward" not in vars(module) and not any(hooks)
 
 
 def plain_forward(module: _FusedForward, *args: Any, **kwargs: Any) -> Any:
-    """The module's forward(), without hooks and without what a subclass adds; for graphs of torch.fx."""
+    """Call the module's forward() without hooks and without additions of a subclass; for torch.fx graphs."""
     return _FusedForward.forward(module, *args, **kwargs)
 
 
 def _alike(input: Tensor, residual: object) -> bool:
-    """Whether one operator can do both; torch.fx.symbolic_trace cannot tell."""
+    """Whether one operator can add the residual too; False during torch.fx.symbolic_trace, which cannot check it."""
     if isinstance(input, Proxy) or not isinstance(residual, Tensor):
         return False
     return residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
 
 
 class BatchNorm1d(_FusedForward, torch.nn.BatchNorm1d):
-    """Drop-in for :class:`torch.nn.BatchNorm1d`: (N, C) or (N, C, L) input.
+    """Drop-in for `torch.nn.BatchNorm1d`: (N, C) or (N, C, L) input; the arguments are those of `BatchNorm2d`.
 
-    Same arguments, parameters, buffers, state_dict, numbers and errors as the torch in use; see
-    :func:`bn_ext.batch_norm` for the operation, its dtypes and its numerics.
+    Examples:
+        >>> bn_ext.BatchNorm1d(3)(torch.zeros(4, 3)).shape
+        torch.Size([4, 3])
     """
 
 
 class BatchNorm2d(_FusedForward, torch.nn.BatchNorm2d):
-    """Drop-in for :class:`torch.nn.BatchNorm2d`: (N, C, H, W) input, contiguous or channels_last.
+    """Drop-in for `torch.nn.BatchNorm2d`: (N, C, H, W) input, contiguous or channels_last.
 
-    Same arguments, parameters, buffers, state_dict, numbers and errors as the torch in use; see
-    :func:`bn_ext.batch_norm` for the operation, its dtypes and its numerics.
+    Equivalent to torch.nn.BatchNorm2d, then addition and activation. Parameters, buffers, state_dict, numbers and
+    errors are those of the torch in use. `bn_ext.batch_norm` describes dtypes, numerics, determinism and the source.
+
+    Args:
+        *args: Of torch.nn.BatchNorm2d: num_features (C), eps, momentum, affine, track_running_stats, device, dtype.
+        activation: Applied to the result, as in `bn_ext.batch_norm`.
+        skip_nonfinite: Whether a channel keeps its running statistics if a batch would make one of them inf or NaN.
+        skip_recomputed: Whether a forward pass inside a backward pass, as in a checkpoint, updates and counts nothing.
+
+    Examples:
+        >>> norm, x = bn_ext.BatchNorm2d(3, activation="relu"), torch.randn(2, 3, 4, 4)
+        >>> torch.allclose(norm(x, residual=x), (torch.nn.BatchNorm2d(3)(x) + x).relu(), atol=1e-5)
+        True
     """
 
 
 class BatchNorm3d(_FusedForward, torch.nn.BatchNorm3d):
-    """Drop-in for :class:`torch.nn.BatchNorm3d`: (N, C, D, H, W) input, contiguous or channels_last_3d.
+    """Drop-in for `torch.nn.BatchNorm3d`: (N, C, D, H, W) input; the arguments are those of `BatchNorm2d`.
 
-    Same arguments, parameters, buffers, state_dict, numbers and errors as the torch in use; see
-    :func:`bn_ext.batch_norm` for the operation, its dtypes and its numerics.
+    Examples:
+        >>> bn_ext.BatchNorm3d(3)(torch.zeros(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 3, 4, 4, 4])
     """
 
 
 class LazyBatchNorm1d(_FusedForward, torch.nn.LazyBatchNorm1d):
-    """Drop-in for :class:`torch.nn.LazyBatchNorm1d`: becomes a :class:`BatchNorm1d` at its first forward pass."""
+    """Drop-in for `torch.nn.LazyBatchNorm1d`; its first forward pass turns it into a `BatchNorm1d`.
+
+    Examples:
+        >>> bn_ext.LazyBatchNorm1d()(torch.zeros(4, 3)).shape
+        torch.Size([4, 3])
+    """
 
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_FusedForward, torch.nn.LazyBatchNorm2d):
-    """Drop-in for :class:`torch.nn.LazyBatchNorm2d`: becomes a :class:`BatchNorm2d` at its first forward pass."""
+    """Drop-in for `torch.nn.LazyBatchNorm2d`; its first forward pass turns it into a `BatchNorm2d`.
+
+    Examples:
+        >>> bn_ext.LazyBatchNorm2d()(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2, 3, 4, 4])
+    """
 
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_FusedForward, torch.nn.LazyBatchNorm3d):
-    """Drop-in for :class:`torch.nn.LazyBatchNorm3d`: becomes a :class:`BatchNorm3d` at its first forward pass."""
+    """Drop-in for `torch.nn.LazyBatchNorm3d`; its first forward pass turns it into a `BatchNorm3d`.
+
+    Examples:
+        >>> bn_ext.LazyBatchNorm3d()(torch.zeros(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 3, 4, 4, 4])
+    """
 
     cls_to_become = BatchNorm3d

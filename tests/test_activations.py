@@ -366,7 +366,7 @@ def test_activation_set_later(device: str) -> None:
     with pytest.raises(ValueError, match="activation must be None, one of relu"):
         norm.activation = nn.Softmax(1)
     assert list(norm.state_dict()) == list(nn.BatchNorm2d(3).state_dict())
-    with pytest.raises(ValueError, match="forward\\(\\) was given activation='silu', but the module has one"):
+    with pytest.raises(ValueError, match="forward\\(\\) got activation='silu', but the module has its own"):
         norm(x, activation="silu")
 
 

@@ -258,7 +258,7 @@ def test_arguments_that_a_scripted_module_refuses() -> None:
     relu = torch.jit.script(norm("bn_ext", activation="relu"))
     before = state(plain_one), state(relu)
     for call, words in (
-        (lambda: relu(images(), None, "silu"), "given an activation, but the module has one"),
+        (lambda: relu(images(), None, "silu"), "got an activation, but the module has its own"),
         (lambda: plain_one(images(), images()[:1], "relu", "add"), "residual of its input's shape and dtype"),
         (lambda: plain_one(images(), None, "softplus"), "softplus"),
     ):
