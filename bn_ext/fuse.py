@@ -39,9 +39,6 @@ class FuseRow:
 class FuseReport:
     """The outcome of `fuse`: one row per batch norm; `print` shows it as a table.
 
-    Args:
-        rows: One `FuseRow` per batch norm, in the order of `model.named_modules()`.
-
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU(), torch.nn.BatchNorm1d(4))
         >>> model, report = bn_ext.fuse(model, report=True)
@@ -53,7 +50,7 @@ class FuseReport:
     """
 
     rows: list[FuseRow]
-    """One row per batch norm."""
+    """One row per batch norm, in the order of `model.named_modules()`."""
 
     @property
     def fused(self) -> list[FuseRow]:

@@ -283,7 +283,7 @@ class BatchNorm2d(_FusedForward, torch.nn.BatchNorm2d):
     errors are those of the torch in use. `bn_ext.batch_norm` describes dtypes, numerics, determinism and the source.
 
     Args:
-        *args: Of torch.nn.BatchNorm2d: num_features (C), eps, momentum, affine, track_running_stats, device, dtype.
+        *args: torch.nn.BatchNorm2d's: num_features (C), eps, momentum, affine, track_running_stats, device, dtype.
         activation: Applied to the result, as in `bn_ext.batch_norm`.
         skip_nonfinite: Whether a channel keeps its running statistics if a batch would make one of them inf or NaN.
         skip_recomputed: Whether a forward pass inside a backward pass, as in a checkpoint, updates and counts nothing.
