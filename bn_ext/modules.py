@@ -16,8 +16,7 @@ from bn_ext.functional import batch_norm
 
 _GLOBAL_HOOKS = (_global_forward_hooks, _global_forward_pre_hooks)  # dicts, which torch changes in place
 _MEMBERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-OPTIONS = ("activation", "skip_nonfinite", "skip_recomputed")
-"""Constructor arguments and attributes that torch.nn's modules do not have."""
+OPTIONS = ("activation", "skip_nonfinite", "skip_recomputed")  # arguments and attributes that torch.nn does not have
 
 
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
@@ -26,8 +25,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     __constants__ = [*torch.nn.modules.batchnorm._BatchNorm.__constants__, *OPTIONS, "_names"]  # noqa: RUF012
     _names = list(NAMES)  # noqa: RUF012, torch.jit.script accepts no tuple here
 
-    activation: tuple[str, float] | None = None
-    """Name and parameter of the activation. It can be set to any activation that `batch_norm` accepts."""
+    activation: tuple[str, float] | None = None  # can be set to any activation that batch_norm accepts
     skip_nonfinite: bool = False
     skip_recomputed: bool = False
 
@@ -36,8 +34,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
         _hidden_eps = hidden_eps
         __jit_unused_properties__ = ["_hidden_eps"]
 
-    _has_properties = False
-    """Whether a subclass defines the name of a parameter or buffer as a class attribute."""
+    _has_properties = False  # whether a subclass defines the name of a parameter or buffer as a class attribute
 
     def __init__(
         self,
