@@ -55,7 +55,7 @@ def test_a_cache_size_that_is_no_number_is_refused(cache_bytes: str) -> None:
     code = "import torch, bn_ext; bn_ext.BatchNorm1d(3)(torch.randn(5, 3))"
     result = run_python(code, BN_EXT_CPU_CACHE_BYTES=cache_bytes)
     assert result.returncode != 0
-    assert f"BN_EXT_CPU_CACHE_BYTES must be a number of bytes, as 33554432, got {cache_bytes}" in result.stderr
+    assert f"BN_EXT_CPU_CACHE_BYTES must be a number of bytes such as 33554432, got {cache_bytes}" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// From sysfs: what sysconf knows can be another machine's.
+// Reads sysfs, because the values of sysconf can be those of another machine.
 #include "cache.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kUnknown = int64_t(32) << 20;
 
-// The largest of the first core's caches, each given as "32768K"; 0 if there are none to be read.
+// Returns the size of the first core's largest cache; 0 if none can be read. sysfs has sizes such as "32768K".
 int64_t largest_cache() {
   int64_t largest = 0;
   for (int index = 0; index < 8; ++index) {
@@ -29,7 +29,7 @@ int64_t largest_cache() {
 int64_t parse(const std::string& given) {
   const bool is_number = given.size() <= 18 && given.find_first_not_of("0123456789") == std::string::npos;
   if (is_number) return std::stoll(given);
-  throw std::invalid_argument("BN_EXT_CPU_CACHE_BYTES must be a number of bytes, as 33554432, got " + given);
+  throw std::invalid_argument("BN_EXT_CPU_CACHE_BYTES must be a number of bytes such as 33554432, got " + given);
 }
 
 constexpr int64_t kNotGiven = -1;
@@ -41,8 +41,8 @@ int64_t given_bytes() {
 
 }  // namespace
 
-// A virtual machine reports the whole cache of a processor that it shares with others: 260 or 300 MiB for 2 cores. Of
-// such a cache a core keeps little more than its part.
+// A virtual machine reports the whole cache of a processor that it shares with others: 260 or 300 MiB for 2 cores. A
+// core can use little more than its share of such a cache.
 int64_t usable_cache_bytes(int64_t reported, int threads) {
   constexpr int64_t kOfMachine = int64_t(32) << 20, kOfThread = int64_t(4) << 20;
   return std::min(reported, std::max(kOfMachine, threads * kOfThread));
