@@ -1,5 +1,5 @@
-// The arithmetic of channels: from their sums to running statistics, saved vectors and coefficients, in double. It goes
-// by blocks of channels, whose loops the compiler makes vectors of: where planes are small it is much of the work.
+// Per-channel arithmetic in double: computes running statistics, saved vectors and coefficients from sums. It works on
+// blocks of channels, in loops that the compiler vectorises, because with small planes it is much of the work.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -13,11 +13,11 @@
 
 namespace bn_ext::cpu {
 
-constexpr int64_t kChannelBlock = 128;  // channels, at most, that are computed together
+constexpr int64_t kChannelBlock = 128;  // channels that are computed together, at most
 
 using ChannelValues = double[kChannelBlock];
 
-// Calls body(a value of the dtype's type).
+// Calls body with a value of the dtype's C++ type.
 template <typename Body>
 void with_param_type(DType dtype, const Body& body) {
   switch (dtype) {
@@ -32,7 +32,7 @@ void with_param_type(DType dtype, const Body& body) {
   }
 }
 
-// Values [begin, begin + n) of a (C,) vector; `otherwise` if there is none.
+// Reads the values [begin, begin + n) of a (C,) vector; `otherwise` if p is null.
 inline void read_params(const void* p, DType dtype, int64_t begin, int64_t n, double otherwise, ChannelValues& out) {
   if (p == nullptr) {
     for (int64_t i = 0; i < n; ++i) out[i] = otherwise;
@@ -52,7 +52,7 @@ inline void write_params(void* p, DType dtype, int64_t begin, int64_t n, const C
   });
 }
 
-// One channel's moments in double throughout, two passes: for data whose squares overflow the accumulate type.
+// Computes one channel's moments in double and reads it twice, for data whose squares overflow the accumulate type.
 template <typename T, typename ToDouble>
 Moments moments_in_double(const Shape& shape, const T* x, int64_t c, const ToDouble& to_double) {
   const auto sum_of = [&](const auto& term) {
@@ -70,7 +70,7 @@ Moments moments_in_double(const Shape& shape, const T* x, int64_t c, const ToDou
   return {mean, sum_of([mean](double value) { return (value - mean) * (value - mean); })};
 }
 
-// What is saved of the channels from `begin` on, in the accumulate type: u = (x - mean) * scale + offset.
+// The saved vectors from channel `begin` on, in the accumulate type: u = (x - mean) * scale + offset.
 template <typename A>
 struct SavedVectors {
   A* mean;
@@ -103,7 +103,7 @@ inline void update_running(const ForwardParams& p, double momentum, int64_t begi
   write_params(p.running_var, p.params_dtype, begin, n, var);
 }
 
-// The saved vectors of n channels with this mean and variance. In training the offset makes up for the mean's rounding.
+// Stores the saved vectors of n channels with this mean and variance. In training, offset corrects mean's rounding.
 template <typename A>
 void save_affine(
     const ForwardParams& p, int64_t begin, int64_t n, const ChannelValues& mean, const ChannelValues& var) {
@@ -122,7 +122,7 @@ void save_affine(
   }
 }
 
-// Training: running statistics and saved vectors of n channels, from their moments.
+// Training: stores the running statistics and saved vectors of n channels, from their moments.
 template <typename A>
 void save_batch(const ForwardParams& p, double momentum, int64_t begin, int64_t n, const Moments* moments) {
   update_running(p, momentum, begin, n, moments);
@@ -135,7 +135,7 @@ void save_batch(const ForwardParams& p, double momentum, int64_t begin, int64_t 
   save_affine<A>(p, begin, n, mean, var);
 }
 
-// Eval.
+// Eval: stores the saved vectors of n channels, from their running statistics.
 template <typename A>
 void save_running(const ForwardParams& p, int64_t begin, int64_t n) {
   ChannelValues mean, var;
@@ -144,7 +144,7 @@ void save_running(const ForwardParams& p, int64_t begin, int64_t n) {
   save_affine<A>(p, begin, n, mean, var);
 }
 
-// Backward: dweight and dbias of n channels, from their sums; training: dx = g * scale + (x - mean) * slope + shift.
+// Backward: stores dweight, dbias and, in training, slope and shift: dx = g * scale + (x - mean) * slope + shift.
 template <typename A>
 void save_gradients(const BackwardParams& p, int64_t begin, int64_t n, const GradSums* sums, A* slope, A* shift) {
   const A* rstd = static_cast<const A*>(p.rstd) + begin;
