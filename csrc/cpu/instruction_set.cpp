@@ -38,14 +38,14 @@ struct Candidate {
 };
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports does not know this name everywhere: not in Clang 15, nor in GCC before 11.
+// __builtin_cpu_supports does not know this name in Clang 15 and in GCC before 11.
 bool supports_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 #endif
 
-// What this processor can run, best first.
+// The instruction sets that this processor supports, best first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> found;
 #if defined(__x86_64__)

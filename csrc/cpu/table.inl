@@ -1,4 +1,4 @@
-// The table of this instruction set's functions: all that isa/*.inl need to include, once, in their namespace.
+// The table of this instruction set's functions. isa/*.inl include only this file, once, inside their namespace.
 #include "rows.inl"
 
 template <typename T>

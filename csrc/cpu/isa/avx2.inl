@@ -1,5 +1,5 @@
-// One type's kernels, BN_EXT_TYPE's, for processors with AVX2, FMA and F16C.
-// Headers come before the target pragma, so that no inline function of theirs is compiled for more than the baseline.
+// The kernels for the type BN_EXT_TYPE on processors with AVX2, FMA and F16C.
+// Headers precede the target pragma, so that their inline functions are compiled for the baseline only.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,5 +1,5 @@
-// One type's kernels, BN_EXT_TYPE's, for processors with AVX-512 (F, BW, DQ, VL).
-// Headers come before the target pragma, so that no inline function of theirs is compiled for more than the baseline.
+// The kernels for the type BN_EXT_TYPE on processors with AVX-512 (F, BW, DQ, VL).
+// Headers precede the target pragma, so that their inline functions are compiled for the baseline only.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -13,7 +13,7 @@
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own intrinsics (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // from GCC's intrinsics (GCC bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 

@@ -1,5 +1,5 @@
-// One type's kernels, BN_EXT_TYPE's, for any processor: 16-byte vectors, which x86-64 (SSE2) and arm64 (NEON) always
-// have.
+// The kernels for the type BN_EXT_TYPE on any processor, with 16-byte vectors: all x86-64 (SSE2) and arm64 (NEON)
+// processors have them.
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
