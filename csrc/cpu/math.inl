@@ -1,15 +1,15 @@
-// Functions of vectors that the activations need, to a few units in the last place; exp gives 0 for less than the
-// smallest normal number, and inf a little before the greatest.
+// Vector functions that the activations need, accurate to a few units in the last place. exp returns 0 instead of
+// subnormal numbers, and inf already slightly below the largest number.
 #include "walk.inl"
 
 template <typename A>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  static constexpr float kLowest = -87.3f;  // whose power of two is the smallest normal one
+  static constexpr float kLowest = -87.3f;  // its power of two is the smallest normal number
   static constexpr float kHighest = 88.3f;
-  static constexpr float kRounder = 0x1.8p23f;    // adding it rounds to a whole number, which is in the last bits then
-  static constexpr float kLn2High = 0x1.62ep-1f;  // few bits: times a whole number it is exact
+  static constexpr float kRounder = 0x1.8p23f;    // adding it rounds to an integer, held in the lowest bits
+  static constexpr float kLn2High = 0x1.62ep-1f;  // few bits: its product with an integer is exact
   static constexpr float kLn2Low = 0x1.0bfbe8p-15f;
   static constexpr int32_t kBias = 127;
   static constexpr int kMantissa = 23;
@@ -75,11 +75,11 @@ BN_EXT_INLINE Vec<A> expm1_of_vector(Vec<A> x) {
   return (e.power - 1) + e.power * e.rest;
 }
 
-// From expm1, so that a small x keeps all its digits.
+// Uses expm1, so that a small x keeps all its digits.
 template <typename A>
 BN_EXT_INLINE Vec<A> tanh_of_vector(Vec<A> x) {
   const Vec<A> e = expm1_of_vector<A>((x < 0 ? -x : x) * 2);
-  const Vec<A> t = e / (e + 2);  // at the greatest x: one
+  const Vec<A> t = e / (e + 2);  // 1 for the largest x
   return x < 0 ? -t : t;
 }
 
@@ -90,8 +90,8 @@ BN_EXT_INLINE Vec<double> expm1_of(Vec<double> x) { return expm1_of_vector<doubl
 BN_EXT_INLINE Vec<float> tanh_of(Vec<float> x) { return tanh_of_vector<float>(x); }
 BN_EXT_INLINE Vec<double> tanh_of(Vec<double> x) { return tanh_of_vector<double>(x); }
 
-// The normal distribution's: erfc(-x / sqrt(2)) / 2. With z = |x| / sqrt(2) and t = 2 / (2 + z), exp(z^2) erfc(z) / t
-// is smooth in t; the terms are those of its Chebyshev interpolation, a polynomial in 2t - 1.
+// The CDF of the normal distribution: erfc(-x / sqrt(2)) / 2. With z = |x| / sqrt(2) and t = 2 / (2 + z), the function
+// exp(z^2) erfc(z) / t is smooth in t. The terms are its Chebyshev interpolation, a polynomial in 2t - 1.
 BN_EXT_INLINE Vec<float> normal_cdf_of(Vec<float> x) {
   static constexpr float kTerms[] = {5.1079135692e-1f,
                                      3.4358031871e-1f,
@@ -109,11 +109,11 @@ BN_EXT_INLINE Vec<float> normal_cdf_of(Vec<float> x) {
   const Vec<float> tail = exp_of(x * x * -0.5f) * t * polynomial<float>(t * 2 - 1, kTerms) * 0.5f;
   return x < 0 ? tail : 1 - tail;
 }
-// Value by value: float64 is for checking.
+// One value at a time, because float64 is for checking.
 BN_EXT_INLINE Vec<double> normal_cdf_of(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = 0.5 * __builtin_erfc(x[i] * -0.70710678118654752440);
   return x;
 }
 
-// The formulas of these functions.
+// The formulas that use these functions.
 #include "../activation.inl"
