@@ -13,7 +13,7 @@ void expect_writes([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) 
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
   if (data == nullptr || begin >= end) return;
-  // Large blocks come from the system, and go back to it, as a whole.
+  // One page is enough, because large blocks are mapped and unmapped as a whole.
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   unsigned char resident = 1;
   void* middle = reinterpret_cast<void*>((begin + end) / 2 / page * page);
