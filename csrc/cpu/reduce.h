@@ -1,4 +1,4 @@
-// From the sums of segments and runs of columns to those of channels, in double and in a fixed order.
+// Merges the sums of segments and of runs of columns into those of channels, in double and in a fixed order.
 #pragma once
 
 #include <memory>
@@ -9,7 +9,7 @@
 
 namespace bn_ext::cpu {
 
-// Sums of every segment, one for each run of columns: at(segment)[i], i < partition.runs(). Uninitialised.
+// Sums for each segment and each run of columns, uninitialised: at(segment)[i], i < partition.runs().
 template <typename Sums>
 class Partials {
  public:
@@ -23,13 +23,13 @@ class Partials {
   std::unique_ptr<Sums[]> values_;
 };
 
-// The runs of the channels [begin, end), which are adjacent, unless rows are joined: then all must be asked for.
+// Returns the end of the runs of the channels before c_end. If rows are joined, c_end must be the number of channels.
 inline int64_t runs_end(const Partition& p, int64_t c_end) { return c_end == p.channels ? p.runs() : c_end; }
 
-// Moments merge as means about the common mean, and squares that make up for the distance from it (Chan, Golub and
-// LeVeque 1979, for all parts at once).
+// The merged mean is the weighted mean of the parts' means. The merged m2 is the sum of m2 + count * (mean - merged
+// mean)^2 over the parts (Chan, Golub and LeVeque 1979, for all parts at once).
 
-// Merges the segments of the runs [begin, end) into the first segment's place. Returns the values of a run.
+// Merges the segments of the runs [begin, end) into the first segment's slots. Returns the number of values of a run.
 template <typename P>
 double merge_segments(const P& partition, int64_t begin, int64_t end, Partials<Moments>& partials) {
   double count = 0;
@@ -54,7 +54,7 @@ double merge_segments(const P& partition, int64_t begin, int64_t end, Partials<M
   return count;
 }
 
-// Merges a channel's runs, each of `count` values, into the first one's place.
+// Merges a channel's runs, each of `count` values, into the slot of the first one.
 inline void merge_runs(const Partition& partition, int64_t c, double count, Moments* runs) {
   double sum = 0;
   for (int64_t i = c; i < partition.runs(); i += partition.channels) sum += runs[i].mean;
