@@ -1,9 +1,9 @@
-// What follows the normalisation: residual, activation, mask; and its gradient. It works on runs of adjacent values in
-// a buffer, which stays in L1: so it exists once, whatever the layout.
+// The steps after the normalisation (residual, activation, mask) and their gradients. They work on runs of adjacent
+// values in a buffer that stays in L1, so the same code serves all layouts.
 #include "math.inl"
 
-// A run on its way from one step to the next. Steps that change it work on whole vectors, also the last one, of which
-// only the beginning counts.
+// Holds a run between two steps. A step that changes it works on whole vectors; of the last vector, only the first
+// values are used.
 template <typename A>
 struct Buffer {
   A u[kMaxRun + kLanes<A>];
@@ -14,7 +14,7 @@ BN_EXT_INLINE Vec<A> affine_of(Vec<A> x, Vec<A> mean, Vec<A> scale, Vec<A> offse
   return multiply_add<A>(x - mean, scale, offset);
 }
 
-// Changes a buffer's values: change(formula, vector) of all vectors, the one that the end begins too.
+// Replaces all vectors of a buffer, including the partial last one, by change(formula, vector).
 template <typename A, typename Change>
 BN_EXT_INLINE void change_buffer(const Activation& activation, int64_t n, A* values, const Change& change) {
   with_formula<A>(activation, [&](const auto& formula) BN_EXT_LAMBDA {
@@ -30,7 +30,7 @@ static void differentiate(const Activation& activation, int64_t n, A* u) {
   change_buffer(activation, n, u, [](const auto& formula, Vec<A> v) { return formula.derivative(v); });
 }
 
-// Of a buffer, to memory of any type.
+// Converts a buffer's values to type T and stores them.
 template <typename T>
 static void store_values(const acc_t<T>* values, int64_t n, T* to, bool streams) {
   const auto fetch = [](int64_t) {};
@@ -51,7 +51,7 @@ BN_EXT_INLINE Mask<A> lane_bits() {
   return (Mask<A>{} + 1) << lane_index<A>();
 }
 
-// One bit per lane, from a vector of all bits or none.
+// Returns one bit per lane; in `lanes`, each lane has all bits set or none.
 template <typename A>
 BN_EXT_INLINE uint32_t bits_of(Mask<A> lanes) {
 #if defined(BN_EXT_AVX512)
@@ -68,10 +68,10 @@ BN_EXT_INLINE uint32_t bits_of(Mask<A> lanes) {
 #endif
 }
 
-// One bit per value that passes.
+// Returns one bit per lane: 1 if the value passes.
 template <typename A>
 BN_EXT_INLINE uint32_t passed_bits(const ReluLike<A>& formula, Vec<A> u) {
-#if defined(BN_EXT_AVX512)  // what GCC does not see in bits_of(blocked(u))
+#if defined(BN_EXT_AVX512)  // GCC does not simplify bits_of(blocked(u)) to this
   if constexpr (sizeof(A) == 4) {
     const __m512 v = (__m512)u;
     return uint32_t(~(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_LE_OQ) |
@@ -81,8 +81,8 @@ BN_EXT_INLINE uint32_t passed_bits(const ReluLike<A>& formula, Vec<A> u) {
   return ~bits_of<A>(formula.blocked(u));
 }
 
-// The bits of the values that pass, from bit `first` on. The first and the last byte may have bits of neighbours, which
-// another thread sets at the same time; the mask was zero.
+// Sets the bits of the values that pass, from bit `first` on, in a mask of zeros. Another thread may set other bits of
+// the first and of the last byte at the same time.
 template <typename A>
 static void write_mask(const ReluLike<A>& formula, const A* u, int64_t n, int64_t first, uint8_t* mask) {
   constexpr int64_t L = kLanes<A>;
@@ -117,7 +117,7 @@ static void write_mask(const ReluLike<A>& formula, const A* u, int64_t n, int64_
   while (pending > 0) write_byte(pending < 8);
 }
 
-// a where the value from bit `first` on passed, else b.
+// Returns, for each lane, a if its bit from bit `first` on is 1, otherwise b.
 template <typename A>
 BN_EXT_INLINE Vec<A> select_passed(const uint8_t* mask, int64_t first, Vec<A> a, Vec<A> b) {
   uint32_t bits;
@@ -129,9 +129,9 @@ BN_EXT_INLINE Vec<A> select_passed(const uint8_t* mask, int64_t first, Vec<A> a,
   return ((Mask<A>{} + int32_t(bits)) & lane_bits<A>()) != 0 ? a : b;
 }
 
-// Calls body(form...) as a function of its own: the loops of all forms together in one would not get registers enough.
-// body comes by value; where it has loops it holds arguments by value: what a store cannot reach is not read again
-// after it.
+// Calls body(form...) in a separate function, because the loops of all forms in one function would lack registers. body
+// is passed by value, and a body with loops captures its arguments by value: stores cannot change these copies, so the
+// compiler need not reload them.
 template <typename Body, typename... Form>
 static __attribute__((noinline)) void call_apart(Body body, Form... form) {
   body(form...);
@@ -139,10 +139,10 @@ static __attribute__((noinline)) void call_apart(Body body, Form... form) {
 
 // ---- forward ----
 
-// How y comes from u: at once, and bits of a mask or several steps by way of a buffer.
+// How y is computed from u: directly, directly with bits of a mask, or in several steps through a buffer.
 enum class ApplyForm { kPlain, kReluLike, kMasked, kBuffered };
 
-// Calls body(the form, whether there is a residual), both as an integral_constant.
+// Calls body(form, has_residual), both integral_constants.
 template <typename T, typename Body>
 BN_EXT_INLINE void with_form(const ApplyArguments<T>& a, const Body& body) {
   const auto call = [&](auto form) BN_EXT_LAMBDA {
@@ -158,7 +158,7 @@ BN_EXT_INLINE void with_form(const ApplyArguments<T>& a, const Body& body) {
   return call(std::integral_constant<ApplyForm, ApplyForm::kMasked>{});
 }
 
-// Writes y of the run at `offset`; u_at(i, lanes) gives u of the vector at i of the run.
+// Writes y of the run at `offset`. u_at(i, lanes) returns u of the vector at index i of the run.
 template <ApplyForm kForm, bool kHasResidual, typename T, typename U>
 BN_EXT_INLINE void apply_run(
     const ApplyArguments<T>& a, int64_t ahead, int64_t offset, int64_t n, Buffer<acc_t<T>>& b, const U& u_at) {
@@ -168,11 +168,11 @@ BN_EXT_INLINE void apply_run(
   T* y = a.y + offset;
   const ReluLike<A> formula = relu_like<A>(a.activation);
   constexpr int64_t L = kLanes<A>;
-  // Bits of a mask go by vectors that begin with the run: it must begin a line to be streamed.
+  // Bits of a mask are written per vector from the start of the run, which must start a line to be streamed.
   const bool streams = a.streams && (kForm != ApplyForm::kMasked || before_line(y) == 0);
-  const int64_t ahead_of_y = streams ? 0 : ahead;  // ordinary stores read the lines that they are going to overwrite
+  const int64_t ahead_of_y = streams ? 0 : ahead;  // ordinary stores read the lines that they overwrite
   const int64_t ahead_of_z = ahead == 0 ? 0 : kPageBytes;
-  // Where the run's bits begin a byte, whole vectors leave theirs at once.
+  // If the run's bits start at a byte, each whole vector stores its bits directly.
   const int64_t whole = n / L * L;
   uint8_t* whole_bytes = nullptr;
   if (kForm == ApplyForm::kMasked && L % 8 == 0 && offset % 8 == 0) whole_bytes = a.mask + offset / 8;
@@ -218,10 +218,10 @@ BN_EXT_INLINE void apply_run(
 
 // ---- backward ----
 
-// How g comes from dy: likewise.
+// How g is computed from dy, likewise.
 enum class GradientForm { kPlain, kMasked, kReluLike, kBuffered };
 
-// Calls body(the form) with an integral_constant.
+// Calls body(form), an integral_constant.
 template <typename T, typename Body>
 BN_EXT_INLINE void with_form(const GradArguments<T>& a, const Body& body) {
   if (a.activation.kind == ActivationKind::kNone) {
@@ -234,7 +234,7 @@ BN_EXT_INLINE void with_form(const GradArguments<T>& a, const Body& body) {
   return call_apart(body, std::integral_constant<GradientForm, GradientForm::kBuffered>{});
 }
 
-// g of the vector at i of the run at `offset`. dy: of the run; derivatives: of the run, kBuffered.
+// Returns g of the vector at index i of the run at `offset`. dy and derivatives (kBuffered only) start with the run.
 template <GradientForm kForm, typename T, typename U, typename Lanes>
 BN_EXT_INLINE Vec<acc_t<T>> gradient_at(const GradArguments<T>& a,
                                         const T* dy,
@@ -255,8 +255,8 @@ BN_EXT_INLINE Vec<acc_t<T>> gradient_at(const GradArguments<T>& a,
   if constexpr (kForm == GradientForm::kMasked) return select_passed<A>(a.mask, offset + i, g, formula.held_back(g));
 }
 
-// Calls body(whether dx is wanted, whether dz is), both as an integral_constant. One of them is. kPlain never has dz,
-// which is dy then, and kReluLike never by with_form.
+// Calls body(has_dx, has_dz), both integral_constants, at least one true. kPlain never writes dz, because dz equals dy.
+// with_form chooses kReluLike only without dz.
 template <GradientForm kForm, typename T, typename Body>
 BN_EXT_INLINE void with_outputs(const GradArguments<T>& a, const Body& body) {
   if constexpr (kForm == GradientForm::kPlain || kForm == GradientForm::kReluLike) {
@@ -268,8 +268,8 @@ BN_EXT_INLINE void with_outputs(const GradArguments<T>& a, const Body& body) {
   }
 }
 
-// Writes activation'(u + z) of the run at `offset` to the buffer. For relu's kind it writes u + z itself, by which the
-// gradient is then selected: a product with a derivative of zero would turn an inf into NaN.
+// Writes activation'(u + z) of the run at `offset` to the buffer. For relu-like activations it writes u + z, and the
+// gradient is selected by its value, because a product with a derivative of zero would turn an inf into NaN.
 template <typename T, typename U>
 BN_EXT_INLINE void differentiate_run(
     const GradArguments<T>& a, int64_t offset, int64_t n, acc_t<T>* derivatives, const U& u_at) {
@@ -281,8 +281,8 @@ BN_EXT_INLINE void differentiate_run(
   if (a.activation.kind != ActivationKind::kReluLike) differentiate(a.activation, n, derivatives);
 }
 
-// Writes dx and dz of the run at `offset`, as they are wanted. dx is g * scale_at(i, lanes), in training plus
-// from_x(i, lanes); in eval x is not read, because an inf in it must not reach dx.
+// Writes dx (if kDx) and dz (if kDz) of the run at `offset`. dx is g * scale_at(i, lanes), in training plus
+// from_x(i, lanes). In eval x is not read, because an inf in it must not reach dx.
 template <bool kDx, bool kDz, typename T, typename Gradient, typename Scale, typename FromX>
 BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
                                    int64_t ahead,
@@ -295,13 +295,13 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
   T* dx = kDx ? a.dx + offset : nullptr;
   T* dz = kDz ? a.dz + offset : nullptr;
   const bool training = a.training;
-  // Only what is read: in eval dx comes from dy alone, unless u is asked for.
+  // Fetches x only if it is read: in eval, dx depends on dy alone unless u is needed.
   const bool has_u = a.activation.kind != ActivationKind::kNone && a.mask == nullptr;
   const int64_t ahead_of_x = has_u || (training && kDx) ? ahead : 0;
   const int64_t ahead_of_dy = a.dy_repeats ? 0 : ahead;
   const T* to = kDx ? dx : dz;
   const bool streams = a.streams && (!kDx || !kDz || before_line(dz) == before_line(dx));
-  const int64_t ahead_of_to = streams ? 0 : ahead;  // as of y
+  const int64_t ahead_of_to = streams ? 0 : ahead;  // as for y
   const T* x = a.x + offset;
   const T* dy = a.dy + (a.dy_repeats ? 0 : offset);
   const auto fetch = [=](int64_t i) BN_EXT_LAMBDA {
@@ -312,7 +312,7 @@ BN_EXT_INLINE void write_gradients(const GradArguments<T>& a,
   write_vectors(ahead == 0 && !streams, streams, to, n, fetch, [=](int64_t i, const auto& lanes) BN_EXT_LAMBDA {
     const Vec<A> g = gradient(i, lanes);
     if constexpr (kDx) {
-      Vec<A> sum = broadcast(A(-0.0));  // changes nothing that it is added to
+      Vec<A> sum = broadcast(A(-0.0));  // adding it changes nothing
       if (training) sum = from_x(i, lanes);
       store(dx + i, multiply_add<A>(g, scale_at(i, lanes), sum), lanes);
     }
