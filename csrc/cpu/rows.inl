@@ -1,15 +1,15 @@
-// Loops over (rows, columns) tensors, a column belonging to one channel.
-// Sums take several rows together, so that a column's accumulators are loaded once for all of them. A range is at most
-// kMaxColumns wide, so that accumulators and coefficients stay in L1.
+// Loops over (rows, columns) tensors. Each column belongs to one channel.
+// Several rows are summed together, so that a column's accumulators are loaded once for all of them. A range has at
+// most kMaxColumns columns, so that accumulators and coefficients stay in L1.
 #include "planes.inl"
 
-constexpr int64_t kRowBlock = 128;  // rows summed in the accumulate type before they go into double
-constexpr int64_t kRowsToSum = 8;   // at a time, or one
-// A channel's moments are taken around the mean of so many values, which are read twice. Fewer, and their mean would
-// lie farther from that of all.
+constexpr int64_t kRowBlock = 128;  // rows summed in the accumulate type before they are added in double
+constexpr int64_t kRowsToSum = 8;   // rows summed together, if sums_several
+// A channel's moments are taken around the mean of this many values, which are read twice. The mean of fewer values
+// would be farther from the mean of all.
 constexpr int64_t kValuesForShift = 16;
 
-// Calls body(first row, number of rows) for [begin, end): kRowsToSum or what is left of them, or a constant one.
+// Calls body(first row, number of rows) for [begin, end): at most kRowsToSum rows, or one row as a constant.
 template <typename Body>
 BN_EXT_INLINE void for_each_rows(const RowRange& r, int64_t begin, int64_t end, const Body& body) {
   if (r.sums_several) {
@@ -39,14 +39,14 @@ BN_EXT_INLINE void add_four(A* sums, const Vec<A> (&values)[4]) {
   add_to(sums + 3 * L, values[3]);
 }
 
-// Calls terms(row, column, lanes, k, s, q), k as for_each_vector's u, which adds to the vectors s and q, for all rows
-// of the range and its columns, counted from column_begin on; before some rows, prepare(first row, their number), at
-// most kRowsToSum.
+// For all rows and columns of the range, calls terms(row, column, lanes, k, s, q), which adds to the vectors s and q.
+// Columns count from column_begin; k is the u of for_each_vector. Before each set of at most kRowsToSum rows, calls
+// prepare(first row, number of rows).
 template <typename A, typename Prepare, typename Terms>
 BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Prepare& prepare, const Terms& terms) {
   constexpr int64_t L = kLanes<A>;
   const int64_t width = r.column_end - r.column_begin;
-  // Padded: a vector at the last column may reach beyond it.
+  // Padded, because a vector at the last column may extend beyond it.
   A first[kMaxColumns + kLanes<A>];
   A second[kMaxColumns + kLanes<A>];
   for (int64_t i = 0; i < width; ++i) sums.first[i] = sums.second[i] = 0;
@@ -58,7 +58,7 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Prepare& 
       prepare(row, int64_t(rows));
       int64_t i = 0;
       for (; i + 4 * L <= width; i += 4 * L) {
-        Vec<A> s[4] = {};  // of these rows first: short sums round less
+        Vec<A> s[4] = {};  // sums of these rows only: short sums round less
         Vec<A> q[4] = {};
         for (int64_t below = row; below < row + rows; ++below) {
           terms(below, i, AllLanes{}, 0, s[0], q[0]);
@@ -88,13 +88,13 @@ BN_EXT_INLINE void sum_rows(const RowRange& r, ColumnSums& sums, const Terms& te
   sum_rows<A>(r, sums, [](int64_t, int64_t) {}, terms);
 }
 
-// The sums of every run of columns, in the places of the first columns.
+// Adds up the sums of each run of columns and stores them as the first elements.
 static void add_runs(const RowRange& r, double* sums) {
   if (r.run == 1) return;
   for (int64_t i = 0; i < r.runs(); ++i) sums[i] = run_sum(sums + i * r.run, r.run);
 }
 
-// From one value for every run, in the places of the first columns, to one for every column.
+// Expands one value per run, stored as the first elements, to one per column.
 template <typename A>
 BN_EXT_INLINE void repeat_runs(const RowRange& r, A* values) {
   if (r.run == 1) return;
@@ -104,8 +104,8 @@ BN_EXT_INLINE void repeat_runs(const RowRange& r, A* values) {
   }
 }
 
-// As channel_moments for every run, one shift per column, kLanes more readable ones behind them. Whether one was too
-// far from its mean.
+// Like channel_moments, for each run, with one shift per column and kLanes more readable elements after the last shift.
+// Returns whether a shift was too far from its mean.
 template <typename T>
 static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* shift, Moments* out) {
   using A = acc_t<T>;
@@ -130,7 +130,7 @@ static bool row_moments_around(const RowRange& r, const T* x, const acc_t<T>* sh
   return any_far;
 }
 
-// As plane_moments: around the mean of the first rows.
+// Like plane_moments, around the mean of the first rows.
 template <typename T>
 static void row_moments(const RowRange& r, const T* x, Moments* out) {
   using A = acc_t<T>;
@@ -152,7 +152,7 @@ static void row_moments(const RowRange& r, const T* x, Moments* out) {
   row_moments_around(r, x, shift, out);
 }
 
-// u of a row's part that begins at x: u(i, lanes) is that of the vector at i.
+// Returns a function u(i, lanes): u of the vector at index i in the part of a row that starts at x.
 template <typename T>
 BN_EXT_INLINE auto row_u(const Affine<acc_t<T>>& affine, const RowRange& r, const T* x) {
   using A = acc_t<T>;
@@ -164,8 +164,8 @@ BN_EXT_INLINE auto row_u(const Affine<acc_t<T>>& affine, const RowRange& r, cons
   };
 }
 
-// Calls body(offset, length) for each row's part, in memory order, or for as many whole rows as there are coefficients
-// for.
+// Calls body(offset, length) in memory order, for each row's part or, if there are coefficients for several rows, for
+// that many whole rows.
 template <typename Body>
 BN_EXT_INLINE void for_each_row_run(const RowRange& r, const Body& body) {
   for (int64_t row = r.row_begin; row < r.row_end; row += r.coefficient_rows) {
@@ -185,7 +185,7 @@ static void row_apply(const RowRange& r, const ApplyArguments<T>& a) {
   if (a.streams) end_of_stream();
 }
 
-// Where a row's part of dy begins.
+// Returns the start of a row's part of dy.
 template <typename T>
 BN_EXT_INLINE const T* dy_of_row(const GradArguments<T>& a, int64_t offset) {
   return a.dy_repeats ? a.dy : a.dy + offset;
