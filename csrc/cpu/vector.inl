@@ -1,8 +1,8 @@
-// Vectors of the compiler's own kind (GCC and Clang vector extensions), as wide as kVectorBytes: one source for every
-// instruction set. Included inside that instruction set's namespace; see isa/*.inl.
+// Vectors of kVectorBytes bytes, by GCC's and Clang's vector extensions: one source for all instruction sets. isa/*.inl
+// include it inside the namespace of their instruction set.
 
 #define BN_EXT_INLINE inline __attribute__((always_inline))
-#define BN_EXT_LAMBDA __attribute__((always_inline))  // or vectors would go through memory
+#define BN_EXT_LAMBDA __attribute__((always_inline))  // otherwise vectors would pass through memory
 
 template <typename A>
 struct VectorTypes;
@@ -26,14 +26,14 @@ constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(A));
 typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
 
-// ---- which lanes of a vector count ----
+// ---- the active lanes of a vector ----
 
 struct AllLanes {};
-// All, which fill a part of a cache line that is written past the caches.
+// All lanes, which fill a part of a cache line that is streamed.
 struct StreamedLanes {};
-// The lanes [first, last) at either end of a run. The other lanes' memory may be read. It may also be rewritten with
-// the values that it holds, unless `is_shared` is set: then it may belong to a streamed line. If a run is shorter than
-// a vector (`is_short`), only the first `last` elements exist in memory.
+// The lanes [first, last) at either end of a run. The memory of the other lanes may be read, and also rewritten with
+// the same values unless `is_shared` is set: then it may belong to a streamed line. If a run is shorter than a vector
+// (`is_short`), only the first `last` elements exist in memory.
 struct EndLanes {
   int64_t first;
   int64_t last;
@@ -47,7 +47,7 @@ BN_EXT_INLINE Mask<A> lane_index() {
   for (int i = 0; i < kLanes<A>; ++i) index[i] = i;
   return index;
 }
-// Zero in the lanes that do not count. By bits, so that an inf or NaN there does not matter.
+// Sets inactive lanes to zero. The operation is bitwise, so an inf or NaN there does not matter.
 template <typename A>
 BN_EXT_INLINE Vec<A> keep(Vec<A> v, AllLanes) {
   return v;
@@ -72,19 +72,19 @@ BN_EXT_INLINE Vec<double> load_vector(const double* p) { return load_bits<Vec<do
 BN_EXT_INLINE void store_vector(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 BN_EXT_INLINE void store_vector(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
-// 16-bit floats by the processor's own instructions. The macros are of isa/*.inl: g++ does not define __AVX2__ and its
-// kin after a target pragma.
+// 16-bit floats by the processor's instructions. isa/*.inl define the macros, because g++ does not define __AVX2__ and
+// similar macros after a target pragma.
 #if defined(BN_EXT_AVX512)
 BN_EXT_INLINE Vec<float> load_vector(const BFloat16* p) {
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 }
 BN_EXT_INLINE void store_vector(BFloat16* p, Vec<float> v) {
-  // A NaN becomes the one of which rounding leaves the upper half alone.
+  // Replaces a NaN by one whose upper half does not change by rounding.
   const __m512i bits = (__m512i)_mm512_fixupimm_ps((__m512)v, (__m512)v, _mm512_set1_epi32(0x33), 0);
   const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
   const __m512i result = _mm512_mask_add_epi32(half, is_odd, half, _mm512_set1_epi32(1));
-  // The upper halves, which are the words 1, 3, 5 ...: one use of the port for permutations. A narrowing takes two.
+  // Packs the upper halves, words 1, 3, 5 ... A permutation uses the permutation port once, a narrowing twice.
   const __m512i odd_words = (__m512i)(lane_index<float>() * 0x40004 + 0x30001);
   _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd_words, result)));
 }
@@ -115,7 +115,7 @@ BN_EXT_INLINE void store_vector(Half* p, Vec<float> v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
-// bfloat16: the upper half of a float, rounded to nearest even; a NaN stays one.
+// bfloat16: the upper half of a float, rounded to nearest even; a NaN stays a NaN.
 BN_EXT_INLINE Vec<float> load_vector(const BFloat16* p) {
   return (Vec<float>)(__builtin_convertvector(load_bits<U16>(p), U32) << 16);
 }
@@ -127,8 +127,8 @@ BN_EXT_INLINE void store_vector(BFloat16* p, Vec<float> v) {
   const U16 out = __builtin_convertvector(rounded, U16);
   __builtin_memcpy(p, &out, sizeof(out));
 }
-// float16 by integer arithmetic. A float16's exponent and mantissa, moved to a float's places, read 2^-112 times their
-// value; one multiplication mends that, subnormals included. Exponent 31 (inf, NaN) must become 255.
+// float16 by integer arithmetic. The exponent and mantissa of a float16, shifted to their positions in a float, mean
+// 2^-112 times the value. A multiplication corrects this, also for subnormals. Exponent 31 (inf, NaN) must become 255.
 BN_EXT_INLINE Vec<float> load_vector(const Half* p) {
   const U32 bits = __builtin_convertvector(load_bits<U16>(p), U32);
   const U32 magnitude = bits & 0x7fff;
@@ -137,8 +137,8 @@ BN_EXT_INLINE Vec<float> load_vector(const Half* p) {
   const U32 special = (magnitude << 13) | 0x7f800000;
   return (Vec<float>)(((bits & 0x8000) << 16) | (is_special & special) | (~is_special & (U32)finite));
 }
-// Rounding to nearest even falls out of a float addition that pushes the bits to be dropped off the mantissa: the
-// addend has the value's exponent + 13, or that of the smallest normal float16 where the result is subnormal.
+// A float addition that shifts the surplus bits out of the mantissa rounds to nearest even. The addend's exponent is 13
+// more than that of the value or, if the result is subnormal, than that of the smallest normal float16.
 BN_EXT_INLINE void store_vector(Half* p, Vec<float> v) {
   const U32 bits = (U32)v;
   const U32 magnitude = bits & 0x7fffffff;
@@ -148,8 +148,8 @@ BN_EXT_INLINE void store_vector(Half* p, Vec<float> v) {
   const U32 too_large = (U32)(magnitude >= 0x477ff000);  // rounds to 65536 or more: inf
   const Vec<float> safe = (Vec<float>)(magnitude & ~too_large);
   const U32 safe_anchor = anchor & ~too_large;
-  const U32 mantissa = (U32)(safe + (Vec<float>)safe_anchor) - safe_anchor;  // in units of the last float16 place
-  const U32 base = ~smallest & ((exponent - 0x38000000) >> 13);              // exponent, in its float16 place
+  const U32 mantissa = (U32)(safe + (Vec<float>)safe_anchor) - safe_anchor;  // in units of float16's last place
+  const U32 base = ~smallest & ((exponent - 0x38000000) >> 13);              // exponent, at its float16 position
   const U32 finite = base + (mantissa - (~smallest & 0x400));
   const U32 is_nan = (U32)(magnitude > 0x7f800000);
   const U32 special = 0x7c00 | (is_nan & (0x200 | (magnitude >> 13 & 0x3ff)));
@@ -159,7 +159,7 @@ BN_EXT_INLINE void store_vector(Half* p, Vec<float> v) {
 }
 #endif
 
-// Copies `count` values, less than 2 * kHalf.
+// Copies `count` values, fewer than 2 * kHalf.
 template <int64_t kHalf, typename T>
 BN_EXT_INLINE void copy_some(T* to, const T* from, int64_t count) {
   const int64_t copied = count & kHalf;
@@ -167,7 +167,7 @@ BN_EXT_INLINE void copy_some(T* to, const T* from, int64_t count) {
   if constexpr (kHalf > 1) copy_some<kHalf / 2>(to + copied, from + copied, count);
 }
 
-// The first `last` lanes from memory; the lanes [first, last) to memory.
+// Loads the first `last` lanes. Stores the lanes [first, last).
 template <typename T>
 static __attribute__((noinline)) Vec<acc_t<T>> load_first(const T* p, int64_t last) {
   constexpr int64_t L = kLanes<acc_t<T>>;
@@ -199,8 +199,8 @@ template <typename T>
 BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, const EndLanes& lanes) {
   lanes.is_shared ? store_some(p, v, lanes.first, lanes.last) : store_vector(p, v);
 }
-// Past the caches, for results that are too large to be found there later: ordinary stores would first read the memory
-// that they are going to overwrite. p is aligned to kBytes.
+// A streaming store, for results that are too large to stay in cache: an ordinary store would first read the memory
+// that it overwrites. p is aligned to kBytes.
 template <int kBytes>
 BN_EXT_INLINE void stream_bytes(void* p, const void* v) {
 #if defined(BN_EXT_AVX512)
@@ -220,14 +220,14 @@ BN_EXT_INLINE void store(T* p, Vec<acc_t<T>> v, StreamedLanes) {
   store_vector(buffer, v);
   stream_bytes<sizeof(buffer)>(p, buffer);
 }
-// Other threads see what was streamed before.
+// Orders earlier streaming stores before later stores, so that other threads see them.
 BN_EXT_INLINE void end_of_stream() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// Not std::min: a library's template compiled for this instruction set might serve the whole program.
+// Not std::min: the whole program might use a library template that was compiled for this instruction set.
 BN_EXT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename A>
@@ -235,8 +235,8 @@ BN_EXT_INLINE Vec<A> broadcast(A value) {
   return Vec<A>{} + value;
 }
 
-// a * b + c, rounded once if the instruction set can do that, wherever it is inlined: GCC makes one instruction of
-// product and sum only where they come to lie in one basic block, and results must not depend on that.
+// a * b + c, rounded once if the instruction set has an FMA. GCC fuses product and sum only if they are in one basic
+// block after inlining, and results must not depend on that.
 template <typename A>
 BN_EXT_INLINE Vec<A> multiply_add(Vec<A> a, Vec<A> b, Vec<A> c) {
 #if defined(BN_EXT_AVX512)
