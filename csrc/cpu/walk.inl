@@ -1,10 +1,10 @@
-// Ways through a run of adjacent values, vector by vector.
+// Loops over a run of adjacent values, vector by vector.
 #include "vector.inl"
 
 constexpr int64_t kLineBytes = 64;
 
-// Asks for what a walk comes to later: the processor's own prefetchers stop at the end of a page, and do not know where
-// the next run begins. u: as in for_each_vector; mostly, a cache line is asked for once. 0 bytes: nothing.
+// Prefetches values that a loop reads later, because the hardware prefetchers stop at the end of a page and cannot
+// predict the start of the next run. u as in for_each_vector: most lines are fetched once. 0 bytes: no prefetch.
 template <typename T>
 BN_EXT_INLINE void fetch_ahead(const T* p, int64_t bytes) {
   if (bytes != 0) __builtin_prefetch(reinterpret_cast<const char*>(p) + bytes, 0, 2);
@@ -15,8 +15,8 @@ BN_EXT_INLINE void fetch_ahead(const T* p, int u, int64_t bytes) {
   if (u % kPerLine == 0) fetch_ahead(p, bytes);
 }
 
-// Visits [begin, n): body(i, lanes, u) for the vector at i; u in 0..3 numbers the independent accumulators. Before
-// `begin` there is nothing, or whole vectors.
+// Calls body(i, lanes, u) for the vectors of [begin, n), at index i. u in 0..3 is the number of an independent
+// accumulator. `begin` is a multiple of the vector's length.
 template <typename A, typename Body>
 BN_EXT_INLINE void for_each_vector(int64_t n, const Body& body, int64_t begin = 0) {
   constexpr int64_t L = kLanes<A>;
@@ -33,15 +33,15 @@ BN_EXT_INLINE void for_each_vector(int64_t n, const Body& body, int64_t begin = 
   body(p, EndLanes{i - p, n - p, n < L, n < L}, 1);
 }
 
-// How many values lie before the first whole cache line.
+// Returns the number of values before the first whole cache line.
 template <typename T>
 BN_EXT_INLINE int64_t before_line(const T* p) {
   return int64_t(-reinterpret_cast<uintptr_t>(p) % kLineBytes / sizeof(T));
 }
 
-// Visits [0, n) to write it to `to`: body(i, lanes) for the vector at i; for each cache line fetch(i), if the values
-// are not in cache. To stream, the whole lines go past the caches; the ends, whose lines are shared with a neighbour,
-// do not.
+// Calls body(i, lanes) for the vectors of [0, n), to write them to `to`. If the values are not in cache, also calls
+// fetch(i) for each cache line. If `streams`, whole lines are streamed, but the ends are not, because their lines are
+// shared with a neighbour.
 template <typename T, typename Fetch, typename Body>
 BN_EXT_INLINE void write_vectors(
     bool in_cache, bool streams, const T* to, int64_t n, const Fetch& fetch, const Body& body) {
@@ -64,7 +64,7 @@ BN_EXT_INLINE void write_vectors(
         for (int64_t k = 0; k < kPerLine; k += L) body(i + k, AllLanes{});
       }
     }
-    // The last overlaps what was written before: the same values again.
+    // The last vector overlaps the one before it and writes the same values again.
     for (; i < n; i += L) body(smaller(i, n - L), AllLanes{});
     return;
   }
@@ -84,7 +84,7 @@ BN_EXT_INLINE void write_vectors(
   }
 }
 
-// The halves of a vector. In registers: through memory, they would wait for the whole to be stored.
+// Splits a vector into halves, in registers: loads of the halves from memory would wait for the store of the whole.
 template <typename Part, typename Whole>
 BN_EXT_INLINE void halve(const Whole& whole, Part& low, Part& high) {
 #if defined(BN_EXT_AVX512)
@@ -105,7 +105,7 @@ BN_EXT_INLINE void halve(const Whole& whole, Part& low, Part& high) {
   __builtin_memcpy(&high, reinterpret_cast<const char*>(&whole) + sizeof(Part), sizeof(Part));
 }
 
-// Sum of the lanes, by halves.
+// Returns the sum of the lanes, by halves.
 template <typename A, typename V>
 BN_EXT_INLINE A add_lanes(const V& lanes) {
   if constexpr (sizeof(V) == sizeof(A)) {
