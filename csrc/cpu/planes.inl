@@ -1,7 +1,7 @@
 // Loops over contiguous (N, C, S) tensors: a channel is N runs of S values.
 #include "epilogue.inl"
 
-// A mean of deviations that overflows or is NaN cannot serve as a shift: then the values are taken as they are.
+// A mean that is inf or NaN cannot serve as a shift. The shift is then zero.
 template <typename A>
 BN_EXT_INLINE A finite_or_zero(A shift) {
   return shift - shift == A(0) ? shift : A(0);
@@ -22,22 +22,22 @@ BN_EXT_INLINE void for_each_run(const PlaneRange& r, const Body& body) {
   }
 }
 
-// As for_each_run, for one channel: body(offset, length).
+// Like for_each_run, for one channel: body(offset, length).
 template <typename Body>
 BN_EXT_INLINE void for_each_run_of(const PlaneRange& r, int64_t c, const Body& body) {
   int64_t image = r.m_begin / r.s;
   int64_t position = r.m_begin - image * r.s;
-  for (int64_t left = r.m_end - r.m_begin; left > 0; ++image) {
-    const int64_t length = smaller(r.s - position, left);
+  for (int64_t remaining = r.m_end - r.m_begin; remaining > 0; ++image) {
+    const int64_t length = smaller(r.s - position, remaining);
     const int64_t offset = (image * r.c + c) * r.s + position;
     for (int64_t i = 0; i < length; i += kMaxRun) body(offset + i, smaller(kMaxRun, length - i));
     position = 0;
-    left -= length;
+    remaining -= length;
   }
 }
 
-// Two sums over a channel's values, which add(offset, length, s, q) adds to the vectors s and q for a run of them. The
-// vectors go on from run to run, up to kMaxRun values, then into double.
+// Two sums over a channel's values. For each run, add(offset, length, s, q) adds to the vectors s and q. These
+// accumulate up to kMaxRun values, of several runs, before they are added in double.
 struct PlaneSums {
   double first = 0;
   double second = 0;
@@ -89,8 +89,8 @@ static Moments channel_moments(const PlaneRange& r, const T* x, int64_t c, acc_t
   return moments_around(double(shift), sums.first, sums.second, double(r.m_end - r.m_begin));
 }
 
-// One pass around a shift, the mean of each channel's first run: no cancellation where the mean is large beside the
-// deviation, and each value is read once. A second pass where the first run was unlike the rest.
+// Reads each value once and sums around a shift, the mean of the channel's first run, so nothing cancels if the mean is
+// large compared with the deviation. If the first run was unlike the rest, the values are read and summed again.
 template <typename T>
 static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
   using A = acc_t<T>;
@@ -107,7 +107,7 @@ static void plane_moments(const PlaneRange& r, const T* x, Moments* out) {
   }
 }
 
-// u of a channel's run that begins at x: u(i, lanes) is that of the vector at i.
+// Returns a function u(i, lanes): u of the vector at index i in the channel's run that starts at x.
 template <typename T>
 BN_EXT_INLINE auto plane_u(const Affine<acc_t<T>>& affine, int64_t c, const T* x) {
   using A = acc_t<T>;
@@ -118,9 +118,9 @@ BN_EXT_INLINE auto plane_u(const Affine<acc_t<T>>& affine, int64_t c, const T* x
              BN_EXT_LAMBDA { return affine_of<A>(load(x + i, lanes), mean, scale, offset); };
 }
 
-// Plain batch norm of a tensor that stays in cache: nothing has to be asked about a run. Of planes of a few values
-// there are so many that the questions take as long as the work. The arguments come by value: what a store cannot reach
-// stays in registers.
+// Whether this is plain batch norm of a tensor that stays in cache. Its loops need no branches per run, which would
+// take as long as the work if planes have only a few values. The loops take their arguments by value: stores cannot
+// change these copies, so they stay in registers.
 template <typename T>
 BN_EXT_INLINE bool is_simple(const PlaneRange& r, const ApplyArguments<T>& a) {
   return a.activation.kind == ActivationKind::kNone && a.z == nullptr && r.ahead == 0 && !a.streams;
@@ -152,7 +152,7 @@ static void plane_apply(const PlaneRange& r, const ApplyArguments<T>& a) {
   if (a.streams) end_of_stream();
 }
 
-// g of a channel's run at `offset`, as a function of the vector's place i and its lanes.
+// Returns a function (i, lanes): g of the vector at index i in the channel's run at `offset`.
 template <GradientForm kForm, typename T>
 BN_EXT_INLINE auto plane_gradient(
     const GradArguments<T>& a, int64_t c, int64_t offset, int64_t length, Buffer<acc_t<T>>& b) {
@@ -162,8 +162,8 @@ BN_EXT_INLINE auto plane_gradient(
              BN_EXT_LAMBDA { return gradient_at<kForm>(a, dy, offset, u, u_at, i, lanes); };
 }
 
-// Of channels of at most kFewValues: one vector takes each sum without losing digits. Whether this is done depends on
-// the shape and the activation only, so that sums are the same to the bit whatever the cache.
+// For channels of at most kFewValues values: one vector takes each sum without losing digits. This choice depends only
+// on shape and activation, so that sums are bit-equal for any size of the cache.
 template <typename T>
 static void simple_grad_sums(PlaneRange r, GradArguments<T> a, GradSums* out) {
   using A = acc_t<T>;
