@@ -1,5 +1,5 @@
-// How a tensor is cut into ranges for the kernels. The cut into segments depends on the shape only, so that sums come
-// out bit-equal whatever the number of threads.
+// How a tensor is cut into ranges for the kernels. The segments depend only on the shape, so that sums are bit-equal
+// for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -10,29 +10,29 @@
 
 namespace bn_ext::cpu {
 
-constexpr int64_t kPlaneSegment = 1 << 16;  // values of a channel
-constexpr int64_t kRowSegment = 1 << 18;    // values of a block of columns, at most
-constexpr int64_t kRowUnits = 8;            // of a sum over rows, at least, if they are not smaller than kSummedValues
-constexpr int64_t kSummedValues = 1 << 15;  // fewer, and a segment's arithmetic per column outweighs its values
-constexpr int64_t kUnitValues = 1 << 13;    // of a pass without sums, which walks the memory from end to end
+constexpr int64_t kPlaneSegment = 1 << 16;  // values of a channel in a segment, at most
+constexpr int64_t kRowSegment = 1 << 18;    // values of a group of columns in a segment, at most
+constexpr int64_t kRowUnits = 8;            // units of a sum over rows, at least, unless they are below kSummedValues
+constexpr int64_t kSummedValues = 1 << 15;  // fewer values would take less time than the arithmetic per column
+constexpr int64_t kUnitValues = 1 << 13;    // of a unit of a pass without sums, which works in memory order
 constexpr int64_t kNarrowPlane = 16;        // planes of fewer values do not fill a vector
-constexpr int64_t kManyImages = 16;         // from here on, coefficients per column are little beside the tensor
-constexpr int64_t kManyColumns = 1 << 17;   // up to here, 20 bytes for each of them are little anyway
+constexpr int64_t kManyImages = 16;         // from here on, coefficients per column are small beside the tensor
+constexpr int64_t kManyColumns = 1 << 17;   // up to here, 20 bytes per column are little in any case
 constexpr int64_t kNarrowRow = 64;          // channels_last rows of fewer values are joined with their neighbours
-constexpr int64_t kFewColumns = 128;        // so narrow a row ends before the prefetchers have taken notice
-constexpr int64_t kRunBytes = 512;          // of rows that results are written for at a time, where they are narrower
-constexpr int64_t kSmallBytes = 8 << 20;    // of a tensor: several rows at a time are several streams from memory
-constexpr int64_t kGroupBytes = 4096;       // of one image's run of a group of planes: enough for the prefetchers
-constexpr int64_t kLeastGroupBytes = 12 << 10;  // of all images' runs: more, and a group leaves the first-level cache
-constexpr int64_t kFetchedBytes = 2 << 20;      // of a group that is fetched while another's results are written
-constexpr int64_t kMaxGroup = 64;               // channels of a group of planes that is summed
-constexpr int64_t kCachedBytes = 1 << 20;       // a group up to this size is still in cache when it is visited again
+constexpr int64_t kFewColumns = 128;        // a row this narrow ends before the prefetchers detect it
+constexpr int64_t kRunBytes = 512;          // of narrow rows whose results are written together
+constexpr int64_t kSmallBytes = 8 << 20;    // of a tensor: above, several rows at a time are several memory streams
+constexpr int64_t kGroupBytes = 4096;       // of a group of planes in one image: enough for the prefetchers
+constexpr int64_t kLeastGroupBytes = 12 << 10;  // of a group in all images, at least: with more, it would leave L1
+constexpr int64_t kFetchedBytes = 2 << 20;      // of a group that is prefetched during another's results
+constexpr int64_t kMaxGroup = 64;               // channels of a group of planes that is summed, at most
+constexpr int64_t kCachedBytes = 1 << 20;       // a group up to this size stays in cache until it is read again
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What both cuts have in common. A group holds whole channels, a segment a part of their values; kernels are called
-// for a group's part of a segment. Coefficients are indexed by column, sums by run of adjacent columns: run i belongs
-// to channel i % channels.
+// The common part of both cuts. A group holds whole channels, and a segment holds a part of their values. Kernels are
+// called for a unit, a group's part of a segment. Coefficients are indexed by column, sums by run of adjacent columns.
+// Run i belongs to channel i % channels.
 struct Partition {
   int64_t channels;
   int64_t columns;
@@ -40,8 +40,8 @@ struct Partition {
   int64_t groups;
   int64_t segments;
   bool cached;               // a group's values stay in cache between its sums and its results
-  bool joined;               // a column's channel repeats within a row; then there is one group
-  int64_t coefficient_rows;  // how many times the coefficients of all columns are given, one after the other
+  bool joined;               // rows are joined, so a row has several runs of each channel; then there is one group
+  int64_t coefficient_rows;  // number of copies of the coefficients of all columns
 
   int64_t runs() const { return columns / run; }
 };
@@ -52,7 +52,7 @@ struct PlanePartition : Partition {
   Shape shape;
   int64_t group_channels;
   int64_t segment_values;
-  int64_t group_ahead;  // from one group's values to the next's
+  int64_t group_ahead;  // bytes from a group's values to those of the next group
   bool fetches;
 
   PlanePartition(const Shape& shape, int64_t item_bytes, bool has_sums, bool fetches) : shape(shape), fetches(fetches) {
@@ -82,10 +82,10 @@ struct PlanePartition : Partition {
 
   int64_t column_begin(int64_t group) const { return group * group_channels; }
   int64_t column_end(int64_t group) const { return std::min(columns, column_begin(group) + group_channels); }
-  int64_t count(int64_t segment) const {  // of a run's values in a segment
+  int64_t count(int64_t segment) const {  // values of a run in a segment
     return std::min(shape.values_per_channel(), (segment + 1) * segment_values) - segment * segment_values;
   }
-  // by_group: the next group's sums come after this group's results.
+  // by_group: the next group's sums follow this group's results.
   Range range(int64_t group, int64_t segment, bool by_group) const {
     const int64_t begin = segment * segment_values;
     const int64_t ahead = !fetches ? 0 : by_group ? group_ahead : kPageBytes;
@@ -122,7 +122,7 @@ struct RowPartition : Partition {
     cached = rows * group_columns * item_bytes <= kCachedBytes;
     coefficient_rows = groups == 1 ? std::clamp<int64_t>(kRunBytes / (columns * item_bytes), 1, rows) : 1;
     sums_several = columns <= kFewColumns || rows * columns * item_bytes <= kSmallBytes;
-    const int64_t later_row = 2 * columns * item_bytes;  // the same columns of it
+    const int64_t later_row = 2 * columns * item_bytes;  // the same columns, two rows later
     ahead = !fetches ? 0 : groups == 1 ? kPageBytes : later_row;
   }
 
