@@ -1,4 +1,4 @@
-// The CPU back-end: sums, per-channel arithmetic, results; at::parallel_for around the kernels' plain loops.
+// The CPU back-end: computes sums, per-channel arithmetic and results with at::parallel_for around the kernels.
 #include "batch_norm_cpu.h"
 
 #include <ATen/Parallel.h>
@@ -17,8 +17,8 @@
 namespace bn_ext::cpu {
 namespace {
 
-constexpr int64_t kSerialValues = 16384;   // a tensor this small is done before a second thread has started
-constexpr int64_t kSerialChannels = 8192;  // likewise for per-channel arithmetic
+constexpr int64_t kSerialValues = 16384;   // a tensor this small is done before a second thread starts
+constexpr int64_t kSerialChannels = 8192;  // likewise, for per-channel arithmetic
 
 double to_double(float value) { return value; }
 double to_double(double value) { return value; }
@@ -34,10 +34,10 @@ const KernelsOf<T, RowRange>& kernels_for(const RowPartition&) {
   return kernels<T>().rows;
 }
 
-// Whether the kernels can take a vector with one value per channel as it is.
+// Whether the kernels can read a vector with one value per channel directly.
 bool is_by_channel(const Partition& p) { return p.columns * p.coefficient_rows == p.channels; }
 
-// `count` vectors of coefficients as the kernels index them, uninitialised.
+// `count` uninitialised vectors of coefficients, indexed as the kernels index them.
 template <typename A>
 class Coefficients {
  public:
@@ -73,26 +73,26 @@ void for_each_block(int64_t begin, int64_t end, const Body& body) {
   for (; begin < end; begin += kChannelBlock) body(begin, std::min(kChannelBlock, end - begin));
 }
 
-// Whether what is read and what is written do not fit into the cache together.
+// Whether an input and a result do not fit into the cache together.
 template <typename T>
 bool exceeds_cache(const Shape& shape) {
   return 2 * shape.numel() * int64_t(sizeof(T)) > last_level_cache_bytes(at::get_num_threads());
 }
 
-// What a pass consists of, in this order. Without sums or without results, that stage is left out.
+// The stages of a pass, in this order. A pass may have no sums or no results.
 template <typename Sum, typename Finalise, typename Write>
 struct Stages {
   bool has_sums;
   bool has_results;
   Sum sum;            // (group, segment)
   Finalise finalise;  // (first channel, last channel + 1)
-  Write write;        // (group, segment, whether the next group's sums come after it)
+  Write write;        // (group, segment, whether the next group's sums follow)
 };
 template <typename Sum, typename Finalise, typename Write>
 Stages(bool, bool, Sum, Finalise, Write) -> Stages<Sum, Finalise, Write>;
 
-// Group by group, each while it is in cache, where there are groups enough for the threads; otherwise stage by stage.
-// Results go backwards: what was read last is still in cache. Few parallel regions: on a busy machine each one costs.
+// Runs group by group, while each is in cache, if there are enough groups for the threads; otherwise stage by stage.
+// Results are in reverse order: values read last are still in cache. Each parallel region costs time on a busy machine.
 template <typename P, typename S>
 void run_stages(const P& p, int64_t numel, const S& stages) {
   const bool serial = numel <= kSerialValues || at::get_num_threads() == 1;
@@ -143,7 +143,7 @@ void forward(const ForwardParams& p, const P& partition) {
       by_channel ? Affine<A>{saved.mean, saved.scale, saved.offset} : Affine<A>{vectors[0], vectors[1], vectors[2]};
   const ApplyArguments<T> arguments{
       x, static_cast<const T*>(p.z), static_cast<T*>(p.y), p.mask, p.activation, affine, exceeds_cache<T>(p.shape)};
-  // Nothing was written so far, and nothing fails from here on.
+  // Nothing has been written so far, and nothing can fail from here on.
   if (p.mask != nullptr) std::memset(p.mask, 0, static_cast<size_t>(mask_bytes(p.shape.numel())));
   if (has_sums && p.num_batches_tracked != nullptr) ++*p.num_batches_tracked;
   const double momentum = p.cumulative && p.num_batches_tracked ? 1.0 / double(*p.num_batches_tracked) : p.momentum;
@@ -235,8 +235,8 @@ void backward(const BackwardParams& p, const P& partition) {
   run_stages(partition, p.shape.numel(), Stages{has_sums, has_results, sum, finalise, write});
 }
 
-// Calls body(T{}, partition) for the tensor's type and layout. Of tensors so large that `cached_bytes` do not hold
-// one, values are fetched ahead.
+// Calls body(T{}, partition) for the tensor's type and memory format. The kernels prefetch the values of a tensor that
+// is larger than `cached_bytes`.
 template <typename Body>
 void dispatch(DType dtype, const Shape& shape, bool has_sums, int64_t cached_bytes, const Body& body) {
   const auto with_type = [&](auto value) {
@@ -262,8 +262,8 @@ void dispatch(DType dtype, const Shape& shape, bool has_sums, int64_t cached_byt
 }  // namespace
 
 void forward(const ForwardParams& p) {
-  // In eval, an x that fits was likely made just now, and is walked in memory order: fetching it ahead would be wasted
-  // work. In training the walk jumps, and what else a step keeps has displaced a part of the cache.
+  // In eval, an x that fits was probably computed just before, and is read in memory order: prefetching it would be
+  // wasted work. In training the order has jumps, and other tensors of the step have displaced a part of the cache.
   const int64_t cached_bytes = last_level_cache_bytes(at::get_num_threads()) / (needs_sums(p) ? 6 : 2);
   dispatch(p.dtype, p.shape, needs_sums(p), cached_bytes, [&](auto value, const auto& partition) {
     expect_writes(p.y, p.shape.numel() * int64_t(sizeof(value)));
@@ -272,7 +272,7 @@ void forward(const ForwardParams& p) {
 }
 
 void backward(const BackwardParams& p) {
-  // x was made long ago.
+  // x was computed long ago, so most of it is no longer in cache.
   const int64_t cached_bytes = last_level_cache_bytes(at::get_num_threads()) / 6;
   dispatch(p.dtype, p.shape, p.needs_sums(), cached_bytes, [&](auto value, const auto& partition) {
     for (void* result : {p.dx, p.dz}) expect_writes(result, p.shape.numel() * int64_t(sizeof(value)));
