@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 @dataclass
 class FuseRow:
-    """The outcome for one batch norm: what its call computes now, or why nothing was fused."""
+    """The outcome for one batch norm: the operations of its call, or the reason for fusing none."""
 
     place: str
     """Its name in the model."""
@@ -252,7 +252,7 @@ def _form(
     try:
         imports = _format_import_block(code.globals, sys_importer)
     except Exception as error:
-        raise NotFaithfulError(f"its code refers to what cannot be imported: {error}") from error
+        raise NotFaithfulError(f"its code refers to an object that cannot be imported: {error}") from error
     return Form(
         f"{imports}\n{code.src}",
         len(required_arguments(root)),

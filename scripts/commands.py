@@ -14,15 +14,15 @@ def fail(sentence: str) -> NoReturn:
     sys.exit(f"{Path(sys.argv[0]).stem}: {sentence}")
 
 
-def run(what: str, *command: str | Path, cwd: Path) -> None:
-    """Run a command in `cwd`; stop if it fails. `what` names it in the error."""
+def run(step: str, *command: str | Path, cwd: Path) -> None:
+    """Run a command in `cwd`; stop if it fails. `step` names it in the error."""
     print("+", *command, flush=True)
     status = subprocess.run([str(c) for c in command], cwd=cwd, check=False).returncode
     if status != 0:
-        fail(f"{what} failed with status {status}, see above")
+        fail(f"{step} failed with status {status}, see above")
 
 
-def output_of(what: str, *command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+def output_of(step: str, *command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     """Return what a command prints on both streams; stop if it fails."""
     result = subprocess.run(
         [str(c) for c in command],
@@ -35,5 +35,5 @@ def output_of(what: str, *command: str | Path, cwd: Path = ROOT, **environment: 
     )
     if result.returncode != 0:
         print(result.stdout)
-        fail(f"{what} failed with status {result.returncode}, see above")
+        fail(f"{step} failed with status {result.returncode}, see above")
     return result.stdout

@@ -170,7 +170,7 @@ PAGE = """# Networks of timm, torchvision and MONAI
 
 Each network is fused with `bn_ext.fuse` and compared with its stock twin in float64: {STEPS} training steps and one
 pass in evaluation, with random weights and batches of {BATCH} images of {SIZE} x {SIZE}. Each difference is a fraction
-of the largest value of what is compared: the outputs, all gradients (including those in evaluation) and the state after
+of the largest compared value: of the outputs, of all gradients (including those in evaluation), or of the state after
 the steps. *One rounding* shows how much the network amplifies a rounding: it is the largest of these three differences
 between two stock networks, one of whose inputs differs by one rounding per value. The script fails if a difference
 exceeds {ROUNDINGS} times this number. A *fused* batch norm computes more than the normalisation, in training or in

@@ -27,7 +27,7 @@ cudaError_t launch(const Params& p, const Plan& plan, const Workspace& workspace
   return with_type(p.dtype, [&](auto value) { return Kernels<decltype(value)>::launch(p, plan, workspace, stream); });
 }
 
-// Whether the teams of a plan fit on the device at the same time; false if CUDA cannot tell.
+// Whether the teams of a plan fit on the device at the same time; false if CUDA reports an error.
 template <template <typename> class Kernels, typename Params>
 bool fits(const Params& p, const Plan& plan) {
   bool yes = false;
